@@ -1,0 +1,46 @@
+# make test: everything that is checked. PG_CONFIG names the PostgreSQL to use.
+PG_CONFIG ?= $(shell ls -d /usr/lib/postgresql/*/bin/pg_config 2>/dev/null | sort -V | tail -n 1)
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+export PG_CONFIG
+export PGRX_PG_CONFIG_PATH = $(PG_CONFIG)
+PG_MAJOR = $(shell $(PG_CONFIG) --version | sed 's/[^0-9]*\([0-9]*\).*/\1/')
+TARGET = $(or $(CARGO_TARGET_DIR),target)
+
+.PHONY: deps build install test
+
+# Installs what is missing of: PostgreSQL, its headers, libclang (for pgrx's bindings).
+deps:
+	@if ! ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 \
+	  || ! ls /usr/include/postgresql/*/server/postgres.h >/dev/null 2>&1 \
+	  || ! ls /usr/lib/llvm-*/lib/libclang*.so* >/dev/null 2>&1; then \
+	  echo "installing postgresql, its headers and libclang"; \
+	  $(SUDO) apt-get update -q && \
+	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -q postgresql postgresql-server-dev-all libclang-dev; \
+	fi
+
+build: deps
+	$(MAKE) --no-print-directory compile
+
+.PHONY: compile
+compile:
+	cargo build --locked -p terrace-bridge
+	cargo build --locked -p terrace --no-default-features --features pg$(PG_MAJOR)
+
+# Puts the extension where this PostgreSQL looks for it.
+install: build
+	$(MAKE) --no-print-directory install-files
+
+.PHONY: install-files
+install-files:
+	$(SUDO) install -m 755 $(TARGET)/debug/libterrace.so $$($(PG_CONFIG) --pkglibdir)/terrace.so
+	$(SUDO) install -m 644 sql/terrace.control sql/terrace--0.1.0.sql $$($(PG_CONFIG) --sharedir)/extension/
+
+test: install
+	$(MAKE) --no-print-directory check
+
+.PHONY: check
+check:
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets --no-default-features --features terrace/pg$(PG_MAJOR) -- -D warnings
+	cargo test --locked -p terrace-bridge
+	cargo test --locked -p terrace-tests

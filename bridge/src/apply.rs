@@ -1,0 +1,664 @@
+//! Replays the queue into the local Postgres.
+//!
+//! Guarantees:
+//! - Data and `terrace.progress` commit together, so whatever dies, what is in
+//!   the database and what it says of itself agree, and nothing is applied twice.
+//! - A local transaction ends only where a transaction of the top ends, in the
+//!   top's commit order: every snapshot shows a prefix of the top's history.
+//! - A row that is missing or already there is resolved for the top and counted.
+//!   Whatever cannot be applied stalls here, with its reason, and is tried again.
+//!
+//! Two ways through a batch. The fast way sends many transactions as one
+//! pipeline and looks only at whether each statement did what it should; if one
+//! did not, all is rolled back and the careful way does one transaction and one
+//! statement at a time. A set-wise way can stand beside them: all three take
+//! the same [`Change`]s.
+
+mod plan;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use bytes::Bytes;
+use postgres_protocol::message::frontend;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::client::{Client, DbError, PgError, SessionOptions, affected, bind};
+use crate::conninfo::ConnInfo;
+use crate::lsn::{Identity, Lsn};
+use crate::queue::{Queue, Reader};
+use crate::record::{CommitInfo, Kind, Record};
+use crate::status::{PG_EPOCH_MICROS, Shared, timestamp};
+use plan::{Expect, Planner, Step};
+
+/// A batch takes no more transactions than this …
+const MAX_TRANSACTIONS: usize = 2_000;
+/// … or than begin within as many bytes of records.
+const MAX_BYTES: usize = 4 << 20;
+/// Answers are read at the latest when so many bytes of requests are unanswered.
+const PIPELINE_BYTES: usize = 64 << 10;
+/// Progress is written for watermarks alone at most this often.
+const WATERMARK_EVERY: Duration = Duration::from_secs(1);
+
+/// Applies for ever, until `cancel`.
+pub async fn run(
+    shared: Arc<Shared>,
+    queue: Queue,
+    cancel: CancellationToken,
+) -> anyhow::Result<()> {
+    let mut pause = Duration::from_millis(100);
+    loop {
+        let started = *shared.replayed.borrow();
+        let session = async {
+            let mut session = Session::open(&shared, &queue).await?;
+            session.run().await
+        };
+        let error: anyhow::Error = tokio::select! {
+            result = session => match result {
+                Ok(never) => match never {},
+                Err(error) => error,
+            },
+            () = cancel.cancelled() => return Ok(()),
+        };
+        let problem = format!("{error:#}");
+        tracing::warn!(problem, "apply stopped, trying again");
+        shared.set_apply_problem(Some(problem));
+        if *shared.replayed.borrow() > started {
+            pause = Duration::from_millis(100);
+        }
+        tokio::select! {
+            () = sleep(pause) => {}
+            () = cancel.cancelled() => return Ok(()),
+        }
+        pause = (pause * 2).min(Duration::from_secs(5));
+    }
+}
+
+enum Never {}
+
+/// Why a batch did not go the fast way.
+enum Failed {
+    /// A statement did not do what it should: try the careful way.
+    Unexpected(String),
+    /// The connection or the queue failed.
+    Fatal(anyhow::Error),
+}
+
+impl From<anyhow::Error> for Failed {
+    fn from(error: anyhow::Error) -> Failed {
+        Failed::Fatal(error)
+    }
+}
+
+impl From<PgError> for Failed {
+    fn from(error: PgError) -> Failed {
+        Failed::Fatal(error.into())
+    }
+}
+
+/// What a batch has done so far.
+#[derive(Default)]
+struct Batch {
+    transactions: usize,
+    bytes: usize,
+    end: Lsn,
+    last: Option<CommitInfo>,
+    /// Rows that were not there to be deleted, by table.
+    missing_deletes: Vec<(String, u64)>,
+    notified: std::collections::HashSet<Bytes>,
+}
+
+struct Session<'a> {
+    shared: &'a Arc<Shared>,
+    queue: &'a Queue,
+    client: Client,
+    reader: Reader,
+    planner: Planner,
+    /// Read but not yet begun with.
+    ahead: Option<Record>,
+    committed: Lsn,
+    progress_written: Instant,
+    /// What each unanswered statement should do.
+    expected: std::collections::VecDeque<Expect>,
+    unflushed: usize,
+}
+
+impl<'a> Session<'a> {
+    async fn open(shared: &'a Arc<Shared>, queue: &'a Queue) -> anyhow::Result<Session<'a>> {
+        let info = ConnInfo::parse(&shared.config.database.url)?;
+        let settings = [
+            ("session_replication_role", "replica"),
+            ("synchronous_commit", "off"),
+            ("datestyle", "ISO"),
+            ("intervalstyle", "postgres"),
+            ("extra_float_digits", "3"),
+            ("timezone", "UTC"),
+            ("bytea_output", "hex"),
+            ("search_path", "pg_catalog"),
+            ("lock_timeout", "0"),
+            ("statement_timeout", "0"),
+            ("idle_in_transaction_session_timeout", "0"),
+        ];
+        let options = SessionOptions {
+            application_name: format!("terrace apply {}", shared.config.node.name),
+            gucs: settings
+                .map(|(name, value)| (name.to_owned(), value.to_owned()))
+                .to_vec(),
+            ..Default::default()
+        };
+        let mut client = Client::connect(&info, &options)
+            .await
+            .with_context(|| format!("connect to the local database at {}", info.endpoint()))?;
+        set_origin(&mut client).await?;
+        let rows = client
+            .query("SELECT identity, lsn::text FROM terrace.progress", &[])
+            .await?;
+        let Some([Some(identity), Some(lsn)]) = rows.first().map(Vec::as_slice) else {
+            bail!("terrace.progress is empty");
+        };
+        let identity: Identity = identity.parse()?;
+        if !identity.same_origin(queue.identity()) {
+            bail!(
+                "the database holds history {identity}, the queue {}",
+                queue.identity()
+            );
+        }
+        let committed: Lsn = lsn.parse()?;
+        shared.replayed.send_replace(committed);
+        let planner = Planner::open(&mut client, &shared.config.node.domain).await?;
+        Ok(Session {
+            shared,
+            queue,
+            reader: queue.reader(committed)?,
+            client,
+            planner,
+            ahead: None,
+            committed,
+            progress_written: Instant::now(),
+            expected: Default::default(),
+            unflushed: 0,
+        })
+    }
+
+    async fn run(&mut self) -> anyhow::Result<Never> {
+        loop {
+            match self.fast_batch().await {
+                Ok(()) => self.shared.set_apply_problem(None),
+                Err(Failed::Fatal(error)) => return Err(error),
+                Err(Failed::Unexpected(problem)) => {
+                    tracing::info!(problem, from = %self.committed, "applying with care");
+                    self.careful().await?;
+                    self.shared.set_apply_problem(None);
+                }
+            }
+        }
+    }
+
+    // ----- reading ----------------------------------------------------------
+
+    async fn next_record(&mut self) -> anyhow::Result<Record> {
+        match self.ahead.take() {
+            Some(record) => Ok(record),
+            None => Ok(self.reader.next().await?),
+        }
+    }
+
+    fn peek(&mut self) -> anyhow::Result<Option<&Record>> {
+        if self.ahead.is_none() {
+            self.ahead = self.reader.try_next()?;
+        }
+        Ok(self.ahead.as_ref())
+    }
+
+    /// Waits until the upstream shows what is next here.
+    async fn wait_for_gate(&mut self, end: Lsn) -> anyhow::Result<()> {
+        let mut gate = self.shared.upstream_replayed.subscribe();
+        gate.wait_for(|gate| *gate >= end)
+            .await
+            .context("the upstream link is gone")?;
+        Ok(())
+    }
+
+    /// Reads a whole transaction's first record; its end tells whether it may be shown.
+    /// A record of several parts is preceded by all of them in the queue already.
+    fn gate_allows(&self, record: &Record) -> bool {
+        record.lsn <= *self.shared.upstream_replayed.borrow()
+    }
+
+    /// Starts again after the last commit.
+    fn rewind(&mut self) -> anyhow::Result<()> {
+        self.ahead = None;
+        self.expected.clear();
+        self.unflushed = 0;
+        self.planner.forget();
+        self.reader = self.queue.reader(self.committed)?;
+        Ok(())
+    }
+
+    // ----- the fast way -----------------------------------------------------
+
+    async fn fast_batch(&mut self) -> Result<(), Failed> {
+        let mut batch = Batch::default();
+        let mut open = false;
+        loop {
+            if batch.transactions > 0 || batch.end > self.committed {
+                // Something is complete: take only what is there and may be shown.
+                let full = batch.transactions >= MAX_TRANSACTIONS
+                    || batch.bytes >= MAX_BYTES
+                    || self.planner.routing_changed();
+                let gate = *self.shared.upstream_replayed.borrow();
+                let notified = batch.notified.clone();
+                match self.peek()? {
+                    _ if full => break,
+                    None => break,
+                    Some(record) if record.kind == Kind::Part => break,
+                    Some(record) if record.lsn > gate => break,
+                    Some(record) if repeats_notify(record, &notified) => break,
+                    Some(_) => {}
+                }
+            }
+            let record = self.next_record().await?;
+            batch.bytes += record.bytes.len();
+            match record.kind {
+                Kind::Schema => self.planner.define(&record)?,
+                Kind::Mark => {}
+                Kind::Watermark => {
+                    if !self.gate_allows(&record) {
+                        self.wait_for_gate(record.lsn).await?;
+                    }
+                    batch.end = record.lsn;
+                }
+                Kind::Part | Kind::Commit => {
+                    if record.kind == Kind::Commit && !self.gate_allows(&record) && !open {
+                        self.wait_for_gate(record.lsn).await?;
+                    }
+                    if !open {
+                        open = true;
+                        frontend::query("BEGIN", self.client.buffer()).context("BEGIN")?;
+                        self.expected.push_back(Expect::Simple);
+                    }
+                    self.send_changes(&record, &mut batch).await?;
+                    if record.kind == Kind::Commit {
+                        // A large transaction is sent before it may be shown, but
+                        // committed only then.
+                        if !self.gate_allows(&record) {
+                            self.wait_for_gate(record.lsn).await?;
+                        }
+                        batch.transactions += 1;
+                        batch.end = record.lsn;
+                        let info = record.commit().context("commit record")?;
+                        batch.last = Some(info);
+                    }
+                }
+            }
+        }
+        self.finish_fast(open, batch).await
+    }
+
+    async fn send_changes(&mut self, record: &Record, batch: &mut Batch) -> Result<(), Failed> {
+        for frame in record.frames() {
+            let frame = frame.context("frame")?;
+            let steps = match self.planner.plan(&frame.payload) {
+                Ok(plan::Planned::Steps(steps)) => steps,
+                Ok(plan::Planned::Nothing) => continue,
+                // The catalog must be asked, for which the pipeline must be empty.
+                Ok(plan::Planned::Lookup(relid)) => {
+                    self.drain(batch).await?;
+                    self.planner
+                        .lookup(&mut self.client, relid)
+                        .await
+                        .map_err(unexpected)?;
+                    match self.planner.plan(&frame.payload)? {
+                        plan::Planned::Steps(steps) => steps,
+                        _ => continue,
+                    }
+                }
+                Err(error) => return Err(Failed::Unexpected(format!("{error:#}"))),
+            };
+            for step in steps {
+                if let Step {
+                    notify: Some(content),
+                    ..
+                } = &step
+                {
+                    batch.notified.insert(content.clone());
+                }
+                self.send(&step)?;
+            }
+            if self.unflushed > PIPELINE_BYTES {
+                self.drain(batch).await?;
+            }
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, step: &Step) -> Result<(), Failed> {
+        let out = self.client.buffer();
+        let before = out.len();
+        let encoded = (|| {
+            if step.parse {
+                frontend::parse(&step.name, &step.sql, [], out)?;
+            }
+            bind(
+                out,
+                &step.name,
+                step.values.iter().map(|value| value.as_deref()),
+            )?;
+            frontend::execute("", 0, out)
+        })();
+        encoded.context("encode a statement")?;
+        self.unflushed += self.client.buffer().len() - before;
+        self.expected.push_back(step.expect.clone());
+        Ok(())
+    }
+
+    /// Sends what is buffered and reads every answer that is due.
+    async fn drain(&mut self, batch: &mut Batch) -> Result<(), Failed> {
+        frontend::flush(self.client.buffer());
+        self.answers(batch).await
+    }
+
+    async fn answers(&mut self, batch: &mut Batch) -> Result<(), Failed> {
+        self.client.flush().await?;
+        self.unflushed = 0;
+        while let Some(expect) = self.expected.front() {
+            let message = self.client.message().await?;
+            match message.kind {
+                b'C' => {
+                    let count = affected(&message.body);
+                    match expect {
+                        Expect::Simple | Expect::Done => {}
+                        Expect::One if count == 1 => {}
+                        Expect::One => {
+                            return Err(Failed::Unexpected("a row to update is missing".into()));
+                        }
+                        Expect::Delete(table) if count == 0 => {
+                            count_missing(&mut batch.missing_deletes, table);
+                        }
+                        Expect::Delete(_) => {}
+                    }
+                    if !matches!(expect, Expect::Simple) {
+                        self.expected.pop_front();
+                    }
+                }
+                // A simple query is answered by Z as well.
+                b'Z' => {
+                    if matches!(expect, Expect::Simple) {
+                        self.expected.pop_front();
+                    }
+                }
+                b'E' => {
+                    let error = DbError::parse(&message.body);
+                    return Err(Failed::Unexpected(error.to_string()));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    async fn finish_fast(&mut self, open: bool, mut batch: Batch) -> Result<(), Failed> {
+        let quiet = batch.transactions == 0;
+        if quiet && self.progress_written.elapsed() < WATERMARK_EVERY {
+            // Shown at once; written with the next transaction or later.
+            self.committed = batch.end;
+            self.announce(&batch);
+            return Ok(());
+        }
+        if !open {
+            frontend::query("BEGIN", self.client.buffer()).context("BEGIN")?;
+            self.expected.push_back(Expect::Simple);
+        }
+        let step = self.progress_step(&batch);
+        self.send(&step)?;
+        frontend::sync(self.client.buffer());
+        // The answer to Sync is what ends a simple query.
+        self.expected.push_back(Expect::Simple);
+        self.answers(&mut batch).await?;
+        for (table, count) in std::mem::take(&mut batch.missing_deletes) {
+            self.bump(&table, "delete_missing", count).await?;
+        }
+        self.client.simple("COMMIT").await?;
+        self.progress_written = Instant::now();
+        self.committed = batch.end;
+        self.announce(&batch);
+        if self.planner.routing_changed() {
+            self.planner.reload_routing(&mut self.client).await?;
+        }
+        Ok(())
+    }
+
+    fn progress_step(&self, batch: &Batch) -> Step {
+        let time = batch
+            .last
+            .as_ref()
+            .map_or(self.shared.top_time(), |info| info.commit_time);
+        Step {
+            name: String::new(),
+            sql: "UPDATE terrace.progress SET lsn = $1, commit_time = $2".into(),
+            parse: true,
+            values: vec![
+                Some(Bytes::from(batch.end.to_string())),
+                Some(Bytes::from(timestamp(time + PG_EPOCH_MICROS))),
+            ],
+            expect: Expect::One,
+            notify: None,
+        }
+    }
+
+    async fn bump(&mut self, table: &str, kind: &str, count: u64) -> Result<(), Failed> {
+        let count_text = count.to_string();
+        self.client
+            .query(
+                "SELECT terrace.bump_conflict($1, $2, $3)",
+                &[Some(table), Some(kind), Some(&count_text)],
+            )
+            .await?;
+        self.shared
+            .set_applied(|applied| applied.conflicts += count);
+        Ok(())
+    }
+
+    fn announce(&self, batch: &Batch) {
+        self.shared.replayed.send_replace(batch.end);
+        let top_time = self.shared.top_time();
+        self.shared.set_applied(|applied| {
+            applied.transactions += batch.transactions as u64;
+            match &batch.last {
+                None => applied.top_time = top_time,
+                Some(info) => {
+                    applied.top_time = info.commit_time;
+                    let tag: serde_json::Value =
+                        serde_json::from_slice(&info.tag).unwrap_or_default();
+                    if let Some(id) = tag["tag"].as_str() {
+                        applied.last_tag = Some(id.to_owned());
+                        applied.last_label = tag["label"].as_str().map(str::to_owned);
+                    }
+                }
+            }
+        });
+    }
+
+    // ----- the careful way --------------------------------------------------
+
+    /// Applies what the fast way could not, one transaction and one statement at
+    /// a time, up to where the queue ends now.
+    async fn careful(&mut self) -> anyhow::Result<()> {
+        // Leave the failed transaction and the rest of its pipeline behind.
+        frontend::sync(self.client.buffer());
+        self.client.flush().await?;
+        let due = self
+            .expected
+            .iter()
+            .filter(|e| matches!(e, Expect::Simple))
+            .count()
+            + 1;
+        timeout(Duration::from_secs(60), self.skip_to_ready(due))
+            .await
+            .context("resynchronise")??;
+        self.client.simple("ROLLBACK").await?;
+        self.client.simple("DEALLOCATE ALL").await?;
+        self.rewind()?;
+        let until = self.queue.end();
+        while self.committed < until {
+            if let Err(error) = self.careful_transaction().await {
+                self.client.simple("ROLLBACK").await.ok();
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    async fn skip_to_ready(&mut self, mut due: usize) -> anyhow::Result<()> {
+        while due > 0 {
+            let message = self.client.message().await?;
+            due -= usize::from(message.kind == b'Z');
+        }
+        Ok(())
+    }
+
+    async fn careful_transaction(&mut self) -> anyhow::Result<()> {
+        let mut batch = Batch::default();
+        let mut open = false;
+        loop {
+            let record = self.next_record().await?;
+            match record.kind {
+                Kind::Schema => self.planner.define(&record)?,
+                Kind::Mark => {}
+                Kind::Watermark => {
+                    self.wait_for_gate(record.lsn).await?;
+                    batch.end = record.lsn;
+                }
+                Kind::Part | Kind::Commit => {
+                    if !open {
+                        self.client.simple("BEGIN").await?;
+                        open = true;
+                    }
+                    for frame in record.frames() {
+                        self.careful_change(&frame?.payload).await?;
+                    }
+                    if record.kind == Kind::Commit {
+                        self.wait_for_gate(record.lsn).await?;
+                        batch.transactions = 1;
+                        batch.end = record.lsn;
+                        batch.last = Some(record.commit()?);
+                    }
+                }
+            }
+            if batch.end > Lsn::ZERO {
+                break;
+            }
+        }
+        let step = self.progress_step(&batch);
+        if !open {
+            self.client.simple("BEGIN").await?;
+        }
+        self.run_step(&step).await?;
+        self.client.simple("COMMIT").await?;
+        self.committed = batch.end;
+        self.announce(&batch);
+        if self.planner.routing_changed() {
+            self.planner.reload_routing(&mut self.client).await?;
+        }
+        Ok(())
+    }
+
+    async fn careful_change(&mut self, payload: &Bytes) -> anyhow::Result<()> {
+        let planned = match self.planner.plan(payload)? {
+            plan::Planned::Lookup(relid) => {
+                self.planner.lookup(&mut self.client, relid).await?;
+                self.planner.plan(payload)?
+            }
+            planned => planned,
+        };
+        let plan::Planned::Steps(steps) = planned else {
+            return Ok(());
+        };
+        for step in steps {
+            self.careful_step(payload, &step).await?;
+        }
+        Ok(())
+    }
+
+    async fn careful_step(&mut self, payload: &Bytes, step: &Step) -> anyhow::Result<()> {
+        // An existing row makes way for the top's.
+        if let Some((clear, table)) = self.planner.clear_way(payload)? {
+            let gone = self.run_step(&clear).await?;
+            if gone > 0 {
+                self.bump(&table, "insert_exists", gone)
+                    .await
+                    .map_err(fatal)?;
+            }
+        }
+        let count = self.run_step(step).await?;
+        match &step.expect {
+            Expect::One if count == 0 => {
+                let table = self.planner.table_of(payload)?;
+                if let Some(insert) = self.planner.insert_instead(payload)? {
+                    self.run_step(&insert).await?;
+                }
+                self.bump(&table, "update_missing", 1)
+                    .await
+                    .map_err(fatal)?;
+            }
+            Expect::Delete(table) if count == 0 => {
+                self.bump(table, "delete_missing", 1).await.map_err(fatal)?;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    async fn run_step(&mut self, step: &Step) -> anyhow::Result<u64> {
+        let values: Vec<Option<&str>> = step
+            .values
+            .iter()
+            .map(|value| value.as_deref().map(std::str::from_utf8).transpose())
+            .collect::<Result<_, _>>()?;
+        Ok(self.client.execute(&step.sql, &values).await?)
+    }
+}
+
+fn unexpected(error: anyhow::Error) -> Failed {
+    Failed::Unexpected(format!("{error:#}"))
+}
+
+fn fatal(failed: Failed) -> anyhow::Error {
+    match failed {
+        Failed::Fatal(error) => error,
+        Failed::Unexpected(problem) => anyhow::anyhow!(problem),
+    }
+}
+
+fn count_missing(counts: &mut Vec<(String, u64)>, table: &str) {
+    match counts.iter_mut().find(|(name, _)| name == table) {
+        Some((_, count)) => *count += 1,
+        None => counts.push((table.to_owned(), 1)),
+    }
+}
+
+/// Postgres folds equal notifications of one transaction into one.
+fn repeats_notify(record: &Record, notified: &std::collections::HashSet<Bytes>) -> bool {
+    !notified.is_empty()
+        && record.frames().flatten().any(|frame| {
+            plan::notify_content(&frame.payload).is_some_and(|content| notified.contains(&content))
+        })
+}
+
+/// Marks what this session writes, and keeps a second bridge out.
+async fn set_origin(client: &mut Client) -> anyhow::Result<()> {
+    client
+        .simple(
+            "SELECT pg_catalog.pg_replication_origin_create('terrace') \
+             WHERE pg_catalog.pg_replication_origin_oid('terrace') IS NULL",
+        )
+        .await
+        .context("create the replication origin")?;
+    client
+        .simple("SELECT pg_catalog.pg_replication_origin_session_setup('terrace')")
+        .await
+        .context("take the replication origin (is another bridge applying here?)")?;
+    Ok(())
+}

@@ -1,0 +1,576 @@
+//! From a change of the stream to the statement that does it here.
+//!
+//! Tables are found by name and columns by name, so that OIDs, column order and
+//! extra columns may differ between servers. Values stay text from end to end;
+//! the local server's own types read them.
+
+use std::collections::{HashMap, HashSet};
+
+use anyhow::{Context, bail};
+use bytes::Bytes;
+
+use crate::client::{Client, quote_ident};
+use crate::pgoutput::{self, Datum, Message, OldKind, TRUNCATE_RESTART_IDENTITY, Tuple};
+use crate::record::Record;
+
+/// Prefix of messages that [`terrace.send`] writes.
+const SEND_PREFIX: &str = "terrace.send";
+
+/// What a statement's completion must say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Expect {
+    /// A simple query, or the end of a pipeline: ready for the next.
+    Simple,
+    /// Any number of rows.
+    Done,
+    /// Exactly one row.
+    One,
+    /// One row of this table; none is a conflict that needs no repair.
+    Delete(String),
+}
+
+/// One statement with its values.
+#[derive(Debug)]
+pub struct Step {
+    /// Of the prepared statement.
+    pub name: String,
+    /// Text, for the first use and for the careful way.
+    pub sql: String,
+    /// Whether the statement has not been prepared yet.
+    pub parse: bool,
+    /// Text values.
+    pub values: Vec<Option<Bytes>>,
+    /// What success looks like.
+    pub expect: Expect,
+    /// Content of the notification that this raises.
+    pub notify: Option<Bytes>,
+}
+
+/// What is to be done for a message.
+pub enum Planned {
+    /// These, in order.
+    Steps(Vec<Step>),
+    /// Nothing on this server.
+    Nothing,
+    /// First [`Planner::lookup`] this relation, then plan again.
+    Lookup(u32),
+}
+
+struct Column {
+    name: String,
+    key: bool,
+    local: Option<LocalColumn>,
+}
+
+#[derive(Clone)]
+struct LocalColumn {
+    generated: bool,
+    primary: bool,
+    comparable: bool,
+}
+
+struct Relation {
+    definition: Bytes,
+    namespace: String,
+    name: String,
+    columns: Vec<Column>,
+    looked_up: bool,
+    routed: bool,
+}
+
+impl Relation {
+    fn qualified(&self) -> String {
+        format!(
+            "{}.{}",
+            quote_ident(&self.namespace),
+            quote_ident(&self.name)
+        )
+    }
+
+    fn table(&self) -> String {
+        format!("{}.{}", self.namespace, self.name)
+    }
+
+    fn has_primary(&self) -> bool {
+        self.columns
+            .iter()
+            .any(|c| c.local.as_ref().is_some_and(|local| local.primary))
+    }
+
+    fn writable(&self) -> impl Iterator<Item = (usize, &Column)> {
+        self.columns
+            .iter()
+            .enumerate()
+            .filter(|(_, c)| c.local.as_ref().is_some_and(|local| !local.generated))
+    }
+}
+
+/// Turns messages into steps; knows the relations and the prepared statements.
+pub struct Planner {
+    domain: String,
+    relations: HashMap<u32, Relation>,
+    /// Tables that other domains get and this one does not.
+    elsewhere: HashSet<(String, String)>,
+    routing_changed: bool,
+    statements: HashMap<String, String>,
+}
+
+fn value(datum: Datum<'_>, payload: &Bytes) -> Option<Bytes> {
+    match datum {
+        Datum::Text(text) => Some(payload.slice_ref(text)),
+        Datum::Null | Datum::Unchanged => None,
+    }
+}
+
+/// Content of the message if it raises a notification.
+pub fn notify_content(payload: &Bytes) -> Option<Bytes> {
+    if payload.first() != Some(&b'M') {
+        return None;
+    }
+    match pgoutput::decode(payload) {
+        Ok(Message::Logical {
+            prefix: SEND_PREFIX,
+            content,
+            ..
+        }) => Some(payload.slice_ref(content)),
+        _ => None,
+    }
+}
+
+impl Planner {
+    /// For a fresh session.
+    pub async fn open(client: &mut Client, domain: &str) -> anyhow::Result<Planner> {
+        let mut planner = Planner {
+            domain: domain.to_owned(),
+            relations: HashMap::new(),
+            elsewhere: HashSet::new(),
+            routing_changed: false,
+            statements: HashMap::new(),
+        };
+        planner.reload_routing(client).await?;
+        Ok(planner)
+    }
+
+    /// Forgets what a failed session may have prepared.
+    pub fn forget(&mut self) {
+        self.statements.clear();
+        self.relations.clear();
+    }
+
+    /// Whether a change of the routing has been planned since the last reload.
+    pub fn routing_changed(&self) -> bool {
+        self.routing_changed
+    }
+
+    /// Reads which tables this domain does not get.
+    pub async fn reload_routing(&mut self, client: &mut Client) -> anyhow::Result<()> {
+        let rows = client
+            .query(
+                "SELECT nspname, relname FROM terrace.sync_table WHERE NOT $1 = ANY (domains)",
+                &[Some(&self.domain)],
+            )
+            .await
+            .context("read terrace.sync_table")?;
+        self.elsewhere = rows
+            .into_iter()
+            .filter_map(|row| match <[_; 2]>::try_from(row) {
+                Ok([Some(namespace), Some(name)]) => Some((namespace, name)),
+                _ => None,
+            })
+            .collect();
+        for relation in self.relations.values_mut() {
+            let place = (relation.namespace.clone(), relation.name.clone());
+            relation.routed = !self.elsewhere.contains(&place);
+        }
+        self.routing_changed = false;
+        Ok(())
+    }
+
+    /// Takes a schema record in.
+    pub fn define(&mut self, record: &Record) -> anyhow::Result<()> {
+        let body = record.body();
+        let Message::Relation(relation) = pgoutput::decode(&body)? else {
+            return Ok(());
+        };
+        if self
+            .relations
+            .get(&relation.relid)
+            .is_some_and(|known| known.definition == body)
+        {
+            return Ok(());
+        }
+        let relid = relation.relid;
+        let place = (relation.namespace.to_owned(), relation.name.to_owned());
+        let columns = relation
+            .columns
+            .iter()
+            .map(|c| Column {
+                name: c.name.to_owned(),
+                key: c.key,
+                local: None,
+            })
+            .collect();
+        let routed = !self.elsewhere.contains(&place);
+        let (namespace, name) = place;
+        let definition = body.clone();
+        let known = Relation {
+            definition,
+            namespace,
+            name,
+            columns,
+            looked_up: false,
+            routed,
+        };
+        self.relations.insert(relid, known);
+        self.statements.clear();
+        Ok(())
+    }
+
+    /// Reads what the table looks like here.
+    pub async fn lookup(&mut self, client: &mut Client, relid: u32) -> anyhow::Result<()> {
+        let relation = self
+            .relations
+            .get_mut(&relid)
+            .context("undefined relation")?;
+        let sql = "SELECT a.attname, a.attgenerated <> '', \
+                 EXISTS (SELECT FROM pg_index i WHERE i.indrelid = a.attrelid AND i.indisprimary \
+                         AND a.attnum = ANY (i.indkey)), \
+                 EXISTS (SELECT FROM pg_opclass o JOIN pg_am m ON m.oid = o.opcmethod \
+                         WHERE m.amname = 'btree' AND o.opcdefault AND o.opcintype = \
+                           CASE WHEN t.typtype = 'e' THEN 'anyenum'::regtype \
+                                WHEN t.typtype = 'd' THEN t.typbasetype \
+                                WHEN t.typcategory = 'A' THEN 'anyarray'::regtype \
+                                WHEN t.typname = 'varchar' THEN 'text'::regtype ELSE t.oid END) \
+             FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid \
+             WHERE a.attrelid = pg_catalog.to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped";
+        let rows = client.query(sql, &[Some(&relation.qualified())]).await?;
+        if rows.is_empty() {
+            bail!(
+                "table \"{}\" does not exist on this server; create it here with the columns that \
+                 it has at the top",
+                relation.table()
+            );
+        }
+        let locals: HashMap<String, LocalColumn> = rows
+            .into_iter()
+            .filter_map(|row| {
+                let is = |index: usize| row[index].as_deref() == Some("t");
+                let local = LocalColumn {
+                    generated: is(1),
+                    primary: is(2),
+                    comparable: is(3),
+                };
+                Some((row[0].clone()?, local))
+            })
+            .collect();
+        let table = relation.table();
+        for column in &mut relation.columns {
+            column.local = locals.get(&column.name).cloned();
+            if column.local.is_none() {
+                bail!(
+                    "table \"{table}\" has no column \"{}\" on this server",
+                    column.name
+                );
+            }
+        }
+        relation.looked_up = true;
+        Ok(())
+    }
+
+    /// What `payload` asks for on this server.
+    pub fn plan(&mut self, payload: &Bytes) -> anyhow::Result<Planned> {
+        let message = pgoutput::decode(payload)?;
+        let relids = match &message {
+            Message::Insert { relid, .. }
+            | Message::Update { relid, .. }
+            | Message::Delete { relid, .. } => vec![*relid],
+            Message::Truncate { relids, .. } => relids.clone(),
+            Message::Logical {
+                prefix: SEND_PREFIX,
+                content,
+                ..
+            } => {
+                return Ok(Planned::Steps(vec![notify(payload.slice_ref(content))?]));
+            }
+            _ => return Ok(Planned::Nothing),
+        };
+        for relid in &relids {
+            let relation = self
+                .relations
+                .get(relid)
+                .context("change of an undefined relation")?;
+            if relation.routed && !relation.looked_up {
+                return Ok(Planned::Lookup(*relid));
+            }
+            if relation.namespace == "terrace" && relation.name == "sync_table" {
+                self.routing_changed = true;
+            }
+        }
+        let relation = &self.relations[&relids[0]];
+        if !relation.routed && relids.len() == 1 {
+            return Ok(Planned::Nothing);
+        }
+        let (sql, values, expect) = match message {
+            Message::Insert { new, .. } => insert(relation, new, payload)?,
+            Message::Update { old, new, .. } => update(relation, old, new, payload)?,
+            Message::Delete { old, .. } => delete(relation, old, payload)?,
+            Message::Truncate { options, relids } => {
+                let tables: Vec<String> = relids
+                    .iter()
+                    .filter_map(|relid| self.relations.get(relid))
+                    .filter(|relation| relation.routed)
+                    .map(Relation::qualified)
+                    .collect();
+                if tables.is_empty() {
+                    return Ok(Planned::Nothing);
+                }
+                let restart = if options & TRUNCATE_RESTART_IDENTITY != 0 {
+                    " RESTART IDENTITY"
+                } else {
+                    ""
+                };
+                let sql = format!("TRUNCATE {}{restart}", tables.join(", "));
+                (sql, Vec::new(), Expect::Done)
+            }
+            _ => return Ok(Planned::Nothing),
+        };
+        Ok(Planned::Steps(vec![self.step(sql, values, expect)]))
+    }
+
+    fn step(&mut self, sql: String, values: Vec<Option<Bytes>>, expect: Expect) -> Step {
+        let next = format!("t{}", self.statements.len());
+        let (name, parse) = match self.statements.get(&sql) {
+            Some(name) => (name.clone(), false),
+            None => (next, true),
+        };
+        if parse {
+            self.statements.insert(sql.clone(), name.clone());
+        }
+        Step {
+            name,
+            sql,
+            parse,
+            values,
+            expect,
+            notify: None,
+        }
+    }
+
+    fn relation_of<'a>(&self, message: &Message<'a>) -> Option<&Relation> {
+        match message {
+            Message::Insert { relid, .. }
+            | Message::Update { relid, .. }
+            | Message::Delete { relid, .. } => self.relations.get(relid),
+            _ => None,
+        }
+    }
+
+    /// `schema.table` that the message changes.
+    pub fn table_of(&self, payload: &Bytes) -> anyhow::Result<String> {
+        let message = pgoutput::decode(payload)?;
+        Ok(self
+            .relation_of(&message)
+            .map(Relation::table)
+            .unwrap_or_default())
+    }
+
+    /// For an insert: the statement that removes a row of the same primary key.
+    pub fn clear_way(&self, payload: &Bytes) -> anyhow::Result<Option<(Step, String)>> {
+        let message = pgoutput::decode(payload)?;
+        let (Message::Insert { new, .. }, Some(relation)) = (&message, self.relation_of(&message))
+        else {
+            return Ok(None);
+        };
+        if !relation.routed || !relation.has_primary() {
+            return Ok(None);
+        }
+        let mut values = Vec::new();
+        let clause = primary_clause(relation, *new, payload, &mut values);
+        let sql = format!("DELETE FROM {} WHERE {clause}", relation.qualified());
+        Ok(Some((unnamed(sql, values, Expect::Done), relation.table())))
+    }
+
+    /// For an update whose row is missing: the insert of its new row, if that is whole.
+    pub fn insert_instead(&self, payload: &Bytes) -> anyhow::Result<Option<Step>> {
+        let message = pgoutput::decode(payload)?;
+        let (Message::Update { new, .. }, Some(relation)) = (&message, self.relation_of(&message))
+        else {
+            return Ok(None);
+        };
+        if new.iter().any(|datum| datum == Datum::Unchanged) {
+            return Ok(None);
+        }
+        let (sql, values, expect) = insert(relation, *new, payload)?;
+        Ok(Some(unnamed(sql, values, expect)))
+    }
+}
+
+fn unnamed(sql: String, values: Vec<Option<Bytes>>, expect: Expect) -> Step {
+    Step {
+        name: String::new(),
+        sql,
+        parse: true,
+        values,
+        expect,
+        notify: None,
+    }
+}
+
+fn notify(content: Bytes) -> anyhow::Result<Step> {
+    let message: serde_json::Value =
+        serde_json::from_slice(&content).context("malformed terrace.send message")?;
+    let field = |name: &str| {
+        message[name]
+            .as_str()
+            .map(|text| Bytes::from(text.to_owned()))
+    };
+    let values = vec![field("channel"), field("payload")];
+    let mut step = unnamed(
+        "SELECT pg_catalog.pg_notify($1, $2)".into(),
+        values,
+        Expect::Done,
+    );
+    step.notify = Some(content);
+    Ok(step)
+}
+
+type Statement = (String, Vec<Option<Bytes>>, Expect);
+
+fn check_width(relation: &Relation, tuple: Tuple<'_>) -> anyhow::Result<()> {
+    if tuple.len() != relation.columns.len() {
+        bail!(
+            "row of table \"{}\" has {} columns",
+            relation.table(),
+            tuple.len()
+        );
+    }
+    Ok(())
+}
+
+fn insert(relation: &Relation, new: Tuple<'_>, payload: &Bytes) -> anyhow::Result<Statement> {
+    check_width(relation, new)?;
+    let datums: Vec<Datum<'_>> = new.iter().collect();
+    let (mut names, mut places, mut values) = (Vec::new(), Vec::new(), Vec::new());
+    for (index, column) in relation.writable() {
+        names.push(quote_ident(&column.name));
+        values.push(value(datums[index], payload));
+        places.push(format!("${}", values.len()));
+    }
+    let sql = format!(
+        "INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE VALUES ({})",
+        relation.qualified(),
+        names.join(", "),
+        places.join(", ")
+    );
+    Ok((sql, values, Expect::Done))
+}
+
+fn update(
+    relation: &Relation,
+    old: Option<(OldKind, Tuple<'_>)>,
+    new: Tuple<'_>,
+    payload: &Bytes,
+) -> anyhow::Result<Statement> {
+    check_width(relation, new)?;
+    let datums: Vec<Datum<'_>> = new.iter().collect();
+    let (mut sets, mut values) = (Vec::new(), Vec::new());
+    for (index, column) in relation.writable() {
+        if datums[index] != Datum::Unchanged {
+            values.push(value(datums[index], payload));
+            sets.push(format!("{} = ${}", quote_ident(&column.name), values.len()));
+        }
+    }
+    let (kind, identity) = old.unwrap_or((OldKind::Key, new));
+    let clause = row_clause(relation, kind, identity, payload, &mut values)?;
+    let sql = format!(
+        "UPDATE {} SET {} WHERE {clause}",
+        relation.qualified(),
+        sets.join(", ")
+    );
+    Ok((sql, values, Expect::One))
+}
+
+fn delete(
+    relation: &Relation,
+    (kind, old): (OldKind, Tuple<'_>),
+    payload: &Bytes,
+) -> anyhow::Result<Statement> {
+    let mut values = Vec::new();
+    let clause = row_clause(relation, kind, old, payload, &mut values)?;
+    let sql = format!("DELETE FROM {} WHERE {clause}", relation.qualified());
+    Ok((sql, values, Expect::Delete(relation.table())))
+}
+
+/// The condition that holds for exactly the row that `old` describes.
+fn row_clause(
+    relation: &Relation,
+    kind: OldKind,
+    old: Tuple<'_>,
+    payload: &Bytes,
+    values: &mut Vec<Option<Bytes>>,
+) -> anyhow::Result<String> {
+    check_width(relation, old)?;
+    if kind == OldKind::Full {
+        if relation.has_primary() {
+            return Ok(primary_clause(relation, old, payload, values));
+        }
+        // Without a key equal rows are alike: any one of them is the one.
+        let clause = clause(relation, old, payload, values, |_| true);
+        let table = relation.qualified();
+        return Ok(format!(
+            "ctid = (SELECT ctid FROM {table} WHERE {clause} LIMIT 1)"
+        ));
+    }
+    if !relation.columns.iter().any(|column| column.key) {
+        bail!(
+            "table \"{}\" has no replica identity at the top",
+            relation.table()
+        );
+    }
+    Ok(clause(relation, old, payload, values, |column| column.key))
+}
+
+fn primary_clause(
+    relation: &Relation,
+    row: Tuple<'_>,
+    payload: &Bytes,
+    values: &mut Vec<Option<Bytes>>,
+) -> String {
+    clause(relation, row, payload, values, |column| {
+        column.local.as_ref().is_some_and(|local| local.primary)
+    })
+}
+
+fn clause(
+    relation: &Relation,
+    row: Tuple<'_>,
+    payload: &Bytes,
+    values: &mut Vec<Option<Bytes>>,
+    wanted: impl Fn(&Column) -> bool,
+) -> String {
+    let mut terms = Vec::new();
+    for (column, datum) in relation
+        .columns
+        .iter()
+        .zip(row.iter())
+        .filter(|(c, _)| wanted(c))
+    {
+        let name = quote_ident(&column.name);
+        match datum {
+            Datum::Null => terms.push(format!("{name} IS NULL")),
+            // Not sent because not changed: the other columns must do.
+            Datum::Unchanged => {}
+            Datum::Text(_) => {
+                values.push(value(datum, payload));
+                let place = values.len();
+                let comparable = column.local.as_ref().is_none_or(|local| local.comparable);
+                terms.push(if comparable {
+                    format!("{name} = ${place}")
+                } else {
+                    format!("{name}::pg_catalog.text = ${place}::pg_catalog.text")
+                });
+            }
+        }
+    }
+    terms.join(" AND ")
+}

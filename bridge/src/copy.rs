@@ -1,0 +1,544 @@
+//! The initial copy of a server that has no data: schema by pg_dump, rows by
+//! parallel COPY, all in one snapshot of one server above or beside it.
+//!
+//! Guarantee: `terrace.progress` is written last, with the position of the
+//! snapshot. A copy that is cut short leaves no progress and starts again; what
+//! it left behind is emptied only if its marker says that it was ours.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use anyhow::{Context, bail};
+use tokio::process::Command;
+use tokio::task::JoinSet;
+
+use crate::client::{Client, PgError, SessionOptions, quote_ident, quote_literal};
+use crate::conninfo::ConnInfo;
+use crate::lsn::{Identity, Lsn};
+use crate::queue::write_atomically;
+use crate::status::Shared;
+use crate::upstream::{BRIDGE_PARAMETER, connect, pinned_settings};
+
+/// Tables copied at the same time.
+const WORKERS: usize = 4;
+const MARKER: &str = "copy.json";
+
+/// Failures that the caller tells apart.
+#[derive(Debug, thiserror::Error)]
+pub enum CopyError {
+    /// Another server of the domain is copying.
+    #[error("another server is copying: {0}")]
+    Busy(String),
+}
+
+impl CopyError {
+    /// Whether to wait and look again.
+    pub fn is_busy(&self) -> bool {
+        matches!(self, CopyError::Busy(_))
+    }
+}
+
+/// A finished copy.
+pub struct CopyResult {
+    /// History copied from.
+    pub identity: Identity,
+    /// Position of the snapshot.
+    pub lsn: Lsn,
+    /// Its temporary cursor holds the source's queue until we stream from it.
+    pub client: Client,
+}
+
+struct Table {
+    namespace: String,
+    name: String,
+    columns: Option<String>,
+    filter: Option<String>,
+    bytes: u64,
+}
+
+impl Table {
+    fn qualified(&self) -> String {
+        format!(
+            "{}.{}",
+            quote_ident(&self.namespace),
+            quote_ident(&self.name)
+        )
+    }
+
+    /// What to read at the source and where to write here.
+    fn statements(&self) -> (String, String) {
+        let table = self.qualified();
+        let columns = self.columns.clone().unwrap_or_default();
+        let list = if columns.is_empty() {
+            String::new()
+        } else {
+            format!(" ({columns})")
+        };
+        let read = match &self.filter {
+            None => format!("COPY {table}{list} TO STDOUT"),
+            Some(filter) => {
+                let columns = if columns.is_empty() { "*" } else { &columns };
+                format!("COPY (SELECT {columns} FROM {table} WHERE {filter}) TO STDOUT")
+            }
+        };
+        (read, format!("COPY {table}{list} FROM STDIN"))
+    }
+}
+
+/// Copies everything that this server is to hold from `source`.
+pub async fn initial_copy(shared: &Arc<Shared>, source: &ConnInfo) -> anyhow::Result<CopyResult> {
+    let node = &shared.config.node;
+    let (mut holder, identity) = connect(source, &node.name).await?;
+    let bridge = holder.extension_accepted(BRIDGE_PARAMETER);
+    let slot = shared.config.slot_name();
+    let mut temporary = format!("{slot}_copy");
+    if bridge {
+        temporary = format!("terrace_{}_copy", node.name);
+    } else {
+        check_slot(shared, &mut holder, &slot).await?;
+    }
+    let (lsn, snapshot) = create_snapshot(&mut holder, &temporary).await?;
+    tracing::info!(position = %lsn, source = %source.endpoint(), "initial copy starts");
+    let mut reader = snapshot_session(source, &snapshot).await?;
+    let tables = synchronised_tables(&mut reader, &node.domain).await?;
+    let mut local = local_session(shared).await?;
+    let fresh = prepare_schema(shared, source, &snapshot, &mut reader, &mut local, &tables).await?;
+    copy_rows(shared, source, &snapshot, tables).await?;
+    if fresh {
+        let post = dump(source, &snapshot, &mut reader, "post-data").await?;
+        restore(&mut local, &post)
+            .await
+            .context("create indexes and constraints")?;
+    }
+    let copy_settings = ["domain", "sync_table"].map(|name| Table {
+        namespace: "terrace".into(),
+        name: name.into(),
+        columns: None,
+        filter: None,
+        bytes: 0,
+    });
+    for table in &copy_settings {
+        copy_table(&mut reader, &mut local, table, &AtomicU64::new(0)).await?;
+    }
+    if !bridge {
+        let marker = format!("{}slot {slot} {lsn}\n", marker_of(fresh));
+        write_atomically(&node.data_dir, MARKER, marker.as_bytes())?;
+        let copied = format!(
+            "SELECT pg_catalog.pg_copy_logical_replication_slot({}, {}, false)",
+            quote_literal(&temporary),
+            quote_literal(&slot)
+        );
+        holder
+            .simple(&copied)
+            .await
+            .context("make the replication slot permanent")?;
+    }
+    local
+        .execute(
+            "INSERT INTO terrace.progress (identity, lsn, commit_time) VALUES ($1, $2, now())",
+            &[Some(&identity.to_string()), Some(&lsn.to_string())],
+        )
+        .await
+        .context("write terrace.progress")?;
+    local.simple("CHECKPOINT").await.ok();
+    fs::remove_file(node.data_dir.join(MARKER)).ok();
+    Ok(CopyResult {
+        identity,
+        lsn,
+        client: holder,
+    })
+}
+
+/// At the top's Postgres: an existing slot belongs to a server that has data, or
+/// to a copy of ours that died between making the slot and noting its progress.
+async fn check_slot(shared: &Arc<Shared>, client: &mut Client, slot: &str) -> anyhow::Result<()> {
+    let sql = format!(
+        "SELECT active::text, confirmed_flush_lsn::text FROM pg_catalog.pg_replication_slots \
+         WHERE slot_name = {}",
+        quote_literal(slot)
+    );
+    let rows = client.simple(&sql).await?;
+    let Some(row) = rows.first() else {
+        return Ok(());
+    };
+    let active = row
+        .first()
+        .cloned()
+        .flatten()
+        .is_some_and(|text| text.starts_with('t'));
+    let confirmed = row.get(1).cloned().flatten().unwrap_or_default();
+    let marker = fs::read_to_string(shared.config.node.data_dir.join(MARKER)).unwrap_or_default();
+    if active {
+        return Err(CopyError::Busy(format!("slot \"{slot}\" is active")).into());
+    }
+    if marker
+        .lines()
+        .any(|line| line == format!("slot {slot} {confirmed}"))
+    {
+        client
+            .simple(&format!("DROP_REPLICATION_SLOT {}", quote_ident(slot)))
+            .await?;
+        return Ok(());
+    }
+    bail!(
+        "replication slot \"{slot}\" exists but no server of the domain in reach has data; start \
+         the server that has, or, if the domain is new, drop the slot at the top with \
+         SELECT pg_drop_replication_slot('{slot}')"
+    )
+}
+
+async fn create_snapshot(client: &mut Client, slot: &str) -> anyhow::Result<(Lsn, String)> {
+    let sql = format!(
+        "CREATE_REPLICATION_SLOT {} TEMPORARY LOGICAL pgoutput (SNAPSHOT 'export')",
+        quote_ident(slot)
+    );
+    let rows = match client.simple(&sql).await {
+        Ok(rows) => rows,
+        Err(error) if error.code() == Some("42710") => {
+            return Err(CopyError::Busy(error.to_string()).into());
+        }
+        Err(error) => return Err(error).context("create the slot to copy from"),
+    };
+    match rows.first().map(Vec::as_slice) {
+        Some([_, Some(lsn), Some(snapshot), ..]) => Ok((lsn.parse()?, snapshot.clone())),
+        _ => bail!("the server exported no snapshot"),
+    }
+}
+
+async fn snapshot_session(source: &ConnInfo, snapshot: &str) -> Result<Client, PgError> {
+    let options = SessionOptions {
+        application_name: "terrace copy".into(),
+        gucs: pinned_settings(),
+        ..Default::default()
+    };
+    let mut client = Client::connect(source, &options).await?;
+    let sql = format!(
+        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT {}",
+        quote_literal(snapshot)
+    );
+    client.simple(&sql).await?;
+    Ok(client)
+}
+
+async fn local_session(shared: &Arc<Shared>) -> anyhow::Result<Client> {
+    let mut gucs = pinned_settings();
+    gucs.retain(|(name, _)| name != "wal_sender_timeout");
+    gucs.push(("session_replication_role".into(), "replica".into()));
+    let application_name = "terrace copy".into();
+    let options = SessionOptions {
+        application_name,
+        gucs,
+        ..Default::default()
+    };
+    Ok(Client::connect(&ConnInfo::parse(&shared.config.database.url)?, &options).await?)
+}
+
+/// The tables that `domain` gets, partitions in place of their parents.
+async fn synchronised_tables(client: &mut Client, domain: &str) -> anyhow::Result<Vec<Table>> {
+    let known = client
+        .query(
+            "SELECT 1 FROM terrace.domain WHERE name = $1",
+            &[Some(domain)],
+        )
+        .await
+        .context("read terrace.domain at the source (is the extension installed there?)")?;
+    if known.is_empty() {
+        bail!(
+            "domain \"{domain}\" does not exist; create it at the top with \
+             SELECT terrace.create_domain('{domain}')"
+        );
+    }
+    let rows = client
+        .query(
+            "SELECT n.nspname, c.relname, s.filter, pg_catalog.pg_relation_size(c.oid), \
+                    (SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) \
+                     FROM pg_catalog.pg_attribute a \
+                     WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped \
+                       AND a.attgenerated = '' \
+                       AND (s.columns IS NULL OR a.attname = ANY (s.columns))) \
+             FROM terrace.sync_table s, \
+                  pg_catalog.pg_partition_tree(to_regclass(format('%I.%I', s.nspname, s.relname))) t \
+             JOIN pg_catalog.pg_class c ON c.oid = t.relid AND c.relkind = 'r' \
+             JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+             WHERE s.domains IS NULL OR $1 = ANY (s.domains) \
+             UNION ALL \
+             SELECT s.nspname, s.relname, s.filter, pg_catalog.pg_relation_size(c.oid), \
+                    (SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) \
+                     FROM pg_catalog.pg_attribute a \
+                     WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped \
+                       AND a.attgenerated = '' \
+                       AND (s.columns IS NULL OR a.attname = ANY (s.columns))) \
+             FROM terrace.sync_table s JOIN pg_catalog.pg_namespace n ON n.nspname = s.nspname \
+             JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = s.relname \
+             WHERE c.relkind = 'r' AND NOT c.relispartition \
+               AND (s.domains IS NULL OR $1 = ANY (s.domains))",
+            &[Some(domain)],
+        )
+        .await
+        .context("read terrace.sync_table at the source")?;
+    let mut tables: Vec<Table> = Vec::new();
+    for row in rows {
+        let [Some(namespace), Some(name), filter, bytes, columns] = <[_; 5]>::try_from(row)
+            .map_err(|_| anyhow::anyhow!("unexpected columns of terrace.sync_table"))?
+        else {
+            continue;
+        };
+        let bytes = bytes.and_then(|text| text.parse().ok()).unwrap_or(0);
+        let table = Table {
+            namespace,
+            name,
+            columns,
+            filter,
+            bytes,
+        };
+        if !tables
+            .iter()
+            .any(|known| known.qualified() == table.qualified())
+        {
+            tables.push(table);
+        }
+    }
+    // Large ones first, so that the workers end together.
+    tables.sort_by_key(|table| std::cmp::Reverse(table.bytes));
+    Ok(tables)
+}
+
+/// Makes the tables that are missing here, or empties what our own interrupted
+/// copy left. Tells whether indexes and constraints are still to be made.
+async fn prepare_schema(
+    shared: &Arc<Shared>,
+    source: &ConnInfo,
+    snapshot: &str,
+    reader: &mut Client,
+    local: &mut Client,
+    tables: &[Table],
+) -> anyhow::Result<bool> {
+    let marker = shared.config.node.data_dir.join(MARKER);
+    let ours = fs::read_to_string(&marker).unwrap_or_default();
+    local
+        .simple("TRUNCATE terrace.domain, terrace.sync_table")
+        .await?;
+    let (mut present, mut missing) = (Vec::new(), Vec::new());
+    for table in tables {
+        let rows = local
+            .query(
+                "SELECT 1 WHERE to_regclass($1) IS NOT NULL",
+                &[Some(&table.qualified())],
+            )
+            .await?;
+        if rows.is_empty() {
+            missing.push(table)
+        } else {
+            present.push(table)
+        }
+    }
+    for table in &present {
+        let name = table.qualified();
+        let full = local
+            .simple(&format!("SELECT 1 FROM {name} LIMIT 1"))
+            .await?;
+        if !full.is_empty() && ours.is_empty() {
+            bail!(
+                "table {name} already has rows on this server; empty it with TRUNCATE to let the \
+                 initial copy fill it"
+            );
+        }
+    }
+    if !present.is_empty() && !ours.is_empty() {
+        let names: Vec<String> = present.iter().map(|table| table.qualified()).collect();
+        local
+            .simple(&format!("TRUNCATE {} CASCADE", names.join(", ")))
+            .await?;
+    }
+    if !missing.is_empty() && !present.is_empty() {
+        bail!(
+            "table {} is missing on this server while others are there; create it as it is at the \
+             top, or drop the others to let the initial copy make all",
+            missing[0].qualified()
+        );
+    }
+    let fresh = !missing.is_empty() || ours.lines().any(|line| line == "schema is ours");
+    write_atomically(
+        &shared.config.node.data_dir,
+        MARKER,
+        marker_of(fresh).as_bytes(),
+    )?;
+    if !missing.is_empty() {
+        let pre = dump(source, snapshot, reader, "pre-data").await?;
+        restore(local, &pre).await.context("create the tables")?;
+    }
+    Ok(fresh)
+}
+
+fn marker_of(fresh: bool) -> &'static str {
+    if fresh {
+        "schema is ours\n"
+    } else {
+        "rows are ours\n"
+    }
+}
+
+fn pg_dump_path() -> PathBuf {
+    // Debian keeps one directory a version; the newest dumps any older server.
+    let mut found: Vec<(u32, PathBuf)> = fs::read_dir("/usr/lib/postgresql")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| {
+            let version = entry.file_name().to_str()?.parse().ok()?;
+            let path = entry.path().join("bin/pg_dump");
+            path.exists().then_some((version, path))
+        })
+        .collect();
+    found.sort();
+    found
+        .pop()
+        .map_or_else(|| PathBuf::from("pg_dump"), |(_, path)| path)
+}
+
+async fn dump(
+    source: &ConnInfo,
+    snapshot: &str,
+    reader: &mut Client,
+    section: &str,
+) -> anyhow::Result<String> {
+    // What is not synchronised must not be locked: the role may not read it.
+    let others = reader
+        .simple(
+            "SELECT format('%I.%I', n.nspname, c.relname) FROM pg_catalog.pg_class c \
+             JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+             WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f') AND n.nspname NOT LIKE 'pg\\_%' \
+               AND n.nspname NOT IN ('information_schema', 'terrace') \
+               AND NOT EXISTS (SELECT FROM terrace.sync_table s, \
+                    pg_catalog.pg_partition_tree(to_regclass(format('%I.%I', s.nspname, s.relname))) t \
+                    WHERE t.relid = c.oid) \
+               AND NOT EXISTS (SELECT FROM terrace.sync_table s \
+                    WHERE s.nspname = n.nspname AND s.relname = c.relname)",
+        )
+        .await?;
+    let mut command = Command::new(pg_dump_path());
+    command
+        .args([
+            "--schema-only",
+            "--no-owner",
+            "--no-privileges",
+            "--no-publications",
+        ])
+        .args([
+            "--no-subscriptions",
+            "--exclude-schema=terrace",
+            "--section",
+            section,
+        ])
+        .arg(format!("--snapshot={snapshot}"))
+        .envs(source.libpq_env())
+        .stdin(Stdio::null())
+        .kill_on_drop(true);
+    for name in others.into_iter().flatten().flatten() {
+        command.arg(format!("--exclude-table={name}"));
+    }
+    let output = command.output().await.context("run pg_dump")?;
+    if !output.status.success() {
+        bail!(
+            "pg_dump failed: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+    }
+    let text = String::from_utf8(output.stdout).context("output of pg_dump")?;
+    Ok(text)
+}
+
+/// Runs a section of a dump as one transaction, without what is the extension's.
+async fn restore(local: &mut Client, dump: &str) -> anyhow::Result<()> {
+    let mut sql = String::from("BEGIN;\n");
+    for line in dump.lines() {
+        // Each of these stands on a line of its own in a dump.
+        let skip = line.starts_with('\\')
+            || line.starts_with("CREATE EXTENSION IF NOT EXISTS terrace ")
+            || line.starts_with("COMMENT ON EXTENSION terrace ")
+            || line.starts_with("CREATE TRIGGER terrace_")
+            || line.starts_with("ALTER TRIGGER terrace_");
+        if !skip {
+            sql.push_str(line);
+            sql.push('\n');
+        }
+    }
+    sql.push_str("COMMIT;");
+    let result = local.simple(&sql).await;
+    if result.is_err() {
+        local.simple("ROLLBACK").await.ok();
+    }
+    // A dump empties the search path for what it runs.
+    local
+        .simple("RESET ALL; SET session_replication_role = replica")
+        .await?;
+    result.map(drop).map_err(Into::into)
+}
+
+async fn copy_rows(
+    shared: &Arc<Shared>,
+    source: &ConnInfo,
+    snapshot: &str,
+    tables: Vec<Table>,
+) -> anyhow::Result<()> {
+    let total = tables.iter().map(|table| table.bytes).sum();
+    let done = Arc::new(AtomicU64::new(0));
+    let queue = Arc::new(std::sync::Mutex::new(tables.into_iter()));
+    let mut workers = JoinSet::new();
+    for _ in 0..WORKERS {
+        let (shared, done, queue) = (Arc::clone(shared), Arc::clone(&done), Arc::clone(&queue));
+        let (source, snapshot) = (source.clone(), snapshot.to_owned());
+        workers.spawn(async move {
+            let mut sessions = None;
+            loop {
+                let next = queue.lock().unwrap_or_else(|p| p.into_inner()).next();
+                let Some(table) = next else {
+                    return anyhow::Ok(());
+                };
+                let (reader, local) = match &mut sessions {
+                    Some(sessions) => sessions,
+                    none => none.insert((
+                        snapshot_session(&source, &snapshot).await?,
+                        local_session(&shared).await?,
+                    )),
+                };
+                copy_table(reader, local, &table, &done).await?;
+                shared.set_copy_progress(done.load(Ordering::Relaxed), total);
+            }
+        });
+    }
+    while let Some(result) = workers.join_next().await {
+        result.context("copy worker")??;
+    }
+    Ok(())
+}
+
+async fn copy_table(
+    reader: &mut Client,
+    local: &mut Client,
+    table: &Table,
+    done: &AtomicU64,
+) -> anyhow::Result<()> {
+    let (read, write) = table.statements();
+    let name = table.qualified();
+    reader
+        .copy_out(&read)
+        .await
+        .with_context(|| format!("read table {name}"))?;
+    local
+        .copy_in(&write)
+        .await
+        .with_context(|| format!("write table {name}"))?;
+    while let Some(data) = reader.copy_out_next().await? {
+        done.fetch_add(data.len() as u64, Ordering::Relaxed);
+        local.copy_in_send(data).await?;
+    }
+    local
+        .copy_in_finish()
+        .await
+        .with_context(|| format!("write table {name}"))?;
+    Ok(())
+}

@@ -1,0 +1,112 @@
+//! `/metrics` for Prometheus, `/healthz` and `/readyz` for supervisors.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use anyhow::Context;
+use axum::Router;
+use axum::http::{StatusCode, header};
+use axum::routing::get;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::status::{PG_EPOCH_MICROS, Role, Shared, State, unix_micros};
+
+/// Serves until `cancel`.
+pub async fn run(shared: Arc<Shared>, cancel: CancellationToken) -> anyhow::Result<()> {
+    let listen = &shared.config.http.listen;
+    let listener = TcpListener::bind(listen)
+        .await
+        .with_context(|| format!("listen on {listen} ([http] listen)"))?;
+    let (metrics_of, ready_of) = (Arc::clone(&shared), Arc::clone(&shared));
+    let router = Router::new()
+        .route("/metrics", get(move || async move { metrics(&metrics_of) }))
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(move || async move { ready(&ready_of) }));
+    axum::serve(listener, router)
+        .with_graceful_shutdown(async move { cancel.cancelled().await })
+        .await
+        .context("serve HTTP")
+}
+
+fn ready(shared: &Shared) -> (StatusCode, String) {
+    match shared.state() {
+        (state @ (State::Streaming | State::Catchup), _) => (StatusCode::OK, format!("{state}\n")),
+        (state, reason) => {
+            let reason = reason.unwrap_or_default();
+            (
+                StatusCode::SERVICE_UNAVAILABLE,
+                format!("{state}: {reason}\n"),
+            )
+        }
+    }
+}
+
+type Reply = (StatusCode, [(header::HeaderName, &'static str); 1], String);
+
+fn metrics(shared: &Shared) -> Reply {
+    let node = &shared.config.node;
+    let labels = [("node", &node.name), ("domain", &node.domain)]
+        .map(|(name, value)| (name.into(), value.clone().into()));
+    let mut registry = Registry::with_labels(labels.into_iter());
+    let terrace = registry.sub_registry_with_prefix("terrace");
+    let mut integer = |name: &str, help: &str, value: i64| {
+        let gauge = Gauge::<i64>::default();
+        gauge.set(value);
+        terrace.register(name, help, gauge);
+    };
+    let applied = shared.applied();
+    let (state, _) = shared.state();
+    integer(
+        "flush_lsn",
+        "Durable end of the queue",
+        shared.flushed.borrow().0 as i64,
+    );
+    integer(
+        "replay_lsn",
+        "End of what is applied",
+        shared.replayed.borrow().0 as i64,
+    );
+    integer(
+        "applied_transactions",
+        "Transactions applied",
+        applied.transactions as i64,
+    );
+    integer("conflicts", "Conflicts resolved", applied.conflicts as i64);
+    integer(
+        "master",
+        "1 on the domain's master",
+        i64::from(shared.role() == Role::Master),
+    );
+    integer(
+        "stalled",
+        "1 when stalled",
+        i64::from(state == State::Stalled),
+    );
+    integer(
+        "downstreams",
+        "Bridges connected",
+        shared.downstreams().len() as i64,
+    );
+    let lag = match applied.top_time {
+        0 => f64::NAN,
+        time => ((unix_micros() - PG_EPOCH_MICROS - time) as f64 / 1e6).max(0.0),
+    };
+    let gauge = Gauge::<f64, AtomicU64>::default();
+    gauge.set(lag);
+    terrace.register(
+        "replay_age_seconds",
+        "Age of the top's clock at the replayed end",
+        gauge,
+    );
+    let mut text = String::new();
+    let status = match encode(&mut text, &registry) {
+        Ok(()) => StatusCode::OK,
+        Err(_) => StatusCode::INTERNAL_SERVER_ERROR,
+    };
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    (status, [(header::CONTENT_TYPE, kind)], text)
+}

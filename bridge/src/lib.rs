@@ -1,0 +1,27 @@
+//! Terrace bridge: receives the change stream of one top-level database, keeps
+//! it in a durable queue, applies it to the Postgres beside it and relays it.
+//!
+//! Data walks one way: [`upstream`] receives and [`assemble`]s records,
+//! [`queue`] makes them durable, [`apply`] replays them, [`relay`] serves them
+//! to slaves, child domains and stock clients. [`node`] decides whom to follow.
+
+pub mod apply;
+pub mod assemble;
+pub mod client;
+pub mod config;
+pub mod conninfo;
+pub mod copy;
+pub mod domain;
+pub mod handshake;
+pub mod http;
+pub mod lsn;
+pub mod node;
+pub mod pgoutput;
+pub mod queue;
+pub mod record;
+pub mod relay;
+pub mod report;
+pub mod status;
+pub mod tls;
+pub mod upstream;
+pub mod wire;

@@ -1,0 +1,149 @@
+//! `terrace-bridge`: the command line.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use terrace_bridge::client::{Client, SessionOptions};
+use terrace_bridge::config::Config;
+use terrace_bridge::conninfo::ConnInfo;
+use terrace_bridge::node;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+
+/// Keeps the Postgres beside it in step with the top of a Terrace tree.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run until stopped
+    Run {
+        /// Configuration file
+        #[arg(short)]
+        config: PathBuf,
+    },
+    /// Show the tree as the database beside this bridge knows it
+    Status {
+        /// Configuration file
+        #[arg(short)]
+        config: PathBuf,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+        /// Again every second
+        #[arg(long)]
+        watch: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let logs = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    if std::env::var("TERRACE_LOG_FORMAT").is_ok_and(|format| format == "json") {
+        logs.json().init();
+    } else {
+        logs.with_ansi(false).init();
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build();
+    let result = runtime
+        .context("start the runtime")
+        .and_then(|rt| rt.block_on(run(arguments)));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("terrace-bridge: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(arguments: Arguments) -> anyhow::Result<()> {
+    match arguments.command {
+        Command::Run { config } => {
+            let config = Config::load(&config)?;
+            let cancel = CancellationToken::new();
+            stop_on_signal(cancel.clone())?;
+            node::run(config, cancel).await
+        }
+        Command::Status {
+            config,
+            json,
+            watch,
+        } => loop {
+            status(&Config::load(&config)?, json).await?;
+            if !watch {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        },
+    }
+}
+
+fn stop_on_signal(cancel: CancellationToken) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("handle SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("handle SIGINT")?;
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        cancel.cancel();
+    });
+    Ok(())
+}
+
+async fn status(config: &Config, json: bool) -> anyhow::Result<()> {
+    let info = ConnInfo::parse(&config.database.url)?;
+    let options = SessionOptions {
+        application_name: "terrace status".into(),
+        ..Default::default()
+    };
+    let mut client = Client::connect(&info, &options)
+        .await
+        .with_context(|| format!("connect to the local database at {}", info.endpoint()))?;
+    if json {
+        let sql = "SELECT coalesce(json_agg(l), '[]') FROM terrace.lag l";
+        let rows = client.query(sql, &[]).await?;
+        println!(
+            "{}",
+            rows.first()
+                .and_then(|row| row.first()?.as_deref())
+                .unwrap_or("[]")
+        );
+        return Ok(());
+    }
+    let sql = "SELECT node, domain, role, state, replay_lsn, lag_bytes, replay_lag, reason \
+               FROM terrace.lag";
+    println!(
+        "{:16} {:12} {:8} {:10} {:>14} {:>10} lag",
+        "node", "domain", "role", "state", "replayed", "bytes"
+    );
+    for row in client.query(sql, &[]).await? {
+        let text = |column: usize| row[column].as_deref().unwrap_or("-");
+        println!(
+            "{:16} {:12} {:8} {:10} {:>14} {:>10} {} {}",
+            text(0),
+            text(1),
+            text(2),
+            text(3),
+            text(4),
+            text(5),
+            text(6),
+            row[7].as_deref().unwrap_or_default()
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,131 @@
+//! Readers of a queue, each at its own pace.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use super::segment::{Scan, Schema, Segment, schema_key};
+use super::{Queue, QueueError};
+use crate::lsn::Lsn;
+use crate::record::{Kind, Record};
+
+/// Delivers records in order; see [`Queue::reader`].
+pub struct Reader {
+    queue: Queue,
+    written: watch::Receiver<Lsn>,
+    segment: Arc<Segment>,
+    scan: Scan,
+    /// Definitions due before the next record.
+    schema: VecDeque<Record>,
+    /// What ends at or below this is passed over.
+    from: Lsn,
+}
+
+impl Reader {
+    pub(super) fn open(queue: Queue, from: Lsn) -> Result<Reader, QueueError> {
+        let segment = queue.segment_for(from)?;
+        let mut reader = Reader {
+            written: queue.written(),
+            scan: Scan::at(segment.head_len),
+            segment,
+            queue,
+            schema: VecDeque::new(),
+            from,
+        };
+        reader.seek()?;
+        Ok(reader)
+    }
+
+    /// Passes over what ends at or below `from`, collecting the definitions.
+    fn seek(&mut self) -> Result<(), QueueError> {
+        let limit = self.segment.visible();
+        let mut schema = Schema::new();
+        let mut transaction_start = None;
+        loop {
+            let at = self.scan.offset;
+            let Some(record) = self.scan.next(&self.segment, limit)? else {
+                break;
+            };
+            match record.kind {
+                // Definitions inside a transaction are delivered with it.
+                Kind::Schema if transaction_start.is_none() => {
+                    schema.insert(schema_key(&record)?, record);
+                }
+                Kind::Schema | Kind::Mark => {}
+                Kind::Part => {
+                    transaction_start.get_or_insert(at);
+                }
+                Kind::Commit | Kind::Watermark if record.lsn <= self.from => {
+                    if let Some(start) = transaction_start.take() {
+                        self.collect(start, self.scan.offset, &mut schema)?;
+                    }
+                }
+                Kind::Commit | Kind::Watermark => {
+                    self.scan = Scan::at(transaction_start.unwrap_or(at));
+                    break;
+                }
+            }
+        }
+        self.schema = schema.into_values().collect();
+        Ok(())
+    }
+
+    fn collect(&self, start: u64, end: u64, schema: &mut Schema) -> Result<(), QueueError> {
+        let mut scan = Scan::at(start);
+        while let Some(record) = scan.next(&self.segment, end)? {
+            if record.kind == Kind::Schema {
+                schema.insert(schema_key(&record)?, record);
+            }
+        }
+        Ok(())
+    }
+
+    /// The next record, or `None` when nothing more is written yet.
+    pub fn try_next(&mut self) -> Result<Option<Record>, QueueError> {
+        loop {
+            if let Some(record) = self.schema.pop_front() {
+                return Ok(Some(record));
+            }
+            // Look for the next segment before the end of this one: once there
+            // is a next one, this one does not grow.
+            let next = self.queue.segment_after(&self.segment);
+            match self.scan.next(&self.segment, self.segment.visible())? {
+                Some(record) if record.kind == Kind::Mark => {}
+                Some(record) if record.lsn != Lsn::ZERO && record.lsn <= self.from => {}
+                Some(record) => {
+                    self.from = self.from.max(record.lsn);
+                    return Ok(Some(record));
+                }
+                None => match next {
+                    Some(next) => self.enter(next)?,
+                    None => return Ok(None),
+                },
+            }
+        }
+    }
+
+    fn enter(&mut self, next: Arc<Segment>) -> Result<(), QueueError> {
+        if next.start > self.from {
+            return Err(QueueError::Gone {
+                wanted: self.from,
+                first: next.start,
+            });
+        }
+        self.scan = Scan::at(next.head_len);
+        self.segment = next;
+        Ok(())
+    }
+
+    /// The next record; waits for it. Nothing is lost when the wait is given up.
+    pub async fn next(&mut self) -> Result<Record, QueueError> {
+        loop {
+            self.written.mark_unchanged();
+            if let Some(record) = self.try_next()? {
+                return Ok(record);
+            }
+            // The sender lives in the queue, which lives in `self`.
+            let _ = self.written.changed().await;
+        }
+    }
+}

@@ -1,0 +1,348 @@
+//! One file of the queue: its head, and what a crash may have left of it.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+
+use super::{QueueError, sync_dir};
+use crate::lsn::{Identity, Lsn};
+use crate::record::{HEADER_LEN, Kind, Record, RecordError, body_len};
+
+const MAGIC: &[u8; 8] = b"TERRSEG1";
+const MAX_HEAD: usize = 4096;
+/// Read at once when scanning.
+pub(super) const BLOCK: usize = 256 << 10;
+const MARK_LEN: usize = HEADER_LEN + 8;
+
+/// Definitions that a later transaction may refer to, by message kind and OID.
+pub(super) type Schema = BTreeMap<(u8, u32), Record>;
+
+/// Key of a schema record: the message's kind and the OID that it defines.
+pub(super) fn schema_key(record: &Record) -> Result<(u8, u32), RecordError> {
+    let mut body = record.body();
+    if body.len() < 5 {
+        return Err(RecordError::Body("schema message"));
+    }
+    Ok((body.get_u8(), body.get_u32()))
+}
+
+/// An open segment file.
+pub(super) struct Segment {
+    pub path: PathBuf,
+    /// End of the transaction before the first one in this file.
+    pub start: Lsn,
+    pub head_len: u64,
+    identity: Identity,
+    file: File,
+    /// Readers may read up to here.
+    visible: AtomicU64,
+    /// Known to be on disk up to here.
+    synced: AtomicU64,
+}
+
+/// The segment files of `dir` in order of position.
+pub(super) fn list(dir: &Path) -> Result<Vec<PathBuf>, QueueError> {
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(dir).map_err(QueueError::io("read", dir))? {
+        let path = entry.map_err(QueueError::io("read", dir))?.path();
+        if path.extension().is_some_and(|extension| extension == "seg") {
+            paths.push(path);
+        }
+    }
+    // The names are numbers of one width.
+    paths.sort();
+    Ok(paths)
+}
+
+fn encode_head(identity: &Identity, start: Lsn) -> BytesMut {
+    let text = identity.to_string();
+    let mut head = BytesMut::new();
+    head.put_slice(MAGIC);
+    head.put_u64(start.0);
+    head.put_u16(text.len() as u16);
+    head.put_slice(text.as_bytes());
+    head.put_u32(crc32c::crc32c(&head));
+    head
+}
+
+fn decode_head(mut bytes: &[u8]) -> Result<(Identity, Lsn, u64), &'static str> {
+    let whole = bytes;
+    if bytes.len() < MAGIC.len() + 10 || &bytes[..MAGIC.len()] != MAGIC {
+        return Err("not a queue segment of this version");
+    }
+    bytes.advance(MAGIC.len());
+    let (start, len) = (Lsn(bytes.get_u64()), bytes.get_u16() as usize);
+    if bytes.len() < len + 4 {
+        return Err("head is cut short");
+    }
+    let head_len = whole.len() - bytes.len() + len;
+    if crc32c::crc32c(&whole[..head_len]) != (&whole[head_len..]).get_u32() {
+        return Err("head checksum does not match");
+    }
+    let text = std::str::from_utf8(&bytes[..len]).map_err(|_| "identity is not UTF-8")?;
+    let identity = text.parse().map_err(|_| "invalid stream identity")?;
+    Ok((identity, start, head_len as u64 + 4))
+}
+
+impl Segment {
+    /// Makes a segment that starts with every definition in `schema`. It appears
+    /// under its name only when it is whole and on disk.
+    pub fn create(
+        dir: &Path,
+        identity: &Identity,
+        start: Lsn,
+        schema: &Schema,
+    ) -> Result<Segment, QueueError> {
+        let path = dir.join(format!("{:016X}.seg", start.0));
+        let temporary = path.with_extension("tmp");
+        let mut content = encode_head(identity, start);
+        let head_len = content.len() as u64;
+        schema
+            .values()
+            .for_each(|record| content.put_slice(&record.bytes));
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&temporary)
+            .map_err(QueueError::io("create", &temporary))?;
+        file.write_all_at(&content, 0)
+            .map_err(QueueError::io("write", &temporary))?;
+        file.sync_all()
+            .map_err(QueueError::io("fsync", &temporary))?;
+        fs::rename(&temporary, &path).map_err(QueueError::io("rename", &temporary))?;
+        sync_dir(dir)?;
+        Ok(Segment {
+            path,
+            start,
+            head_len,
+            identity: identity.clone(),
+            file,
+            visible: AtomicU64::new(content.len() as u64),
+            synced: AtomicU64::new(content.len() as u64),
+        })
+    }
+
+    /// Opens a segment as it is, wholly visible; records are checked when they are read.
+    pub fn open(path: &Path) -> Result<Segment, QueueError> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(path)
+            .map_err(QueueError::io("open", path))?;
+        let len = file.metadata().map_err(QueueError::io("read", path))?.len();
+        let mut head = vec![0; (len as usize).min(MAX_HEAD)];
+        file.read_exact_at(&mut head, 0)
+            .map_err(QueueError::io("read", path))?;
+        let (identity, start, head_len) =
+            decode_head(&head).map_err(|problem| QueueError::Damaged {
+                path: path.to_owned(),
+                offset: 0,
+                problem: problem.into(),
+            })?;
+        Ok(Segment {
+            path: path.to_owned(),
+            start,
+            head_len,
+            identity,
+            file,
+            visible: AtomicU64::new(len),
+            synced: AtomicU64::new(len),
+        })
+    }
+
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    pub fn visible(&self) -> u64 {
+        self.visible.load(Ordering::Acquire)
+    }
+
+    pub fn synced(&self) -> u64 {
+        self.synced.load(Ordering::Acquire)
+    }
+
+    /// Lets readers read up to `offset`.
+    pub fn publish(&self, offset: u64) {
+        self.visible.store(offset, Ordering::Release);
+    }
+
+    pub fn write_at(&self, bytes: &[u8], offset: u64) -> Result<(), QueueError> {
+        self.file
+            .write_all_at(bytes, offset)
+            .map_err(QueueError::io("write", &self.path))
+    }
+
+    pub fn truncate(&self, len: u64) -> Result<(), QueueError> {
+        self.file
+            .set_len(len)
+            .map_err(QueueError::io("truncate", &self.path))
+    }
+
+    /// Makes what is visible now durable.
+    pub fn sync(&self) -> Result<(), QueueError> {
+        let visible = self.visible();
+        self.file
+            .sync_data()
+            .map_err(QueueError::io("fsync", &self.path))?;
+        self.synced.fetch_max(visible, Ordering::AcqRel);
+        Ok(())
+    }
+
+    /// Reads `len` bytes, or what there is up to `limit`.
+    pub fn read(&self, offset: u64, len: usize, limit: u64) -> Result<Bytes, QueueError> {
+        let len = limit.saturating_sub(offset).min(len as u64) as usize;
+        let mut bytes = BytesMut::zeroed(len);
+        self.file
+            .read_exact_at(&mut bytes, offset)
+            .map_err(QueueError::io("read", &self.path))?;
+        Ok(bytes.freeze())
+    }
+
+    pub fn damaged(&self, offset: u64, problem: impl ToString) -> QueueError {
+        QueueError::Damaged {
+            path: self.path.clone(),
+            offset,
+            problem: problem.to_string(),
+        }
+    }
+}
+
+/// Walks the records of a segment in blocks.
+pub(super) struct Scan {
+    /// Offset of the next record.
+    pub offset: u64,
+    block: Bytes,
+}
+
+impl Scan {
+    pub fn at(offset: u64) -> Scan {
+        Scan {
+            offset,
+            block: Bytes::new(),
+        }
+    }
+
+    /// The record at `offset`, or `None` at `limit`.
+    pub fn next(&mut self, segment: &Segment, limit: u64) -> Result<Option<Record>, QueueError> {
+        if self.offset >= limit {
+            return Ok(None);
+        }
+        let needed = match body_len(&self.block) {
+            Ok(len) => HEADER_LEN + len,
+            Err(RecordError::Short) => {
+                self.block = segment.read(self.offset, BLOCK, limit)?;
+                let problem = |error| segment.damaged(self.offset, error);
+                HEADER_LEN + body_len(&self.block).map_err(problem)?
+            }
+            Err(error) => return Err(segment.damaged(self.offset, error)),
+        };
+        if self.block.len() < needed {
+            if self.offset + needed as u64 > limit {
+                return Err(segment.damaged(self.offset, RecordError::Short));
+            }
+            self.block = segment.read(self.offset, needed.max(BLOCK), limit)?;
+        }
+        let record =
+            Record::take(&mut self.block).map_err(|error| segment.damaged(self.offset, error))?;
+        self.offset += record.bytes.len() as u64;
+        Ok(Some(record))
+    }
+}
+
+/// The last segment after a crash.
+pub(super) struct Recovered {
+    pub segment: Segment,
+    pub end: Lsn,
+    pub schema: Schema,
+}
+
+/// Opens the last segment and cuts what a crash left behind its last whole
+/// transaction.
+///
+/// Marks tell a torn tail from damage. Each one says "all before this offset
+/// had been fsynced when I was written". A bad record that some later mark
+/// covers was once good: that is damage, and an error. One that no mark covers
+/// is the tail of a write that never reached the disk, and goes.
+pub(super) fn recover(path: &Path) -> Result<Recovered, QueueError> {
+    let segment = Segment::open(path)?;
+    let len = segment.visible();
+    let mut scan = Scan::at(segment.head_len);
+    let (mut end, mut whole) = (segment.start, segment.head_len);
+    let (mut schema, mut pending) = (Schema::new(), Vec::new());
+    loop {
+        let at = scan.offset;
+        match scan.next(&segment, len) {
+            Ok(None) => break,
+            Ok(Some(record)) => match record.kind {
+                Kind::Schema => pending.push(record),
+                Kind::Commit | Kind::Watermark => {
+                    for record in pending.drain(..) {
+                        schema.insert(schema_key(&record)?, record);
+                    }
+                    (end, whole) = (record.lsn, scan.offset);
+                }
+                Kind::Part | Kind::Mark => {}
+            },
+            Err(error @ QueueError::Damaged { .. }) => {
+                if covered_by_mark(&segment, at, len)? {
+                    return Err(error);
+                }
+                tracing::warn!(path = %path.display(), offset = at, "cut the torn tail");
+                break;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    if whole == segment.head_len {
+        // Nothing but the head: keep the definitions that create() put there.
+        for record in pending {
+            whole += record.bytes.len() as u64;
+            schema.insert(schema_key(&record)?, record);
+        }
+    }
+    segment.truncate(whole)?;
+    segment.publish(whole);
+    segment.sync()?;
+    Ok(Recovered {
+        segment,
+        end,
+        schema,
+    })
+}
+
+fn covered_by_mark(segment: &Segment, bad: u64, len: u64) -> Result<bool, QueueError> {
+    let magic = Record::new(Kind::Mark, Lsn::ZERO, &[0; 8]).bytes.slice(..5);
+    let mut offset = bad;
+    while offset + MARK_LEN as u64 <= len {
+        // Blocks overlap, so that no mark is missed at a border.
+        let block = segment.read(offset, BLOCK, len)?;
+        for at in 0..=block.len() - MARK_LEN {
+            if block[at..].starts_with(&magic)
+                && let Ok(record) = Record::take(&mut block.slice(at..at + MARK_LEN))
+                && record.body().get_u64() > bad
+            {
+                return Ok(true);
+            }
+        }
+        offset += (block.len() - MARK_LEN + 1) as u64;
+    }
+    Ok(false)
+}
+
+/// Reads a whole segment file and returns how many records it holds; for tools
+/// and fuzzing.
+pub fn inspect(path: &Path) -> Result<usize, QueueError> {
+    let segment = Segment::open(path)?;
+    let (len, mut scan, mut count) = (segment.visible(), Scan::at(segment.head_len), 0);
+    while scan.next(&segment, len)?.is_some() {
+        count += 1;
+    }
+    Ok(count)
+}

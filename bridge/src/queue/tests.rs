@@ -1,0 +1,210 @@
+use bytes::{BufMut, BytesMut};
+use tempfile::TempDir;
+
+use super::*;
+use crate::record::{CommitInfo, Kind, Record, commit_record, put_frame};
+
+fn identity() -> Identity {
+    Identity {
+        system_id: 1,
+        timeline: 1,
+        database: "app".into(),
+        publication: "terrace".into(),
+        format: 1,
+    }
+}
+
+fn transaction(end: u64, size: usize) -> Record {
+    let mut frames = BytesMut::new();
+    put_frame(&mut frames, Lsn(end - 1), &vec![b'I'; size]);
+    let info = CommitInfo {
+        xid: end as u32,
+        commit_lsn: Lsn(end - 1),
+        commit_time: 0,
+        tag: Default::default(),
+    };
+    commit_record(&info, Lsn(end), &frames)
+}
+
+fn schema(relid: u32, version: u8) -> Record {
+    let mut body = BytesMut::new();
+    body.put_u8(b'R');
+    body.put_u32(relid);
+    body.put_u8(version);
+    Record::new(Kind::Schema, Lsn::ZERO, &body)
+}
+
+fn create(dir: &TempDir) -> (Queue, Writer) {
+    Queue::create(dir.path(), identity(), Lsn(100)).unwrap()
+}
+
+fn all(queue: &Queue, from: u64) -> Vec<(Kind, u64)> {
+    let mut reader = queue.reader(Lsn(from)).unwrap();
+    std::iter::from_fn(|| reader.try_next().unwrap())
+        .map(|r| (r.kind, r.lsn.0))
+        .collect()
+}
+
+fn last_segment(dir: &TempDir) -> PathBuf {
+    segment::list(dir.path()).unwrap().pop().unwrap()
+}
+
+#[test]
+fn a_reader_gets_what_is_above_its_start_with_definitions_first() {
+    let dir = TempDir::new().unwrap();
+    let (queue, mut writer) = create(&dir);
+    writer.append(&schema(1, 0)).unwrap();
+    writer.append(&transaction(110, 10)).unwrap();
+    writer.append(&schema(1, 0)).unwrap();
+    writer.append(&transaction(120, 10)).unwrap();
+    assert_eq!(all(&queue, 100), [], "nothing is seen before publish");
+    writer.publish().unwrap();
+    writer.append(&Record::watermark(Lsn(130), 0)).unwrap();
+    writer.append(&transaction(120, 10)).unwrap();
+    writer.publish().unwrap();
+    let (s, c, w) = (Kind::Schema, Kind::Commit, Kind::Watermark);
+    assert_eq!(all(&queue, 100), [(s, 0), (c, 110), (c, 120), (w, 130)]);
+    assert_eq!(all(&queue, 110), [(s, 0), (c, 120), (w, 130)]);
+    assert_eq!(all(&queue, 130), [(s, 0)]);
+    assert_eq!(all(&queue, 500), [(s, 0)]);
+    assert!(matches!(
+        queue.reader(Lsn(99)),
+        Err(QueueError::Gone { .. })
+    ));
+}
+
+#[test]
+fn an_unfinished_transaction_is_never_seen_and_can_be_cut() {
+    let dir = TempDir::new().unwrap();
+    let (queue, mut writer) = create(&dir);
+    writer.append(&transaction(110, 10)).unwrap();
+    writer
+        .append(&Record::new(Kind::Part, Lsn::ZERO, &vec![0; 2 << 20]))
+        .unwrap();
+    writer.append(&schema(7, 0)).unwrap();
+    writer.publish().unwrap();
+    assert_eq!(all(&queue, 100), [(Kind::Commit, 110)]);
+    writer.cut_data().unwrap();
+    writer.append(&transaction(120, 10)).unwrap();
+    writer.publish().unwrap();
+    let expected = [(Kind::Commit, 110), (Kind::Schema, 0), (Kind::Commit, 120)];
+    assert_eq!(all(&queue, 100), expected);
+    writer.append(&schema(8, 0)).unwrap();
+    writer.cut().unwrap();
+    writer.append(&transaction(130, 10)).unwrap();
+    writer.publish().unwrap();
+    assert_eq!(all(&queue, 120), [(Kind::Schema, 0), (Kind::Commit, 130)]);
+}
+
+#[test]
+fn a_torn_tail_is_cut_and_the_rest_is_kept() {
+    let dir = TempDir::new().unwrap();
+    let (queue, mut writer) = create(&dir);
+    writer.append(&schema(1, 0)).unwrap();
+    writer.append(&transaction(110, 10)).unwrap();
+    writer.publish().unwrap();
+    let whole = fs::metadata(last_segment(&dir)).unwrap().len();
+    writer.append(&transaction(120, 100)).unwrap();
+    writer.publish().unwrap();
+    let torn = fs::metadata(last_segment(&dir)).unwrap().len();
+    drop((queue, writer));
+    for len in [torn - 1, whole + 30, whole + 1] {
+        let file = fs::OpenOptions::new()
+            .write(true)
+            .open(last_segment(&dir))
+            .unwrap();
+        file.set_len(len).unwrap();
+        let (queue, writer) = Queue::open(dir.path()).unwrap().unwrap();
+        assert_eq!(writer.end(), Lsn(110), "cut at {len}");
+        assert_eq!(all(&queue, 100), [(Kind::Schema, 0), (Kind::Commit, 110)]);
+        drop((queue, writer));
+        let file = fs::OpenOptions::new()
+            .write(true)
+            .open(last_segment(&dir))
+            .unwrap();
+        file.set_len(torn).unwrap();
+    }
+    let (_, mut writer) = Queue::open(dir.path()).unwrap().unwrap();
+    writer.append(&transaction(120, 10)).unwrap();
+    writer.publish().unwrap();
+}
+
+#[test]
+fn a_flipped_bit_in_what_was_durable_is_refused() {
+    let dir = TempDir::new().unwrap();
+    let (queue, mut writer) = create(&dir);
+    writer.append(&transaction(110, 10)).unwrap();
+    writer.publish().unwrap();
+    let inside = fs::metadata(last_segment(&dir)).unwrap().len() - 3;
+    queue.active().sync().unwrap();
+    writer.append(&transaction(120, 10)).unwrap();
+    writer.publish().unwrap();
+    drop((queue, writer));
+    let mut bytes = fs::read(last_segment(&dir)).unwrap();
+    bytes[inside as usize] ^= 4;
+    fs::write(last_segment(&dir), bytes).unwrap();
+    let error = Queue::open(dir.path()).err().unwrap();
+    assert!(
+        error.to_string().contains("is damaged at offset"),
+        "{error}"
+    );
+}
+
+#[test]
+fn segments_roll_carry_the_schema_and_are_trimmed() {
+    let dir = TempDir::new().unwrap();
+    let (queue, mut writer) = create(&dir);
+    writer.append(&schema(1, 0)).unwrap();
+    for end in 1..=40 {
+        writer
+            .append(&transaction(100 + end * 10, 1 << 20))
+            .unwrap();
+        writer.publish().unwrap();
+    }
+    assert!(segment::list(dir.path()).unwrap().len() >= 3);
+    assert_eq!(
+        all(&queue, 100)
+            .iter()
+            .filter(|r| r.0 == Kind::Commit)
+            .count(),
+        40
+    );
+    let tail = all(&queue, 480);
+    assert_eq!(
+        tail,
+        [(Kind::Schema, 0), (Kind::Commit, 490), (Kind::Commit, 500)]
+    );
+
+    queue.set_cursor("slow", Lsn(100));
+    assert!(queue.trim(Lsn(500), 0, u64::MAX).unwrap().is_empty());
+    assert_eq!(queue.first(), Lsn(100), "a cursor holds the queue");
+    assert_eq!(queue.trim(Lsn(500), 0, 1).unwrap(), ["slow"]);
+    assert!(queue.first() > Lsn(100), "beyond the ceiling it does not");
+    queue.save_cursors().unwrap();
+    drop((queue, writer));
+    let (queue, _writer) = Queue::open(dir.path()).unwrap().unwrap();
+    assert_eq!(queue.cursors(), [("slow".to_owned(), Lsn(100), true)]);
+    assert_eq!(all(&queue, 480), tail);
+}
+
+#[tokio::test]
+async fn a_waiting_reader_wakes_and_the_fsync_is_told() {
+    let dir = TempDir::new().unwrap();
+    let (queue, mut writer) = create(&dir);
+    let mut reader = queue.reader(Lsn(100)).unwrap();
+    let syncing = tokio::spawn({
+        let queue = queue.clone();
+        async move { queue.keep_durable().await }
+    });
+    let read = tokio::spawn(async move { reader.next().await.unwrap().lsn });
+    tokio::task::yield_now().await;
+    writer.append(&transaction(110, 10)).unwrap();
+    writer.publish().unwrap();
+    assert_eq!(read.await.unwrap(), Lsn(110));
+    queue
+        .durable()
+        .wait_for(|lsn| *lsn == Lsn(110))
+        .await
+        .unwrap();
+    syncing.abort();
+}

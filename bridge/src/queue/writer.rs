@@ -1,0 +1,225 @@
+//! The one writer of a queue.
+
+use std::sync::Arc;
+
+use bytes::{BufMut, BytesMut};
+
+use super::segment::{Scan, Schema, Segment, schema_key};
+use super::{Queue, QueueError, SEGMENT_BYTES, lock};
+use crate::lsn::Lsn;
+use crate::record::{Kind, Record};
+
+/// Buffered bytes are written at the latest when there are as many.
+const BUFFER_BYTES: usize = 1 << 20;
+
+/// Appends records. What is appended becomes readable with [`Writer::publish`];
+/// after an error everything since the last publish is gone, as after a crash.
+pub struct Writer {
+    queue: Queue,
+    segment: Arc<Segment>,
+    /// Of the last appended transaction or watermark.
+    end: Lsn,
+    schema: Schema,
+    /// Not yet in the file; starts at `offset`.
+    buffer: BytesMut,
+    offset: u64,
+    /// End of the last whole transaction, in the file or the buffer.
+    whole: u64,
+    /// What the schema was before each definition that no transaction follows yet.
+    undo: Vec<((u8, u32), Option<Record>)>,
+    in_transaction: bool,
+    marked: u64,
+}
+
+impl Writer {
+    pub(super) fn new(queue: Queue, end: Lsn, schema: Schema) -> Writer {
+        let segment = queue.active();
+        let offset = segment.visible();
+        Writer {
+            queue,
+            segment,
+            end,
+            schema,
+            buffer: BytesMut::new(),
+            offset,
+            whole: offset,
+            undo: Vec::new(),
+            in_transaction: false,
+            marked: offset,
+        }
+    }
+
+    /// End of what has been appended.
+    pub fn end(&self) -> Lsn {
+        self.end
+    }
+
+    /// The queue that this writes.
+    pub fn queue(&self) -> &Queue {
+        &self.queue
+    }
+
+    /// Appends one record. A transaction or watermark at or below the end is
+    /// dropped: it is here already.
+    pub fn append(&mut self, record: &Record) -> Result<(), QueueError> {
+        match record.kind {
+            Kind::Schema => self.append_schema(record)?,
+            Kind::Part => {
+                self.in_transaction = true;
+                self.put(record);
+            }
+            Kind::Commit if record.lsn <= self.end => self.cut()?,
+            Kind::Commit => self.finish(record)?,
+            Kind::Watermark if self.in_transaction => {
+                return Err(QueueError::Order("watermark inside a transaction"));
+            }
+            Kind::Watermark if record.lsn <= self.end => {}
+            Kind::Watermark => self.finish(record)?,
+            Kind::Mark => return Err(QueueError::Order("a mark is local to its file")),
+        }
+        if self.buffer.len() >= BUFFER_BYTES {
+            self.write()
+        } else {
+            Ok(())
+        }
+    }
+
+    fn append_schema(&mut self, record: &Record) -> Result<(), QueueError> {
+        let key = schema_key(record)?;
+        let known = self.schema.get(&key);
+        if known.is_some_and(|known| known.bytes == record.bytes) {
+            return Ok(());
+        }
+        self.undo.push((key, known.cloned()));
+        self.schema.insert(key, record.clone());
+        self.put(record);
+        Ok(())
+    }
+
+    fn put(&mut self, record: &Record) {
+        self.buffer.put_slice(&record.bytes);
+    }
+
+    fn finish(&mut self, record: &Record) -> Result<(), QueueError> {
+        self.put(record);
+        self.undo.clear();
+        self.in_transaction = false;
+        self.end = record.lsn;
+        self.whole = self.offset + self.buffer.len() as u64;
+        if self.whole > SEGMENT_BYTES {
+            self.roll()
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Whether records of an unfinished transaction have been appended.
+    pub fn in_transaction(&self) -> bool {
+        self.in_transaction
+    }
+
+    /// Takes back the unfinished transaction, and what it defined.
+    pub fn cut(&mut self) -> Result<(), QueueError> {
+        for (key, before) in self.undo.drain(..).rev() {
+            match before {
+                Some(record) => self.schema.insert(key, record),
+                None => self.schema.remove(&key),
+            };
+        }
+        self.in_transaction = false;
+        if self.whole >= self.offset {
+            self.buffer.truncate((self.whole - self.offset) as usize);
+            return Ok(());
+        }
+        self.buffer.clear();
+        self.offset = self.whole;
+        self.segment.truncate(self.whole)
+    }
+
+    /// Takes back the unfinished transaction but keeps what it defined: the
+    /// upstream will not send the definitions again in this session.
+    pub fn cut_data(&mut self) -> Result<(), QueueError> {
+        let defined: Vec<Record> = self
+            .undo
+            .iter()
+            .filter_map(|(key, _)| self.schema.get(key).cloned())
+            .collect();
+        self.cut()?;
+        defined
+            .iter()
+            .try_for_each(|record| self.append_schema(record))
+    }
+
+    /// Makes what has been appended, up to the last whole transaction, readable.
+    pub fn publish(&mut self) -> Result<(), QueueError> {
+        if self.queue.end() == self.end {
+            return Ok(());
+        }
+        self.put_mark();
+        self.write()?;
+        self.segment.publish(self.whole);
+        self.queue.inner.written.send_replace(self.end);
+        Ok(())
+    }
+
+    /// Says in the file what is known to be on disk, for [`super::segment::recover`].
+    fn put_mark(&mut self) {
+        let synced = self.segment.synced();
+        if synced > self.marked && !self.in_transaction {
+            let mark = Record::new(Kind::Mark, Lsn::ZERO, &synced.to_be_bytes());
+            self.put(&mark);
+            self.whole = self.offset + self.buffer.len() as u64;
+            self.marked = synced;
+        }
+    }
+
+    fn write(&mut self) -> Result<(), QueueError> {
+        let written = self.segment.write_at(&self.buffer, self.offset);
+        if written.is_ok() {
+            self.offset += self.buffer.len() as u64;
+        }
+        self.buffer.clear();
+        written.inspect_err(|_| self.forget())
+    }
+
+    /// After a failed write: back to what readers can see.
+    fn forget(&mut self) {
+        let visible = self.segment.visible();
+        (self.offset, self.whole) = (visible, visible);
+        self.end = self.queue.end();
+        self.undo.clear();
+        self.in_transaction = false;
+        // The rest of the tail is overwritten by the next append, or cut at the next start.
+        if let Err(error) = self.segment.truncate(visible) {
+            tracing::warn!("{error}");
+        }
+        match definitions(&self.segment, visible) {
+            Ok(schema) => self.schema = schema,
+            // Knowing none means that each is written again, which is always right.
+            Err(_) => self.schema.clear(),
+        }
+    }
+
+    fn roll(&mut self) -> Result<(), QueueError> {
+        self.publish()?;
+        self.segment.sync()?;
+        let inner = &self.queue.inner;
+        let next = Segment::create(&inner.dir, &inner.identity, self.end, &self.schema)?;
+        self.segment = Arc::new(next);
+        self.offset = self.segment.visible();
+        self.whole = self.offset;
+        self.marked = self.offset;
+        lock(&inner.segments).push(Arc::clone(&self.segment));
+        Ok(())
+    }
+}
+
+fn definitions(segment: &Segment, limit: u64) -> Result<Schema, QueueError> {
+    let (mut schema, mut scan) = (Schema::new(), Scan::at(segment.head_len));
+    while let Some(record) = scan.next(segment, limit)? {
+        if record.kind == Kind::Schema {
+            schema.insert(schema_key(&record)?, record);
+        }
+    }
+    Ok(schema)
+}

@@ -1,0 +1,443 @@
+//! A replication session: commands until a stream starts, and again after it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use anyhow::Context;
+use bytes::BufMut;
+use postgres_protocol::message::frontend;
+
+use super::grammar::{Command, parse};
+use super::stream::{Outcome, Start, stream};
+use super::{Relay, splice};
+use crate::client::{Client, PgError, SessionOptions};
+use crate::lsn::Lsn;
+use crate::upstream::{BRIDGE_PARAMETER, PUBLICATION};
+use crate::wire::{self, Framed, MAX_UNAUTHENTICATED};
+
+const TEXT: u32 = 25;
+
+/// An error for the client: SQLSTATE and text.
+pub struct Refusal(pub &'static str, pub String);
+
+type Reply = Result<(), Refusal>;
+
+fn refuse<T>(code: &'static str, text: impl Into<String>) -> Result<T, Refusal> {
+    Err(Refusal(code, text.into()))
+}
+
+impl From<PgError> for Refusal {
+    fn from(error: PgError) -> Refusal {
+        Refusal("58000", format!("local database: {error}"))
+    }
+}
+
+/// One client.
+pub struct Session {
+    relay: Arc<Relay>,
+    framed: Framed,
+    parameters: BTreeMap<String, String>,
+    id: u32,
+    /// Speaks our own frames.
+    bridge: bool,
+    /// For SQL that is passed through.
+    sql: Option<Client>,
+    /// Holds an exported snapshot until the next command.
+    snapshot: Option<Client>,
+    temporary: Vec<String>,
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        for slot in &self.temporary {
+            self.relay.queue.drop_cursor(slot);
+        }
+    }
+}
+
+impl Session {
+    /// For a client that has been let in.
+    pub fn new(
+        relay: Arc<Relay>,
+        framed: Framed,
+        parameters: BTreeMap<String, String>,
+        id: u32,
+    ) -> Session {
+        let bridge = parameters.contains_key(BRIDGE_PARAMETER);
+        Session {
+            relay,
+            framed,
+            parameters,
+            id,
+            bridge,
+            sql: None,
+            snapshot: None,
+            temporary: Vec::new(),
+        }
+    }
+
+    /// Serves until the client goes.
+    pub async fn run(mut self) -> anyhow::Result<()> {
+        self.greet();
+        loop {
+            wire::ready_for_query(self.framed.out(), b'I');
+            self.framed.flush().await?;
+            let cancel = self.relay.cancel.clone();
+            let message = tokio::select! {
+                message = self.framed.read_message(MAX_UNAUTHENTICATED) => message?,
+                () = cancel.cancelled() => {
+                    let text = "terminating connection because the bridge shuts down";
+                    wire::error_response(self.framed.out(), "FATAL", "57P01", text, "");
+                    return Ok(self.framed.flush().await?);
+                }
+            };
+            let mut body = message.body;
+            match message.kind {
+                b'X' => return Ok(()),
+                b'Q' => {
+                    let text = wire::take_cstr(&mut body).context("query is not UTF-8")?;
+                    if !self.query(&text).await? {
+                        return Ok(());
+                    }
+                }
+                // Answers of a stream that has just ended.
+                b'd' | b'c' | b'f' => {}
+                kind => {
+                    let text = format!("message 0x{kind:02x} is not supported in replication mode");
+                    wire::error_response(self.framed.out(), "FATAL", "08P01", &text, "");
+                    return Ok(self.framed.flush().await?);
+                }
+            }
+        }
+    }
+
+    fn greet(&mut self) {
+        let known = self.relay.shared.server_parameters.lock();
+        let known = known
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+            .clone();
+        let user = self.parameters.get("user").cloned().unwrap_or_default();
+        let application = self
+            .parameters
+            .get("application_name")
+            .cloned()
+            .unwrap_or_default();
+        let defaults = [
+            ("server_version", "15.0"),
+            ("server_encoding", "UTF8"),
+            ("TimeZone", "UTC"),
+        ];
+        let fixed = [
+            ("client_encoding", "UTF8"),
+            ("integer_datetimes", "on"),
+            ("standard_conforming_strings", "on"),
+            ("DateStyle", "ISO, MDY"),
+            ("IntervalStyle", "postgres"),
+            ("in_hot_standby", "off"),
+            ("default_transaction_read_only", "off"),
+            ("is_superuser", "off"),
+            ("session_authorization", &user),
+            ("application_name", &application),
+            ("terrace.relay", "1"),
+        ];
+        let out = self.framed.out();
+        for (name, default) in defaults {
+            let value = known.get(name).map_or(default, String::as_str);
+            wire::parameter_status(out, name, value);
+        }
+        fixed
+            .iter()
+            .for_each(|(name, value)| wire::parameter_status(out, name, value));
+        wire::put(out, b'K', |out| {
+            out.put_u32(self.id);
+            out.put_u32(0);
+        });
+    }
+
+    /// Answers one query. False when the connection is to end.
+    async fn query(&mut self, text: &str) -> anyhow::Result<bool> {
+        self.snapshot = None;
+        let reply = match parse(text) {
+            None => refuse("42601", "syntax error in replication command"),
+            Some(Command::IdentifySystem) => self.identify(),
+            Some(Command::Show(name)) if name.eq_ignore_ascii_case("terrace.status") => {
+                let status = self.relay.shared.status_json().to_string();
+                self.row(&[("terrace.status", Some(&status))], "SHOW");
+                Ok(())
+            }
+            Some(Command::Create {
+                slot,
+                temporary,
+                logical,
+                snapshot,
+            }) => self.create(slot, temporary, logical, snapshot).await,
+            Some(Command::Drop { slot }) => {
+                if self.relay.queue.drop_cursor(&slot) {
+                    wire::command_complete(self.framed.out(), "DROP_REPLICATION_SLOT");
+                    Ok(())
+                } else {
+                    refuse(
+                        "42704",
+                        format!("replication slot \"{slot}\" does not exist"),
+                    )
+                }
+            }
+            Some(Command::Start {
+                slot,
+                from,
+                options,
+            }) => match self.start(slot, from, &options).await? {
+                Ok(Outcome::Closed) => return Ok(false),
+                Ok(Outcome::CopyDone) => Ok(()),
+                Err(refusal) => Err(refusal),
+            },
+            Some(Command::Unsupported(what)) => {
+                refuse("0A000", format!("{what} is not supported by this server"))
+            }
+            Some(Command::Show(_) | Command::Sql) => self.pass(text).await?,
+        };
+        if let Err(Refusal(code, text)) = reply {
+            wire::error_response(self.framed.out(), "ERROR", code, &text, "");
+        }
+        Ok(true)
+    }
+
+    fn row(&mut self, columns: &[(&str, Option<&str>)], completion: &str) {
+        let out = self.framed.out();
+        let names: Vec<(&str, u32)> = columns.iter().map(|(name, _)| (*name, TEXT)).collect();
+        let values: Vec<Option<&str>> = columns.iter().map(|(_, value)| *value).collect();
+        wire::row_description(out, &names);
+        wire::data_row(out, &values);
+        wire::command_complete(out, completion);
+    }
+
+    fn identify(&mut self) -> Reply {
+        let identity = self.relay.queue.identity().clone();
+        let (system_id, timeline) = (
+            identity.system_id.to_string(),
+            identity.timeline.to_string(),
+        );
+        let end = self.relay.queue.end().to_string();
+        self.row(
+            &[
+                ("systemid", Some(&system_id)),
+                ("timeline", Some(&timeline)),
+                ("xlogpos", Some(&end)),
+                ("dbname", Some(&identity.database)),
+            ],
+            "IDENTIFY_SYSTEM",
+        );
+        Ok(())
+    }
+
+    async fn create(
+        &mut self,
+        slot: String,
+        temporary: bool,
+        logical: bool,
+        snapshot: Option<String>,
+    ) -> Reply {
+        if !logical {
+            return refuse(
+                "0A000",
+                "physical replication is not supported by this server",
+            );
+        }
+        if self
+            .relay
+            .queue
+            .cursors()
+            .iter()
+            .any(|(name, _, _)| *name == slot)
+        {
+            return refuse(
+                "42710",
+                format!("replication slot \"{slot}\" already exists"),
+            );
+        }
+        let (lsn, name) = match snapshot.as_deref() {
+            Some("nothing") => (*self.relay.shared.replayed.borrow(), None),
+            Some("export") => {
+                let (client, lsn, name) = self.export().await?;
+                self.snapshot = Some(client);
+                (lsn, Some(name))
+            }
+            _ => return refuse("0A000", "SNAPSHOT 'use' is not supported by this server"),
+        };
+        self.relay.queue.set_cursor(&slot, lsn);
+        if temporary {
+            self.temporary.push(slot.clone());
+        }
+        let point = lsn.to_string();
+        self.row(
+            &[
+                ("slot_name", Some(&slot)),
+                ("consistent_point", Some(&point)),
+                ("snapshot_name", name.as_deref()),
+                ("output_plugin", Some("pgoutput")),
+            ],
+            "CREATE_REPLICATION_SLOT",
+        );
+        Ok(())
+    }
+
+    /// A snapshot of the local database with the position that it shows.
+    async fn export(&self) -> Result<(Client, Lsn, String), Refusal> {
+        let local = self
+            .relay
+            .local()
+            .map_err(|error| Refusal("58000", error.to_string()))?;
+        let options = SessionOptions {
+            application_name: "terrace snapshot".into(),
+            ..Default::default()
+        };
+        let mut client = Client::connect(&local, &options).await?;
+        client
+            .simple("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            .await?;
+        let sql = "SELECT lsn, pg_catalog.pg_export_snapshot() FROM terrace.progress";
+        let rows = client.simple(sql).await?;
+        match rows.first().map(Vec::as_slice) {
+            Some([Some(lsn), Some(name)]) => match lsn.parse() {
+                Ok(lsn) => Ok((client, lsn, name.clone())),
+                Err(_) => refuse("58000", "terrace.progress is damaged"),
+            },
+            _ => refuse("55000", "this server has no data to copy yet"),
+        }
+    }
+
+    async fn start(
+        &mut self,
+        slot: String,
+        from: Lsn,
+        options: &[(String, Option<String>)],
+    ) -> anyhow::Result<Result<Outcome, Refusal>> {
+        let messages = match check_options(options) {
+            Ok(messages) => messages,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
+        let queue = &self.relay.queue;
+        let cursor = queue
+            .cursors()
+            .into_iter()
+            .find(|(name, _, _)| *name == slot);
+        let from = match (self.bridge, cursor) {
+            (true, _) => from,
+            (false, Some((_, lsn, false))) => from.max(lsn),
+            (false, Some((_, _, true))) => {
+                let text = format!("can no longer get changes from replication slot \"{slot}\"");
+                return Ok(refuse("55000", text));
+            }
+            (false, None) => {
+                let text = format!("replication slot \"{slot}\" does not exist");
+                return Ok(refuse("42704", text));
+            }
+        };
+        let reader = match queue.reader(from) {
+            Ok(reader) => reader,
+            Err(error) => return Ok(refuse("58P01", error.to_string())),
+        };
+        if !lock(&self.relay).insert(slot.clone()) {
+            let text = format!("replication slot \"{slot}\" is active for PID 0");
+            return Ok(refuse("55006", text));
+        }
+        let _active = ActiveCursor {
+            relay: &self.relay,
+            slot: &slot,
+        };
+        queue.set_cursor(&slot, from);
+        wire::copy_both_response(self.framed.out());
+        self.framed.flush().await?;
+        let start = Start {
+            slot: &slot,
+            from,
+            messages,
+            bridge: self.bridge,
+        };
+        let outcome = stream(&self.relay, &mut self.framed, reader, &start).await;
+        outcome.map(Ok)
+    }
+
+    /// Runs SQL on the local Postgres and passes the answer on.
+    async fn pass(&mut self, text: &str) -> anyhow::Result<Reply> {
+        if self.sql.is_none() {
+            match splice::open(&self.relay, &self.parameters).await {
+                Ok(client) => self.sql = Some(client),
+                Err(error) => return Ok(Err(error.into())),
+            }
+        }
+        let client = self.sql.as_mut().context("no local session")?;
+        frontend::query(text, client.buffer())?;
+        client.flush().await?;
+        loop {
+            let message = client.message().await?;
+            if message.kind == b'Z' {
+                return Ok(Ok(()));
+            }
+            let out = self.framed.out();
+            wire::put(out, message.kind, |out| out.put_slice(&message.body));
+            if out.len() > 64 << 10 {
+                self.framed.flush().await?;
+            }
+        }
+    }
+}
+
+fn lock(relay: &Relay) -> std::sync::MutexGuard<'_, std::collections::HashSet<String>> {
+    relay
+        .active
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+struct ActiveCursor<'a> {
+    relay: &'a Relay,
+    slot: &'a str,
+}
+
+impl Drop for ActiveCursor<'_> {
+    fn drop(&mut self) {
+        lock(self.relay).remove(self.slot);
+        self.relay.shared.drop_downstream(self.slot);
+    }
+}
+
+/// pgoutput's options; tells whether messages are wanted.
+fn check_options(options: &[(String, Option<String>)]) -> Result<bool, Refusal> {
+    let (mut protocol, mut publications, mut messages) = (None, None, false);
+    for (name, value) in options {
+        let value = value.as_deref().unwrap_or("on");
+        let on = matches!(value, "on" | "true" | "1" | "yes");
+        match name.as_str() {
+            "proto_version" => protocol = value.parse::<u32>().ok(),
+            "publication_names" => publications = Some(value),
+            "messages" => messages = on,
+            "streaming" | "origin" => {}
+            "binary" | "two_phase" if !on => {}
+            "binary" | "two_phase" => {
+                return refuse("0A000", format!("option \"{name}\" is not supported"));
+            }
+            name => return refuse("22023", format!("unrecognized pgoutput option: {name}")),
+        }
+    }
+    match protocol {
+        Some(1..=4) => {}
+        Some(version) => {
+            let text = format!(
+                "client sent proto_version={version} but server only supports protocol 4 or lower"
+            );
+            return refuse("0A000", text);
+        }
+        None => return refuse("22023", "proto_version option missing"),
+    }
+    let Some(publications) = publications else {
+        return refuse("22023", "publication_names parameter missing");
+    };
+    for name in publications.split(',') {
+        let name = name.trim().trim_matches('"');
+        if name != PUBLICATION {
+            return refuse("42704", format!("publication \"{name}\" does not exist"));
+        }
+    }
+    Ok(messages)
+}

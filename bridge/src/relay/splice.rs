@@ -1,0 +1,99 @@
+//! SQL sessions: joined to the local Postgres, byte for byte, under the restricted role.
+
+use std::collections::BTreeMap;
+
+use anyhow::Context;
+use bytes::Bytes;
+use tokio::io::{AsyncWriteExt, copy_bidirectional};
+
+use super::Relay;
+use crate::client::{Client, PgError, SessionOptions, open_stream};
+use crate::conninfo::ConnInfo;
+use crate::wire::{self, Framed};
+
+/// Passes a CancelRequest on; the key is one that the local Postgres gave out.
+pub async fn cancel(local: &ConnInfo, packet: &Bytes) -> anyhow::Result<()> {
+    if packet.len() != 8 {
+        return Ok(());
+    }
+    let mut stream = open_stream(local).await?;
+    stream.write_all(&[0, 0, 0, 16, 4, 210, 22, 46]).await?;
+    stream.write_all(packet).await?;
+    Ok(stream.shutdown().await?)
+}
+
+/// Opens the restricted session that belongs to a client's.
+pub async fn open(relay: &Relay, parameters: &BTreeMap<String, String>) -> Result<Client, PgError> {
+    let info = relay
+        .restricted()
+        .map_err(|error| PgError::Protocol(error.to_string()))?;
+    let own = [
+        "user",
+        "database",
+        "replication",
+        "options",
+        "client_encoding",
+        "application_name",
+    ];
+    let settings = parameters
+        .iter()
+        .filter(|(name, _)| !own.contains(&name.as_str()) && !name.starts_with("_pq_."))
+        .map(|(name, value)| (name.clone(), value.clone()));
+    let mut options = SessionOptions {
+        application_name: parameters
+            .get("application_name")
+            .cloned()
+            .unwrap_or_default(),
+        gucs: settings.collect(),
+        ..Default::default()
+    };
+    // The client's own `-c name=value` list goes through as it came.
+    options.raw_options = parameters.get("options").cloned();
+    options.client_encoding = parameters.get("client_encoding").cloned();
+    Client::connect(&info, &options).await
+}
+
+/// Serves a plain session to its end.
+pub async fn run(
+    relay: &Relay,
+    mut framed: Framed,
+    parameters: BTreeMap<String, String>,
+) -> anyhow::Result<()> {
+    let wanted = parameters.get("database").or(parameters.get("user"));
+    let here = relay.local()?;
+    if wanted.map(String::as_str) != Some(here.dbname()) {
+        let text = format!(
+            "database \"{}\" does not exist",
+            wanted.cloned().unwrap_or_default()
+        );
+        wire::error_response(framed.out(), "FATAL", "3D000", &text, "");
+        return Ok(framed.flush().await?);
+    }
+    let local = match open(relay, &parameters).await {
+        Ok(local) => local,
+        Err(error) => {
+            let code = error.code().unwrap_or("57P03").to_owned();
+            let text = format!("cannot pass on to the local database: {error}");
+            wire::error_response(framed.out(), "FATAL", &code, &text, "");
+            return Ok(framed.flush().await?);
+        }
+    };
+    for (name, value) in local.parameters() {
+        wire::parameter_status(framed.out(), name, value);
+    }
+    let key = local.key_data().clone();
+    wire::put(framed.out(), b'K', |out| out.extend_from_slice(&key));
+    wire::ready_for_query(framed.out(), b'I');
+    framed.flush().await?;
+    let (mut client, early) = framed.into_parts();
+    let (mut server, first) = local.into_framed().into_parts();
+    server.write_all(&early).await?;
+    client.write_all(&first).await?;
+    tokio::select! {
+        copied = copy_bidirectional(&mut client, &mut server) => {
+            copied.context("pass-through")?;
+        }
+        () = relay.cancel.cancelled() => {}
+    }
+    Ok(())
+}

@@ -1,0 +1,298 @@
+//! The stream itself: records to bridges, pgoutput to stock clients.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use anyhow::bail;
+use bytes::{Buf, BufMut, Bytes};
+use tokio::time::{MissedTickBehavior, interval};
+
+use super::Relay;
+use crate::lsn::Lsn;
+use crate::pgoutput::{self, Message};
+use crate::queue::Reader;
+use crate::record::{Kind, Record};
+use crate::status::{PG_EPOCH_MICROS, unix_micros};
+use crate::wire::{self, Framed, MAX_UNAUTHENTICATED};
+
+/// Sent to the socket at the latest when so much is buffered.
+const FLUSH_BYTES: usize = 256 << 10;
+/// How often a bridge is told of our position when nothing changes.
+const TICK: Duration = Duration::from_millis(500);
+/// A client that says nothing for so long is gone.
+const SILENCE: Duration = Duration::from_secs(60);
+/// A stock client is asked for a sign of life at half of that.
+const ASK_AFTER: Duration = Duration::from_secs(30);
+
+/// How a stream ended.
+pub enum Outcome {
+    /// The client ended it and may send commands again.
+    CopyDone,
+    /// The connection is over.
+    Closed,
+}
+
+/// What was asked for.
+pub struct Start<'a> {
+    pub slot: &'a str,
+    pub from: Lsn,
+    pub messages: bool,
+    pub bridge: bool,
+}
+
+/// Streams until either side ends it.
+pub async fn stream(
+    relay: &Relay,
+    framed: &mut Framed,
+    reader: Reader,
+    start: &Start<'_>,
+) -> anyhow::Result<Outcome> {
+    let sender = Sender {
+        relay,
+        framed,
+        start,
+        sent: start.from,
+        told_replayed: Lsn::ZERO,
+        asked: Instant::now(),
+        schema: HashMap::new(),
+        waiting: None,
+        reader,
+    };
+    sender.run().await
+}
+
+struct Sender<'a> {
+    relay: &'a Relay,
+    framed: &'a mut Framed,
+    start: &'a Start<'a>,
+    reader: Reader,
+    /// Read, but not replayed here yet.
+    waiting: Option<Record>,
+    /// End of the last transaction sent whole, or idle position.
+    sent: Lsn,
+    told_replayed: Lsn,
+    asked: Instant,
+    /// Definitions of a stock client's session, and whether it has them.
+    schema: HashMap<u32, (Bytes, bool)>,
+}
+
+impl Sender<'_> {
+    async fn run(mut self) -> anyhow::Result<Outcome> {
+        let mut replayed = self.relay.shared.replayed.subscribe();
+        let mut written = self.relay.queue.written();
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut heard = Instant::now();
+        let cancel = self.relay.cancel.clone();
+        loop {
+            replayed.mark_unchanged();
+            written.mark_unchanged();
+            let more = self.fill()?;
+            self.framed.flush().await?;
+            tokio::select! {
+                biased;
+                message = self.framed.read_message(MAX_UNAUTHENTICATED) => {
+                    heard = Instant::now();
+                    let message = message?;
+                    match message.kind {
+                        b'd' => self.feedback(message.body)?,
+                        b'c' => return self.finish().await,
+                        b'X' => return Ok(Outcome::Closed),
+                        kind => bail!("unexpected message 0x{kind:02x} while streaming"),
+                    }
+                }
+                () = cancel.cancelled() => {
+                    wire::command_complete(self.framed.out(), "COPY 0");
+                    self.framed.flush().await?;
+                    return Ok(Outcome::Closed);
+                }
+                () = std::future::ready(()), if more => {}
+                _ = written.changed() => {}
+                _ = replayed.changed() => {}
+                _ = tick.tick() => {
+                    if heard.elapsed() > SILENCE {
+                        bail!("client has been silent for 60 s");
+                    }
+                    self.beat(heard);
+                }
+            }
+        }
+    }
+
+    async fn finish(&mut self) -> anyhow::Result<Outcome> {
+        wire::put(self.framed.out(), b'c', |_| {});
+        wire::command_complete(self.framed.out(), "COPY 0");
+        wire::command_complete(self.framed.out(), "START_REPLICATION");
+        Ok(Outcome::CopyDone)
+    }
+
+    fn beat(&mut self, heard: Instant) {
+        if self.start.bridge {
+            self.tell_replayed();
+        } else if heard.elapsed() > ASK_AFTER && self.asked.elapsed() > ASK_AFTER {
+            self.asked = Instant::now();
+            self.keepalive(true);
+        }
+    }
+
+    /// Puts out what there is. True when there may be more at once.
+    fn fill(&mut self) -> anyhow::Result<bool> {
+        if self.start.bridge {
+            while self.framed.out().len() < FLUSH_BYTES {
+                let Some(record) = self.reader.try_next()? else {
+                    if *self.relay.shared.replayed.borrow() != self.told_replayed {
+                        self.tell_replayed();
+                    }
+                    return Ok(false);
+                };
+                self.sent = self.sent.max(record.lsn);
+                wire::put(self.framed.out(), b'd', |out| {
+                    out.put_u8(b'T');
+                    out.put_slice(&record.bytes);
+                });
+            }
+            self.tell_replayed();
+            return Ok(true);
+        }
+        let replayed = *self.relay.shared.replayed.borrow();
+        let before = self.sent;
+        while self.framed.out().len() < FLUSH_BYTES {
+            let next = match self.waiting.take() {
+                Some(record) => Some(record),
+                None => self.reader.try_next()?,
+            };
+            let Some(record) = next else { break };
+            // The parts of a transaction carry no position; their commit decides.
+            if record.lsn > replayed || record.kind == Kind::Part && replayed <= self.sent {
+                self.waiting = Some(record);
+                break;
+            }
+            self.frames(&record)?;
+        }
+        if self.sent > before && self.framed.out().is_empty() {
+            self.keepalive(false);
+        }
+        Ok(self.framed.out().len() >= FLUSH_BYTES)
+    }
+
+    fn tell_replayed(&mut self) {
+        self.told_replayed = *self.relay.shared.replayed.borrow();
+        let (replayed, time) = (self.told_replayed, self.relay.shared.top_time());
+        wire::put(self.framed.out(), b'd', |out| {
+            out.put_u8(b'P');
+            out.put_u64(replayed.0);
+            out.put_i64(time);
+        });
+    }
+
+    fn keepalive(&mut self, reply: bool) {
+        let sent = self.sent;
+        wire::put(self.framed.out(), b'd', |out| {
+            out.put_u8(b'k');
+            out.put_u64(sent.0);
+            out.put_i64(unix_micros() - PG_EPOCH_MICROS);
+            out.put_u8(reply.into());
+        });
+    }
+
+    fn feedback(&mut self, mut body: Bytes) -> anyhow::Result<()> {
+        if body.len() != 34 || body.get_u8() != b'r' {
+            bail!("malformed status update");
+        }
+        let [write, flush, apply] = [(); 3].map(|()| Lsn(body.get_u64()));
+        body.get_i64();
+        if flush > Lsn::ZERO {
+            self.relay
+                .queue
+                .set_cursor(self.start.slot, flush.min(self.sent.max(self.start.from)));
+        }
+        if self.start.bridge {
+            self.relay
+                .shared
+                .set_downstream(self.start.slot, write, flush, apply);
+        }
+        if body.get_u8() == 1 {
+            if self.start.bridge {
+                self.tell_replayed()
+            } else {
+                self.keepalive(false)
+            }
+        }
+        Ok(())
+    }
+
+    // ----- for stock clients ------------------------------------------------
+
+    fn frames(&mut self, record: &Record) -> anyhow::Result<()> {
+        match record.kind {
+            Kind::Schema => {
+                let body = record.body();
+                let oid = body.get(1..5).map_or(0, |mut bytes| bytes.get_u32());
+                self.schema.insert(oid, (body, false));
+            }
+            Kind::Watermark => self.sent = record.lsn,
+            Kind::Part | Kind::Commit => {
+                for frame in record.frames() {
+                    let frame = frame?;
+                    self.define_for(&frame.payload)?;
+                    if frame.payload.first() != Some(&b'M') || self.start.messages {
+                        self.frame(frame.lsn, &frame.payload);
+                    }
+                }
+                self.sent = self.sent.max(record.lsn);
+            }
+            Kind::Mark => {}
+        }
+        Ok(())
+    }
+
+    /// Sends the definitions that a change refers to, once.
+    fn define_for(&mut self, payload: &Bytes) -> anyhow::Result<()> {
+        let relids = match payload.first() {
+            Some(b'I' | b'U' | b'D') => payload
+                .get(1..5)
+                .map(|mut bytes| bytes.get_u32())
+                .into_iter()
+                .collect(),
+            Some(b'T') => match pgoutput::decode(payload)? {
+                Message::Truncate { relids, .. } => relids,
+                _ => Vec::new(),
+            },
+            _ => return Ok(()),
+        };
+        for relid in relids {
+            let Some((definition, sent)) = self.schema.get_mut(&relid) else {
+                continue;
+            };
+            if std::mem::replace(sent, true) {
+                continue;
+            }
+            let definition = definition.clone();
+            let mut types = Vec::new();
+            if let Message::Relation(relation) = pgoutput::decode(&definition)? {
+                types.extend(relation.columns.iter().map(|column| column.type_oid));
+            }
+            for oid in types {
+                if let Some((body, sent)) = self.schema.get_mut(&oid)
+                    && body.first() == Some(&b'Y')
+                    && !std::mem::replace(sent, true)
+                {
+                    let body = body.clone();
+                    self.frame(Lsn::ZERO, &body);
+                }
+            }
+            self.frame(Lsn::ZERO, &definition);
+        }
+        Ok(())
+    }
+
+    fn frame(&mut self, lsn: Lsn, payload: &[u8]) {
+        wire::put(self.framed.out(), b'd', |out| {
+            out.put_u8(b'w');
+            out.put_u64(lsn.0);
+            out.put_u64(lsn.0);
+            out.put_i64(unix_micros() - PG_EPOCH_MICROS);
+            out.put_slice(payload);
+        });
+    }
+}

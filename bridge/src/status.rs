@@ -1,0 +1,562 @@
+//! The node's live state, shared by its tasks.
+//!
+//! Each task writes what it alone knows (the receiver the upstream, the applier
+//! its progress, the relay its downstreams); reports, metrics and peers read it.
+//! Nothing here is durable and no decision about data is taken from it, with
+//! one exception: [`Shared::acknowledgeable`], whose inputs are durable positions.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokio::sync::{Notify, watch};
+
+use crate::config::Config;
+use crate::conninfo::ConnInfo;
+use crate::lsn::{Identity, Lsn};
+
+/// Microseconds from 1970-01-01 to PostgreSQL's epoch, 2000-01-01.
+pub const PG_EPOCH_MICROS: i64 = 946_684_800_000_000;
+/// Events kept until a report has taken them.
+const MAX_EVENTS: usize = 1000;
+
+/// Whom this node follows: its parent domain or a member of its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Holds the domain's slot or cursor at the parent.
+    Master,
+    /// Follows a member of its domain.
+    Slave,
+    /// Follows nobody at present.
+    #[default]
+    None,
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Role::Master => "master",
+            Role::Slave => "slave",
+            Role::None => "none",
+        })
+    }
+}
+
+/// What the node is doing, as `terrace.lag` shows it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Initial copy is under way or about to be.
+    Copying,
+    /// Behind, and going on.
+    Catchup,
+    /// Up to date with its upstream.
+    Streaming,
+    /// Cannot go on without a change from outside; the reason says why.
+    Stalled,
+    /// Part of the history is to be had nowhere.
+    Gap,
+    /// The upstream tells another history.
+    Diverged,
+    /// Not in contact.
+    #[default]
+    Down,
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            State::Copying => "copying",
+            State::Catchup => "catchup",
+            State::Streaming => "streaming",
+            State::Stalled => "stalled",
+            State::Gap => "gap",
+            State::Diverged => "diverged",
+            State::Down => "down",
+        })
+    }
+}
+
+/// Something that happened to a node's role or data.
+#[derive(Clone, Debug, Serialize)]
+pub struct Event {
+    /// Unique in the tree.
+    pub id: String,
+    /// Microseconds since 1970-01-01 UTC.
+    pub unix_micros: i64,
+    /// `master`, `slave`, `copied`, `gap` …
+    pub kind: String,
+    /// Why, for a person.
+    pub reason: String,
+}
+
+/// Positions that a downstream bridge told last.
+#[derive(Clone, Copy, Debug)]
+pub struct Downstream {
+    /// Arrived there.
+    pub write: Lsn,
+    /// Durable there.
+    pub flush: Lsn,
+    /// Replayed there.
+    pub apply: Lsn,
+    /// When it told.
+    pub heard: Instant,
+}
+
+/// What the applier has done.
+#[derive(Clone, Debug, Default)]
+pub struct Applied {
+    /// Transactions since start.
+    pub transactions: u64,
+    /// Id of the last tag.
+    pub last_tag: Option<String>,
+    /// Its label.
+    pub last_label: Option<String>,
+    /// Top's clock at the last replayed position, microseconds since 2000-01-01.
+    pub top_time: i64,
+    /// Conflicts resolved since start.
+    pub conflicts: u64,
+}
+
+#[derive(Default)]
+struct Inner {
+    role: Role,
+    link: State,
+    link_problem: Option<String>,
+    apply_problem: Option<String>,
+    report_problem: Option<String>,
+    degraded: Option<String>,
+    upstream: Option<ConnInfo>,
+    upstream_name: Option<String>,
+    copy_progress: Option<(u64, u64)>,
+    received: Lsn,
+    top_time: i64,
+    heard: Option<Instant>,
+    applied: Applied,
+    rate: RateMeter,
+    downstreams: BTreeMap<String, Downstream>,
+    events: VecDeque<Event>,
+    identity: Option<Identity>,
+    has_data: bool,
+}
+
+/// Rates over the last seconds.
+#[derive(Default)]
+struct RateMeter {
+    samples: VecDeque<(Instant, u64, Lsn, Lsn)>,
+}
+
+impl RateMeter {
+    const WINDOW: Duration = Duration::from_secs(5);
+
+    fn sample(&mut self, transactions: u64, replayed: Lsn, received: Lsn) {
+        let now = Instant::now();
+        if self
+            .samples
+            .back()
+            .is_some_and(|s| now - s.0 < Duration::from_millis(200))
+        {
+            return;
+        }
+        self.samples
+            .push_back((now, transactions, replayed, received));
+        while self
+            .samples
+            .front()
+            .is_some_and(|s| now - s.0 > Self::WINDOW)
+        {
+            self.samples.pop_front();
+        }
+    }
+
+    /// Transactions a second, and seconds until caught up (`None` when it does not).
+    fn rates(&self) -> (f64, Option<f64>) {
+        let (Some(first), Some(last)) = (self.samples.front(), self.samples.back()) else {
+            return (0.0, None);
+        };
+        let seconds = (last.0 - first.0).as_secs_f64();
+        if seconds < 0.1 {
+            return (0.0, None);
+        }
+        let gap = |s: &(Instant, u64, Lsn, Lsn)| s.3.0.saturating_sub(s.2.0) as f64;
+        let closing = (gap(first) - gap(last)) / seconds;
+        let catchup = match gap(last) {
+            0.0 => Some(0.0),
+            open if closing > 0.0 => Some(open / closing),
+            _ => None,
+        };
+        ((last.1 - first.1) as f64 / seconds, catchup)
+    }
+}
+
+/// The node's live state; cheap to share as `Arc<Shared>`.
+pub struct Shared {
+    /// The node's configuration.
+    pub config: Arc<Config>,
+    /// Unique to the data directory; tells two bridges of one name apart.
+    pub instance: String,
+    /// Password of the relay's restricted role, made anew at each start.
+    pub relay_password: String,
+    /// End of what is committed in the local Postgres.
+    pub replayed: watch::Sender<Lsn>,
+    /// The applier goes no further than this.
+    pub upstream_replayed: watch::Sender<Lsn>,
+    /// Durable end of the queue.
+    pub flushed: watch::Sender<Lsn>,
+    /// A report should go out soon.
+    pub changed: Notify,
+    /// ParameterStatus values of the local Postgres, empty until first seen.
+    pub server_parameters: Mutex<BTreeMap<String, String>>,
+    inner: Mutex<Inner>,
+}
+
+impl Shared {
+    /// State of a node that has just started.
+    pub fn new(config: Arc<Config>, instance: String, relay_password: String) -> Arc<Shared> {
+        Arc::new(Shared {
+            config,
+            instance,
+            relay_password,
+            replayed: watch::Sender::new(Lsn::ZERO),
+            upstream_replayed: watch::Sender::new(Lsn::ZERO),
+            flushed: watch::Sender::new(Lsn::ZERO),
+            changed: Notify::new(),
+            server_parameters: Mutex::default(),
+            inner: Mutex::default(),
+        })
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        // A panic of another holder leaves plain values behind, none half-made.
+        self.inner
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn change<T>(&self, edit: impl FnOnce(&mut Inner) -> T) -> T {
+        let result = edit(&mut self.inner());
+        self.changed.notify_one();
+        result
+    }
+
+    /// Sets role and upstream; an event tells a change of role.
+    pub fn set_role(&self, role: Role, upstream: Option<(String, ConnInfo)>, reason: &str) {
+        let before = self.change(|inner| {
+            let before = std::mem::replace(&mut inner.role, role);
+            let (name, conninfo) = upstream.unzip();
+            inner.upstream_name = name;
+            inner.upstream = conninfo;
+            before
+        });
+        if before != role && role != Role::None {
+            self.event(&role.to_string(), reason);
+        }
+    }
+
+    /// Role at present.
+    pub fn role(&self) -> Role {
+        self.inner().role
+    }
+
+    /// Sets what the upstream link is doing.
+    pub fn set_link(&self, state: State, problem: Option<String>) {
+        let mut inner = self.inner();
+        if inner.link != state || inner.link_problem != problem {
+            inner.link = state;
+            inner.link_problem = problem;
+            self.changed.notify_one();
+        }
+    }
+
+    /// Says why nothing can be applied, or that it can again.
+    pub fn set_apply_problem(&self, problem: Option<String>) {
+        let mut inner = self.inner();
+        if inner.apply_problem != problem {
+            inner.apply_problem = problem;
+            self.changed.notify_one();
+        }
+    }
+
+    /// Says why the upstream refuses our reports, or that it takes them.
+    pub fn set_report_problem(&self, problem: Option<String>) {
+        self.inner().report_problem = problem;
+    }
+
+    /// Bytes copied of the estimated whole; `None` when no copy runs.
+    pub fn set_copy_progress(&self, done: u64, total: u64) {
+        self.change(|inner| inner.copy_progress = Some((done, total)));
+    }
+
+    /// Records a durable or shared fact: which history, and that data is here.
+    pub fn set_identity(&self, identity: Identity, has_data: bool) {
+        self.change(|inner| {
+            inner.identity = Some(identity);
+            inner.has_data = has_data;
+            inner.copy_progress = None;
+        });
+    }
+
+    /// The history this node holds.
+    pub fn identity(&self) -> Option<Identity> {
+        self.inner().identity.clone()
+    }
+
+    /// Whether the initial copy has been done here.
+    pub fn has_data(&self) -> bool {
+        self.inner().has_data
+    }
+
+    /// Notes what has arrived, with the top's clock.
+    pub fn set_received(&self, lsn: Lsn, top_time: i64) {
+        let mut inner = self.inner();
+        inner.heard = Some(Instant::now());
+        inner.top_time = inner.top_time.max(top_time);
+        if lsn > inner.received {
+            inner.received = lsn;
+            self.changed.notify_one();
+        }
+    }
+
+    /// The top's clock as far as it is known here.
+    pub fn top_time(&self) -> i64 {
+        self.inner().top_time
+    }
+
+    /// Notes a committed batch.
+    pub fn set_applied(&self, edit: impl FnOnce(&mut Applied)) {
+        let replayed = *self.replayed.borrow();
+        self.change(|inner| {
+            edit(&mut inner.applied);
+            let (transactions, received) = (inner.applied.transactions, inner.received);
+            inner.rate.sample(transactions, replayed, received);
+        });
+    }
+
+    /// What the applier has done.
+    pub fn applied(&self) -> Applied {
+        self.inner().applied.clone()
+    }
+
+    /// Server to report to, if one is followed.
+    pub fn upstream(&self) -> Option<ConnInfo> {
+        self.inner().upstream.clone()
+    }
+
+    /// Notes what a downstream bridge holds.
+    pub fn set_downstream(&self, name: &str, write: Lsn, flush: Lsn, apply: Lsn) {
+        let heard = Instant::now();
+        self.change(|inner| {
+            inner.downstreams.insert(
+                name.to_owned(),
+                Downstream {
+                    write,
+                    flush,
+                    apply,
+                    heard,
+                },
+            );
+        });
+    }
+
+    /// Forgets a downstream whose connection has ended.
+    pub fn drop_downstream(&self, name: &str) {
+        self.change(|inner| inner.downstreams.remove(name));
+    }
+
+    /// Every connected downstream bridge.
+    pub fn downstreams(&self) -> BTreeMap<String, Downstream> {
+        self.inner().downstreams.clone()
+    }
+
+    /// Position that the upstream may forget, and whether it is held by as many
+    /// servers of the domain as `ack_members` asks for. With fewer in contact
+    /// for longer than `ack_timeout`, what those hold (rule C of the design).
+    pub fn acknowledgeable(&self, own: Lsn, fewer_for: Duration) -> (Lsn, bool) {
+        let failover = &self.config.failover;
+        let members = self.config.peers.len() + 1;
+        let wanted = (failover.ack_members as usize).clamp(1, members);
+        let domain = &self.config.node.domain;
+        let mut inner = self.inner();
+        let mut held = vec![own];
+        for peer in self.config.peers.keys() {
+            let downstream = inner.downstreams.get(&cursor_name(domain, peer));
+            held.extend(
+                downstream
+                    .filter(|d| d.heard.elapsed() < failover.ack_timeout)
+                    .map(|d| d.flush),
+            );
+        }
+        held.sort_unstable_by(|a, b| b.cmp(a));
+        let timed_out = fewer_for > failover.ack_timeout;
+        inner.degraded = (held.len() < wanted && timed_out).then(|| {
+            format!(
+                "degraded: only {} of {wanted} servers hold changes",
+                held.len()
+            )
+        });
+        match held.get(wanted - 1) {
+            Some(lsn) => ((*lsn).min(own), true),
+            None if timed_out => (*held.last().unwrap_or(&own), false),
+            None => (Lsn::ZERO, false),
+        }
+    }
+
+    /// Queues an event for the next report and logs it.
+    pub fn event(&self, kind: &str, reason: &str) {
+        let unix_micros = unix_micros();
+        let node = &self.config.node;
+        tracing::info!(node = %node.name, domain = %node.domain, kind, reason, "event");
+        self.change(|inner| {
+            let id = format!("{}-{unix_micros}-{kind}", self.instance);
+            let event = Event {
+                id,
+                unix_micros,
+                kind: kind.into(),
+                reason: reason.into(),
+            };
+            inner.events.push_back(event);
+            if inner.events.len() > MAX_EVENTS {
+                inner.events.pop_front();
+            }
+        });
+    }
+
+    /// The waiting events; [`Shared::events_reported`] removes them.
+    pub fn events(&self) -> Vec<Event> {
+        self.inner().events.iter().cloned().collect()
+    }
+
+    /// Removes the oldest `count` events.
+    pub fn events_reported(&self, count: usize) {
+        let mut inner = self.inner();
+        let count = count.min(inner.events.len());
+        inner.events.drain(..count);
+    }
+
+    /// State and reason as `terrace.lag` shows them.
+    pub fn state(&self) -> (State, Option<String>) {
+        let replayed = *self.replayed.borrow();
+        state_of(&self.inner(), replayed)
+    }
+
+    /// The node's status: one element of a report's `nodes`, and what peers get.
+    pub fn status_json(&self) -> Value {
+        let (replayed, flushed) = (*self.replayed.borrow(), *self.flushed.borrow());
+        let inner = self.inner();
+        let (state, reason) = state_of(&inner, replayed);
+        let (apply_rate, catchup) = inner.rate.rates();
+        let fresh = inner
+            .heard
+            .is_some_and(|at| at.elapsed() < Duration::from_secs(3));
+        let caught_up = fresh && replayed >= inner.received && replayed > Lsn::ZERO;
+        let top_time = if caught_up {
+            inner.top_time
+        } else {
+            inner.applied.top_time
+        };
+        json!({
+            "node": self.config.node.name,
+            "instance": self.instance,
+            "domain": self.config.node.domain,
+            "priority": self.config.node.priority,
+            "role": inner.role,
+            "state": state,
+            "reason": reason,
+            "upstream": inner.upstream_name,
+            "identity": inner.identity.as_ref().map(Identity::to_string),
+            "has_data": inner.has_data,
+            "received_lsn": inner.received.to_string(),
+            "flush_lsn": flushed.to_string(),
+            "replay_lsn": replayed.to_string(),
+            "replay_time": (top_time != 0).then(|| timestamp(top_time + PG_EPOCH_MICROS)),
+            "caught_up": caught_up,
+            "apply_rate": apply_rate,
+            "catchup_seconds": catchup,
+            "last_tag": inner.applied.last_tag,
+            "last_label": inner.applied.last_label,
+            "age_ms": 0,
+        })
+    }
+}
+
+fn state_of(inner: &Inner, replayed: Lsn) -> (State, Option<String>) {
+    if let Some(problem) = &inner.apply_problem {
+        return (State::Stalled, Some(problem.clone()));
+    }
+    if let (State::Stalled | State::Gap | State::Diverged, problem) =
+        (inner.link, &inner.link_problem)
+    {
+        return (inner.link, problem.clone());
+    }
+    if let Some(problem) = &inner.report_problem {
+        return (State::Stalled, Some(problem.clone()));
+    }
+    let reason = inner
+        .link_problem
+        .clone()
+        .or_else(|| inner.degraded.clone());
+    match (inner.link, inner.copy_progress) {
+        (State::Copying, Some((done, total))) => (
+            State::Copying,
+            Some(format!("{done} of about {total} bytes copied")),
+        ),
+        (State::Streaming, _) if replayed < inner.received => (State::Catchup, reason),
+        (link, _) => (link, reason),
+    }
+}
+
+/// Name of the cursor that `node` of `domain` keeps at a sibling.
+pub fn cursor_name(domain: &str, node: &str) -> String {
+    format!("terrace_{domain}_{node}")
+}
+
+/// The wall clock, microseconds since 1970-01-01 UTC.
+pub fn unix_micros() -> i64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |since| since.as_micros() as i64)
+}
+
+/// `YYYY-MM-DD HH:MM:SS.ffffff+00` of microseconds since 1970-01-01 UTC.
+pub fn timestamp(unix_micros: i64) -> String {
+    let (days, micros) = (
+        unix_micros.div_euclid(86_400_000_000),
+        unix_micros.rem_euclid(86_400_000_000),
+    );
+    // Civil date from a day count, with years that start in March.
+    let shifted = days + 719_468;
+    let (era, day_of_era) = (shifted.div_euclid(146_097), shifted.rem_euclid(146_097));
+    let year_of_era =
+        (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let march_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * march_month + 2) / 5 + 1;
+    let month = if march_month < 10 {
+        march_month + 3
+    } else {
+        march_month - 9
+    };
+    let year = year_of_era + era * 400 + i64::from(month <= 2);
+    let (seconds, fraction) = (micros / 1_000_000, micros % 1_000_000);
+    let (hour, minute, second) = (seconds / 3_600, seconds / 60 % 60, seconds % 60);
+    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}.{fraction:06}+00")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timestamps_are_civil() {
+        assert_eq!(timestamp(0), "1970-01-01 00:00:00.000000+00");
+        assert_eq!(timestamp(PG_EPOCH_MICROS), "2000-01-01 00:00:00.000000+00");
+        assert_eq!(
+            timestamp(951_782_400_000_001),
+            "2000-02-29 00:00:00.000001+00"
+        );
+    }
+}

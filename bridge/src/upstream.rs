@@ -1,0 +1,448 @@
+//! The upstream link: receives, records, makes readable, acknowledges.
+//!
+//! Guarantees:
+//! - What is acknowledged as flushed is on our disk, and, for a master, on the
+//!   disks of as many members of the domain as `ack_members` says.
+//! - Nothing is acknowledged before the slot's confirmed position has been
+//!   compared with our end: a slot that is ahead of us has forgotten what we
+//!   miss, and PostgreSQL would skip it without a word (rule A).
+//! - A transaction that the link's end leaves unfinished is cut.
+//!
+//! The parent is a Postgres (frames `w` and `k`) or a bridge, which sends whole
+//! records (`T`) and how far it has replayed (`P`); see `docs/architecture.md`.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use postgres_protocol::message::frontend;
+use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::assemble::{AssembleError, Assembler, passes};
+use crate::client::{Client, PgError, SessionOptions, quote_ident};
+use crate::conninfo::ConnInfo;
+use crate::lsn::{Identity, Lsn};
+use crate::queue::{QueueError, Writer};
+use crate::record::{FORMAT, Kind, Record, RecordError};
+use crate::status::{PG_EPOCH_MICROS, Role, Shared, State, unix_micros};
+
+/// Name of the publication at the top.
+pub const PUBLICATION: &str = "terrace";
+/// Start-up parameter by which two bridges know each other.
+pub const BRIDGE_PARAMETER: &str = "_pq_.terrace";
+/// A link on which nothing comes for so long is dead; we ask every second.
+const SILENCE: Duration = Duration::from_secs(10);
+/// How often positions are told.
+const TICK: Duration = Duration::from_millis(100);
+/// Messages taken from the socket before they are made readable.
+const BATCH_MESSAGES: usize = 2_000;
+
+/// Why a link ended; most ends are not faults.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkEnd {
+    /// The bridge is asked to stop.
+    #[error("shut down")]
+    Shutdown,
+    /// The connection failed or was closed.
+    #[error("{0}")]
+    Lost(String),
+    /// Another member of the domain holds the slot or cursor.
+    #[error("{0}")]
+    Busy(String),
+    /// The upstream has forgotten what follows our end.
+    #[error(
+        "the upstream's confirmed position {confirmed} is ahead of this server's {end}: what lies between is to be had only from another server of the domain"
+    )]
+    Gap {
+        /// Where the slot stands.
+        confirmed: Lsn,
+        /// Where we stand.
+        end: Lsn,
+    },
+    /// The upstream tells another history.
+    #[error("the upstream's history {theirs} is not this server's {ours}")]
+    Diverged {
+        /// Identity told by the upstream.
+        theirs: String,
+        /// Identity of our queue.
+        ours: String,
+    },
+    /// The upstream refuses, and will until somebody mends it.
+    #[error("{0}")]
+    Refused(String),
+    /// Our queue failed.
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+}
+
+impl From<PgError> for LinkEnd {
+    fn from(error: PgError) -> LinkEnd {
+        match error.code() {
+            Some("55006") => LinkEnd::Busy(error.to_string()),
+            Some("42704" | "58P01" | "28P01" | "28000" | "3D000" | "42501") => {
+                LinkEnd::Refused(error.to_string())
+            }
+            _ => LinkEnd::Lost(error.to_string()),
+        }
+    }
+}
+
+impl From<AssembleError> for LinkEnd {
+    fn from(error: AssembleError) -> LinkEnd {
+        match error {
+            AssembleError::Queue(error) => LinkEnd::Queue(error),
+            error => LinkEnd::Refused(error.to_string()),
+        }
+    }
+}
+
+impl From<RecordError> for LinkEnd {
+    fn from(error: RecordError) -> LinkEnd {
+        LinkEnd::Lost(format!("damaged record from upstream: {error}"))
+    }
+}
+
+/// Whom to follow and as what.
+pub struct Target {
+    /// For people: the node's name or `host:port`.
+    pub name: String,
+    /// Address.
+    pub conninfo: ConnInfo,
+    /// Slot or cursor to stream from.
+    pub slot: String,
+    /// Role while the link lasts.
+    pub role: Role,
+}
+
+/// Session settings that fix the text form of values, whatever the server's are.
+pub fn pinned_settings() -> Vec<(String, String)> {
+    [
+        ("datestyle", "ISO"),
+        ("intervalstyle", "postgres"),
+        ("extra_float_digits", "3"),
+        ("bytea_output", "hex"),
+        ("timezone", "UTC"),
+        ("wal_sender_timeout", "10s"),
+    ]
+    .map(|(name, value)| (name.to_owned(), value.to_owned()))
+    .to_vec()
+}
+
+/// Opens a replication session and asks whose history it tells.
+pub async fn connect(
+    conninfo: &ConnInfo,
+    application: &str,
+) -> Result<(Client, Identity), PgError> {
+    let options = SessionOptions {
+        application_name: application.to_owned(),
+        replication: true,
+        gucs: pinned_settings(),
+        extensions: vec![(BRIDGE_PARAMETER.to_owned(), "1".to_owned())],
+        ..Default::default()
+    };
+    let mut client = Client::connect(conninfo, &options).await?;
+    let rows = client.simple("IDENTIFY_SYSTEM").await?;
+    let field = |column: usize| {
+        rows.first()
+            .and_then(|row| row.get(column)?.clone())
+            .ok_or_else(|| PgError::Protocol("IDENTIFY_SYSTEM gave no row".into()))
+    };
+    let number = |text: String| {
+        text.parse::<u64>()
+            .map_err(|_| PgError::Protocol("IDENTIFY_SYSTEM: not a number".into()))
+    };
+    let identity = Identity {
+        system_id: number(field(0)?)?,
+        timeline: number(field(1)?)? as u32,
+        database: field(3)?,
+        publication: PUBLICATION.to_owned(),
+        format: FORMAT,
+    };
+    Ok((client, identity))
+}
+
+/// Follows `target` until the link ends, and says why it did.
+pub async fn follow(
+    shared: &Arc<Shared>,
+    writer: &mut Writer,
+    target: &Target,
+    cancel: &CancellationToken,
+) -> LinkEnd {
+    let link = async {
+        if let Err(error) = writer.cut() {
+            return error.into();
+        }
+        match Link::open(shared, writer, target).await {
+            Ok(mut link) => match link.run(writer).await {
+                Ok(never) => match never {},
+                Err(end) => end,
+            },
+            Err(end) => end,
+        }
+    };
+    let end = tokio::select! {
+        end = link => end,
+        () = cancel.cancelled() => LinkEnd::Shutdown,
+    };
+    // What was whole and not yet readable is; the rest is cut.
+    if let Err(error) = writer.cut().and_then(|()| writer.publish()) {
+        return error.into();
+    }
+    end
+}
+
+struct Link<'a> {
+    shared: &'a Arc<Shared>,
+    target: &'a Target,
+    client: Client,
+    assembler: Assembler,
+    /// The other end is a bridge.
+    bridge: bool,
+    /// Since when fewer servers than `ack_members` are in contact.
+    enough_at: Instant,
+    told: (Lsn, Lsn, Lsn),
+    told_at: Instant,
+}
+
+enum Never {}
+
+impl<'a> Link<'a> {
+    async fn open(
+        shared: &'a Arc<Shared>,
+        writer: &Writer,
+        target: &'a Target,
+    ) -> Result<Link<'a>, LinkEnd> {
+        let node = &shared.config.node;
+        let (mut client, theirs) = connect(&target.conninfo, &node.name).await?;
+        let ours = writer.queue().identity();
+        if theirs != *ours {
+            return Err(LinkEnd::Diverged {
+                theirs: theirs.to_string(),
+                ours: ours.to_string(),
+            });
+        }
+        let bridge = client.extension_accepted(BRIDGE_PARAMETER);
+        let end = writer.end();
+        let start = format!(
+            "START_REPLICATION SLOT {} LOGICAL {end} \
+             (proto_version '1', publication_names '\"{PUBLICATION}\"', messages 'true')",
+            quote_ident(&target.slot)
+        );
+        client.copy_both(&start).await?;
+        if !bridge {
+            verify_slot(target, end).await?;
+        }
+        // Behind a bridge that does not tell yet how far it has replayed, what
+        // we may show is what it told before, or nothing.
+        if !bridge || !shared.config.apply.wait_for_upstream {
+            shared.upstream_replayed.send_replace(Lsn::MAX);
+        } else if *shared.upstream_replayed.borrow() == Lsn::MAX {
+            shared.upstream_replayed.send_replace(Lsn::ZERO);
+        }
+        shared.set_role(
+            target.role,
+            Some((target.name.clone(), target.conninfo.clone())),
+            &format!("follows {}", target.name),
+        );
+        shared.set_link(State::Streaming, None);
+        tracing::info!(upstream = %target.name, slot = %target.slot, position = %end,
+            role = %target.role, "streaming");
+        let domain = shared.config.parent.is_some().then(|| node.domain.clone());
+        Ok(Link {
+            shared,
+            target,
+            client,
+            assembler: Assembler::new(domain),
+            bridge,
+            enough_at: Instant::now(),
+            told: (Lsn::ZERO, Lsn::ZERO, Lsn::ZERO),
+            told_at: Instant::now(),
+        })
+    }
+
+    async fn run(&mut self, writer: &mut Writer) -> Result<Never, LinkEnd> {
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut heard = Instant::now();
+        loop {
+            tokio::select! {
+                message = self.client.message() => {
+                    heard = Instant::now();
+                    let message = message?;
+                    self.take(message.kind, message.body, writer)?;
+                    self.drain(writer).await?;
+                    writer.publish()?;
+                }
+                _ = tick.tick() => {
+                    if heard.elapsed() > SILENCE {
+                        return Err(LinkEnd::Lost("nothing heard from the upstream for 10 s".into()));
+                    }
+                    self.tell_if_changed(writer).await?;
+                }
+            }
+            if self.told_at.elapsed() > Duration::from_secs(1) {
+                self.tell(writer, true).await?;
+            }
+        }
+    }
+
+    /// Takes what the socket holds already, so that it is written at once.
+    async fn drain(&mut self, writer: &mut Writer) -> Result<(), LinkEnd> {
+        for _ in 0..BATCH_MESSAGES {
+            let message = tokio::select! {
+                biased;
+                message = self.client.message() => message?,
+                () = std::future::ready(()) => break,
+            };
+            self.take(message.kind, message.body, writer)?;
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, kind: u8, body: Bytes, writer: &mut Writer) -> Result<(), LinkEnd> {
+        match kind {
+            b'd' => self.frame(body, writer),
+            b'E' => Err(PgError::from_error_response(&body).into()),
+            b'c' | b'C' | b'Z' => Err(LinkEnd::Lost("the upstream ended the stream".into())),
+            kind => Err(LinkEnd::Lost(format!(
+                "unexpected message 0x{kind:02x} from upstream"
+            ))),
+        }
+    }
+
+    fn frame(&mut self, mut body: Bytes, writer: &mut Writer) -> Result<(), LinkEnd> {
+        let short = || LinkEnd::Lost("replication frame is cut short".into());
+        if body.is_empty() {
+            return Err(short());
+        }
+        match body.get_u8() {
+            b'w' if !self.bridge && body.len() >= 24 => {
+                let (start, _, _) = (Lsn(body.get_u64()), body.get_u64(), body.get_i64());
+                if let Some((end, time)) = self.assembler.push(start, &body, writer)? {
+                    self.shared.set_received(end, time);
+                }
+            }
+            b'k' if body.len() == 17 => {
+                let (end, time) = (Lsn(body.get_u64()), body.get_i64());
+                if body.get_u8() == 1 {
+                    self.told_at -= Duration::from_secs(2);
+                }
+                if !self.bridge && !self.assembler.in_transaction() {
+                    writer.append(&Record::watermark(end, time))?;
+                    self.shared.set_received(end, time);
+                }
+            }
+            b'T' if self.bridge => self.record(Record::decode(body)?, writer)?,
+            b'P' if self.bridge && body.len() == 16 => {
+                let (replayed, time) = (Lsn(body.get_u64()), body.get_i64());
+                self.shared.set_received(Lsn::ZERO, time);
+                if self.shared.config.apply.wait_for_upstream {
+                    self.shared.upstream_replayed.send_if_modified(|gate| {
+                        let moves = replayed > *gate;
+                        *gate = replayed.max(*gate);
+                        moves
+                    });
+                }
+            }
+            b'w' | b'k' | b'P' => return Err(short()),
+            kind => {
+                return Err(LinkEnd::Lost(format!(
+                    "unknown replication frame 0x{kind:02x}"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    fn record(&mut self, record: Record, writer: &mut Writer) -> Result<(), LinkEnd> {
+        let time = match record.kind {
+            Kind::Commit => {
+                let info = record.commit()?;
+                let domain = self.shared.config.node.domain.as_str();
+                if !passes(&info.tag, Some(domain)) {
+                    writer.cut_data()?;
+                    writer.append(&Record::watermark(record.lsn, info.commit_time))?;
+                    self.shared.set_received(record.lsn, info.commit_time);
+                    return Ok(());
+                }
+                info.commit_time
+            }
+            Kind::Watermark => record.top_time()?,
+            _ => 0,
+        };
+        writer.append(&record)?;
+        self.shared.set_received(record.lsn, time);
+        Ok(())
+    }
+
+    fn positions(&mut self, writer: &Writer) -> (Lsn, Lsn, Lsn) {
+        let durable = *writer.queue().durable().borrow();
+        let flush = if self.target.role == Role::Master {
+            let (lsn, enough) = self
+                .shared
+                .acknowledgeable(durable, self.enough_at.elapsed());
+            if enough {
+                self.enough_at = Instant::now();
+            }
+            lsn
+        } else {
+            durable
+        };
+        (writer.end(), flush, *self.shared.replayed.borrow())
+    }
+
+    async fn tell_if_changed(&mut self, writer: &Writer) -> Result<(), LinkEnd> {
+        if self.positions(writer) == self.told {
+            return Ok(());
+        }
+        self.tell(writer, false).await
+    }
+
+    /// Sends a standby status update (protocol chapter "Streaming Replication
+    /// Protocol"). Asking for a reply makes an idle upstream tell its position.
+    async fn tell(&mut self, writer: &Writer, ask: bool) -> Result<(), LinkEnd> {
+        let positions = self.positions(writer);
+        let mut update = BytesMut::with_capacity(34);
+        update.put_u8(b'r');
+        for lsn in [positions.0, positions.1, positions.2] {
+            update.put_u64(lsn.0);
+        }
+        update.put_i64(unix_micros() - PG_EPOCH_MICROS);
+        update.put_u8(ask.into());
+        let data =
+            frontend::CopyData::new(update).map_err(|error| LinkEnd::Lost(error.to_string()))?;
+        data.write(self.client.buffer());
+        timeout(SILENCE, self.client.flush())
+            .await
+            .map_err(|_| LinkEnd::Lost("the upstream takes no status updates".into()))??;
+        (self.told, self.told_at) = (positions, Instant::now());
+        Ok(())
+    }
+}
+
+/// Rule A: with the slot ours, its confirmed position must not be above our end.
+async fn verify_slot(target: &Target, end: Lsn) -> Result<(), LinkEnd> {
+    let options = SessionOptions {
+        application_name: "terrace".into(),
+        ..Default::default()
+    };
+    let mut client = Client::connect(&target.conninfo, &options).await?;
+    let rows = client
+        .query(
+            "SELECT confirmed_flush_lsn FROM pg_catalog.pg_replication_slots WHERE slot_name = $1",
+            &[Some(&target.slot)],
+        )
+        .await?;
+    let confirmed = rows
+        .first()
+        .and_then(|row| row.first()?.as_deref()?.parse::<Lsn>().ok());
+    match confirmed {
+        Some(confirmed) if confirmed > end => Err(LinkEnd::Gap { confirmed, end }),
+        Some(_) => Ok(()),
+        None => Err(LinkEnd::Lost(format!(
+            "slot \"{}\" has vanished",
+            target.slot
+        ))),
+    }
+}

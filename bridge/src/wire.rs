@@ -1,0 +1,304 @@
+//! Framing of the PostgreSQL protocol 3, for either side of a connection.
+//!
+//! Guarantee: [`Framed::read_message`] gives whole messages and is cancel-safe:
+//! a read that is given up loses nothing. A length beyond the limit ends the
+//! connection before anything of that size is allocated.
+
+use std::io;
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+/// A connected byte stream: TCP, Unix socket or TLS over either.
+pub trait Stream: AsyncRead + AsyncWrite + Send + Sync + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Sync + Unpin> Stream for T {}
+
+/// Longest message before a client is authenticated.
+pub const MAX_UNAUTHENTICATED: usize = 64 << 10;
+/// Longest message otherwise; PostgreSQL's own limit for a value is below it.
+pub const MAX_MESSAGE: usize = (1 << 30) + (64 << 20);
+const MAX_STARTUP: usize = 10_000;
+const READ_BYTES: usize = 64 << 10;
+
+/// One message: its kind and what follows the length.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Message {
+    /// First byte.
+    pub kind: u8,
+    /// Without kind and length.
+    pub body: Bytes,
+}
+
+/// A stream with buffers on both directions.
+pub struct Framed {
+    stream: Box<dyn Stream>,
+    input: BytesMut,
+    output: BytesMut,
+}
+
+fn invalid(what: impl Into<String>) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what.into())
+}
+
+impl Framed {
+    /// Wraps a fresh stream.
+    pub fn new(stream: Box<dyn Stream>) -> Framed {
+        Framed {
+            stream,
+            input: BytesMut::new(),
+            output: BytesMut::new(),
+        }
+    }
+
+    /// Bytes that go out with the next flush.
+    pub fn out(&mut self) -> &mut BytesMut {
+        &mut self.output
+    }
+
+    /// Sends what has been put out.
+    pub async fn flush(&mut self) -> io::Result<()> {
+        while self.output.has_remaining() {
+            if self.stream.write_buf(&mut self.output).await? == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+        }
+        self.stream.flush().await
+    }
+
+    async fn fill(&mut self) -> io::Result<()> {
+        self.input.reserve(READ_BYTES);
+        match self.stream.read_buf(&mut self.input).await? {
+            0 => Err(io::ErrorKind::UnexpectedEof.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// The next message of at most `limit` bytes.
+    pub async fn read_message(&mut self, limit: usize) -> io::Result<Message> {
+        loop {
+            if let Some(message) = take_message(&mut self.input, limit)? {
+                return Ok(message);
+            }
+            self.fill().await?;
+        }
+    }
+
+    /// The kind of the next message, which stays unread.
+    pub async fn peek_kind(&mut self) -> io::Result<u8> {
+        while self.input.is_empty() {
+            self.fill().await?;
+        }
+        Ok(self.input[0])
+    }
+
+    /// A message without a kind: what a client sends first. Length not included.
+    pub async fn read_startup(&mut self) -> io::Result<Bytes> {
+        loop {
+            if self.input.len() >= 4 {
+                let len = (&self.input[..4]).get_u32() as usize;
+                if !(8..=MAX_STARTUP).contains(&len) {
+                    return Err(invalid("invalid length of startup packet"));
+                }
+                if self.input.len() >= len {
+                    let mut packet = self.input.split_to(len).freeze();
+                    packet.advance(4);
+                    return Ok(packet);
+                }
+            }
+            self.fill().await?;
+        }
+    }
+
+    /// One byte, as the answer to an SSLRequest.
+    pub async fn read_byte(&mut self) -> io::Result<u8> {
+        while self.input.is_empty() {
+            self.fill().await?;
+        }
+        Ok(self.input.get_u8())
+    }
+
+    /// The stream, if nothing is buffered that it would miss.
+    pub fn into_stream(self) -> io::Result<Box<dyn Stream>> {
+        if self.input.is_empty() && self.output.is_empty() {
+            Ok(self.stream)
+        } else {
+            Err(invalid("unexpected data before the TLS handshake"))
+        }
+    }
+
+    /// The stream and what was read ahead of it.
+    pub fn into_parts(self) -> (Box<dyn Stream>, Bytes) {
+        (self.stream, self.input.freeze())
+    }
+}
+
+fn take_message(input: &mut BytesMut, limit: usize) -> io::Result<Option<Message>> {
+    if input.len() < 5 {
+        return Ok(None);
+    }
+    let len = (&input[1..5]).get_u32() as usize;
+    if len < 4 || len > limit {
+        return Err(invalid(format!("message length {len} is out of range")));
+    }
+    if input.len() < len + 1 {
+        // Grows as the bytes come, not by what the header claims.
+        return Ok(None);
+    }
+    let kind = input[0];
+    let mut body = input.split_to(len + 1).freeze();
+    body.advance(5);
+    Ok(Some(Message { kind, body }))
+}
+
+/// Appends a message whose body `write` produces.
+pub fn put(out: &mut BytesMut, kind: u8, write: impl FnOnce(&mut BytesMut)) {
+    out.put_u8(kind);
+    let at = out.len();
+    out.put_u32(0);
+    write(out);
+    let len = (out.len() - at) as u32;
+    out[at..at + 4].copy_from_slice(&len.to_be_bytes());
+}
+
+/// Appends a zero-terminated string; an inner zero ends it early.
+pub fn put_cstr(out: &mut BytesMut, text: &str) {
+    out.put_slice(text.split('\0').next().unwrap_or_default().as_bytes());
+    out.put_u8(0);
+}
+
+/// Takes a zero-terminated UTF-8 string.
+pub fn take_cstr(body: &mut Bytes) -> Option<String> {
+    let end = body.iter().position(|byte| *byte == 0)?;
+    let text = body.split_to(end);
+    body.advance(1);
+    String::from_utf8(text.to_vec()).ok()
+}
+
+/// Authentication request `code` with its data.
+pub fn authentication(out: &mut BytesMut, code: u32, data: &[u8]) {
+    put(out, b'R', |out| {
+        out.put_u32(code);
+        out.put_slice(data);
+    });
+}
+
+/// ParameterStatus.
+pub fn parameter_status(out: &mut BytesMut, name: &str, value: &str) {
+    put(out, b'S', |out| {
+        put_cstr(out, name);
+        put_cstr(out, value);
+    });
+}
+
+/// ReadyForQuery; `status` is I, T or E.
+pub fn ready_for_query(out: &mut BytesMut, status: u8) {
+    put(out, b'Z', |out| out.put_u8(status));
+}
+
+/// RowDescription of text columns: name and type OID.
+pub fn row_description(out: &mut BytesMut, columns: &[(&str, u32)]) {
+    put(out, b'T', |out| {
+        out.put_u16(columns.len() as u16);
+        for (name, oid) in columns {
+            put_cstr(out, name);
+            out.put_u32(0);
+            out.put_u16(0);
+            out.put_u32(*oid);
+            out.put_i16(-1);
+            out.put_i32(-1);
+            out.put_u16(0);
+        }
+    });
+}
+
+/// DataRow of text values.
+pub fn data_row(out: &mut BytesMut, values: &[Option<&str>]) {
+    put(out, b'D', |out| {
+        out.put_u16(values.len() as u16);
+        for value in values {
+            match value {
+                None => out.put_i32(-1),
+                Some(value) => {
+                    out.put_u32(value.len() as u32);
+                    out.put_slice(value.as_bytes());
+                }
+            }
+        }
+    });
+}
+
+/// CommandComplete.
+pub fn command_complete(out: &mut BytesMut, completion: &str) {
+    put(out, b'C', |out| put_cstr(out, completion));
+}
+
+/// ErrorResponse; an empty `hint` is left out.
+pub fn error_response(out: &mut BytesMut, severity: &str, code: &str, text: &str, hint: &str) {
+    put(out, b'E', |out| {
+        for (field, value) in [
+            (b'S', severity),
+            (b'V', severity),
+            (b'C', code),
+            (b'M', text),
+            (b'H', hint),
+        ] {
+            if !value.is_empty() {
+                out.put_u8(field);
+                put_cstr(out, value);
+            }
+        }
+        out.put_u8(0);
+    });
+}
+
+/// CopyBothResponse as a walsender sends it: text, no columns.
+pub fn copy_both_response(out: &mut BytesMut) {
+    put(out, b'W', |out| {
+        out.put_u8(0);
+        out.put_u16(0);
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn messages_are_framed_and_limited() {
+        let (ours, mut theirs) = tokio::io::duplex(1024);
+        let mut framed = Framed::new(Box::new(ours));
+        theirs.write_all(b"Q\0\0\0\x06ab").await.unwrap();
+        theirs.write_all(b"X\0\0\0\x04").await.unwrap();
+        let message = framed.read_message(100).await.unwrap();
+        assert_eq!((message.kind, &message.body[..]), (b'Q', &b"ab"[..]));
+        assert_eq!(framed.read_message(100).await.unwrap().kind, b'X');
+        for hostile in [
+            &b"Q\x7f\xff\xff\xff"[..],
+            b"Q\0\0\0\x03",
+            b"Q\xff\xff\xff\xff",
+        ] {
+            let (ours, mut theirs) = tokio::io::duplex(1024);
+            theirs.write_all(hostile).await.unwrap();
+            assert!(
+                Framed::new(Box::new(ours))
+                    .read_message(1 << 20)
+                    .await
+                    .is_err()
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn startup_packets_are_limited() {
+        for hostile in [
+            &b"\x7f\xff\xff\xff"[..],
+            b"\0\0\0\x07xxx",
+            b"GET / HTTP/1.0\r\n\r\n",
+        ] {
+            let (ours, mut theirs) = tokio::io::duplex(1024);
+            theirs.write_all(hostile).await.unwrap();
+            assert!(Framed::new(Box::new(ours)).read_startup().await.is_err());
+        }
+    }
+}

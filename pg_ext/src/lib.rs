@@ -1,0 +1,221 @@
+//! The part of the extension that SQL cannot say: session settings, the tag
+//! that is written when a transaction commits, and the publication's tie to
+//! the extension. Everything else is in `sql/`.
+//!
+//! Guarantee: a transaction that changed a synchronised table carries exactly
+//! one tag, as the last message before its commit record. A statement trigger
+//! arms it, the transaction callback writes it, so nothing need be preloaded.
+//! A transaction that is rolled back leaves nothing; one whose armed
+//! subtransaction was rolled back may carry a tag and no change, which is harmless.
+
+use std::cell::RefCell;
+use std::ffi::CString;
+use std::os::raw::{c_char, c_void};
+
+use pgrx::guc::{GucContext, GucFlags, GucRegistry, GucSetting};
+use pgrx::prelude::*;
+
+pgrx::pg_module_magic!();
+
+static LABEL: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
+static DOMAINS: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
+static SYNC: GucSetting<bool> = GucSetting::<bool>::new(true);
+
+thread_local! {
+    /// Domains resolved for the `terrace.domains` setting of this transaction;
+    /// present when a synchronised table has been changed.
+    static ARMED: RefCell<Option<Vec<String>>> = const { RefCell::new(None) };
+}
+
+/// Called by PostgreSQL when the library is loaded.
+#[pg_guard]
+pub extern "C-unwind" fn _PG_init() {
+    GucRegistry::define_string_guc(
+        c"terrace.label",
+        c"Label of this session's transactions, shown with the lag.",
+        c"Travels in the tag of each transaction that changes a synchronised table.",
+        &LABEL,
+        GucContext::Userset,
+        GucFlags::default(),
+    );
+    GucRegistry::define_string_guc(
+        c"terrace.domains",
+        c"Domains that this session's transactions are for, separated by commas.",
+        c"Empty means all. Domains on the way to the named ones receive them too.",
+        &DOMAINS,
+        GucContext::Userset,
+        GucFlags::default(),
+    );
+    GucRegistry::define_bool_guc(
+        c"terrace.sync",
+        c"Whether this session's transactions are synchronised.",
+        c"When off, they stay at the top.",
+        &SYNC,
+        GucContext::Userset,
+        GucFlags::default(),
+    );
+    // SAFETY: the callback is a plain function that lives as long as the library.
+    unsafe { pg_sys::RegisterXactCallback(Some(on_transaction_end), std::ptr::null_mut()) };
+}
+
+/// Trigger on each synchronised table: the current transaction is to be tagged.
+#[pg_trigger]
+fn arm_tag<'a>(
+    _trigger: &'a pgrx::PgTrigger<'a>,
+) -> Result<Option<PgHeapTuple<'a, impl WhoAllocated>>, spi::Error> {
+    arm()?;
+    Ok(None::<PgHeapTuple<'a, pgrx::AllocatedByRust>>)
+}
+
+/// Does what the trigger does, for changes that are no rows.
+#[pg_extern]
+fn arm_now() -> Result<(), spi::Error> {
+    arm()
+}
+
+fn arm() -> Result<(), spi::Error> {
+    if ARMED.with_borrow(Option::is_some) {
+        return Ok(());
+    }
+    // The way to a domain is looked up once a transaction, and only when asked for.
+    let domains = match DOMAINS.get() {
+        Some(list) if !list.is_empty() => {
+            let list = list.to_string_lossy().into_owned();
+            Spi::get_one_with_args::<Vec<String>>(
+                "SELECT terrace.with_ancestors(pg_catalog.regexp_split_to_array($1, '\\s*,\\s*'))",
+                &[list.into()],
+            )?
+            .unwrap_or_default()
+        }
+        _ => Vec::new(),
+    };
+    ARMED.with_borrow_mut(|armed| *armed = Some(domains));
+    Ok(())
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn on_transaction_end(event: pg_sys::XactEvent::Type, _arg: *mut c_void) {
+    match event {
+        pg_sys::XactEvent::XACT_EVENT_PRE_COMMIT | pg_sys::XactEvent::XACT_EVENT_PRE_PREPARE => {
+            if let Some(domains) = ARMED.take() {
+                write_tag(&domains);
+            }
+        }
+        pg_sys::XactEvent::XACT_EVENT_COMMIT
+        | pg_sys::XactEvent::XACT_EVENT_ABORT
+        | pg_sys::XactEvent::XACT_EVENT_PREPARE => {
+            ARMED.take();
+        }
+        _ => {}
+    }
+}
+
+fn write_tag(domains: &[String]) {
+    // SAFETY: inside a transaction; a change was made, so the id exists or is due.
+    let xid = unsafe { pg_sys::GetTopFullTransactionId() }.value;
+    let mut tag = format!("{{\"tag\":\"{xid}\"");
+    if let Some(label) = LABEL.get() {
+        let label = label.to_string_lossy();
+        if !label.is_empty() {
+            tag.push_str(",\"label\":");
+            put_json(&mut tag, &label);
+        }
+    }
+    if !domains.is_empty() {
+        tag.push_str(",\"domains\":[");
+        for (index, domain) in domains.iter().enumerate() {
+            if index > 0 {
+                tag.push(',');
+            }
+            put_json(&mut tag, domain);
+        }
+        tag.push(']');
+    }
+    if !SYNC.get() {
+        tag.push_str(",\"sync\":false");
+    }
+    tag.push_str(",\"user\":");
+    put_json(&mut tag, &session_user());
+    tag.push('}');
+    log_message(&tag);
+}
+
+fn session_user() -> String {
+    // SAFETY: the session user exists while its session runs; the name is copied.
+    unsafe {
+        let name = pg_sys::GetUserNameFromId(pg_sys::GetSessionUserId(), true);
+        if name.is_null() {
+            return String::new();
+        }
+        std::ffi::CStr::from_ptr(name)
+            .to_string_lossy()
+            .into_owned()
+    }
+}
+
+// src/include/replication/message.h; not in pgrx's bindings.
+unsafe extern "C-unwind" {
+    #[cfg(any(feature = "pg15", feature = "pg16"))]
+    fn LogLogicalMessage(
+        prefix: *const c_char,
+        message: *const c_char,
+        size: usize,
+        transactional: bool,
+    ) -> pg_sys::XLogRecPtr;
+    #[cfg(any(feature = "pg17", feature = "pg18"))]
+    fn LogLogicalMessage(
+        prefix: *const c_char,
+        message: *const c_char,
+        size: usize,
+        transactional: bool,
+        flush: bool,
+    ) -> pg_sys::XLogRecPtr;
+}
+
+fn log_message(content: &str) {
+    let (prefix, message) = (c"terrace".as_ptr(), content.as_ptr().cast());
+    // SAFETY: prefix and content outlive the call, which copies them into the WAL;
+    // the signature is that of the major version that this is built for.
+    unsafe {
+        #[cfg(any(feature = "pg15", feature = "pg16"))]
+        LogLogicalMessage(prefix, message, content.len(), true);
+        #[cfg(any(feature = "pg17", feature = "pg18"))]
+        LogLogicalMessage(prefix, message, content.len(), true, false);
+    }
+}
+
+fn put_json(out: &mut String, text: &str) {
+    out.push('"');
+    for char in text.chars() {
+        match char {
+            '"' | '\\' => {
+                out.push('\\');
+                out.push(char);
+            }
+            char if char < ' ' => out.push_str(&format!("\\u{:04x}", char as u32)),
+            char => out.push(char),
+        }
+    }
+    out.push('"');
+}
+
+/// Makes a publication go with the extension when that is dropped. SQL cannot:
+/// a publication can be no member of an extension.
+#[pg_extern]
+fn tie_publication(publication: pg_sys::Oid, extension: pg_sys::Oid) {
+    let address = |class, object| pg_sys::ObjectAddress {
+        classId: class,
+        objectId: object,
+        objectSubId: 0,
+    };
+    let depender = address(pg_sys::PublicationRelationId, publication);
+    let referenced = address(pg_sys::ExtensionRelationId, extension);
+    // SAFETY: both addresses live through the call, which only reads them.
+    unsafe {
+        pg_sys::recordDependencyOn(
+            &depender,
+            &referenced,
+            pg_sys::DependencyType::DEPENDENCY_AUTO,
+        );
+    }
+}
