@@ -232,7 +232,8 @@ impl<'a> Session<'a> {
         self.ahead = None;
         self.expected.clear();
         self.unflushed = 0;
-        self.planner.forget();
+        self.planner.forget_relations();
+        self.planner.forget_statements();
         self.reader = self.queue.reader(self.committed)?;
         Ok(())
     }
@@ -508,6 +509,8 @@ impl<'a> Session<'a> {
                 return Err(error);
             }
         }
+        // What was planned here was run without being prepared.
+        self.planner.forget_statements();
         Ok(())
     }
 

@@ -95,9 +95,17 @@ pub async fn initial_copy(shared: &Arc<Shared>, source: &ConnInfo) -> anyhow::Re
     let bridge = holder.extension_accepted(BRIDGE_PARAMETER);
     let slot = shared.config.slot_name();
     let mut temporary = format!("{slot}_copy");
-    if bridge {
+    let sibling = shared
+        .config
+        .peers
+        .values()
+        .any(|url| ConnInfo::parse(url).is_ok_and(|peer| peer.endpoint() == source.endpoint()));
+    // One server of a domain copies from the parent, and becomes master; the
+    // others copy from it, so that its queue holds what they need next.
+    if sibling {
         temporary = format!("terrace_{}_copy", node.name);
-    } else {
+    }
+    if !bridge {
         check_slot(shared, &mut holder, &slot).await?;
     }
     let (lsn, snapshot) = create_snapshot(&mut holder, &temporary).await?;

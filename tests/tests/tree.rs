@@ -89,22 +89,28 @@ async fn two_levels_hold_what_the_top_holds() {
     }
 
     // What stays at the top, and labels.
-    client
-        .batch_execute(
-            "SET terrace.sync = off; INSERT INTO keyless VALUES (100, 'stays'); RESET terrace.sync;
-             SET terrace.label = 'prices 7'; INSERT INTO keyless VALUES (4, 'labelled'); RESET ALL",
-        )
-        .await
-        .expect("labels");
+    // One call each: statements sent together are one transaction.
+    for sql in [
+        "SET terrace.sync = off",
+        "INSERT INTO keyless VALUES (100, 'stays')",
+        "RESET terrace.sync",
+        "SET terrace.label = 'prices 7'",
+        "INSERT INTO keyless VALUES (4, 'labelled')",
+    ] {
+        client.batch_execute(sql).await.expect(sql);
+    }
     tree.settle().await;
     for server in tree.below() {
         let sql = "SELECT string_agg(a::text, ' ' ORDER BY a) FROM keyless";
         server.wait_value(sql, "1 2 3 4").await;
     }
-    client
-        .batch_execute("SET terrace.sync = off; DELETE FROM keyless WHERE a = 100")
-        .await
-        .unwrap();
+    for sql in [
+        "SET terrace.sync = off",
+        "DELETE FROM keyless WHERE a = 100",
+        "RESET ALL",
+    ] {
+        client.batch_execute(sql).await.expect(sql);
+    }
     let sql = "SELECT count(*) FROM terrace.lag WHERE last_label = 'prices 7' AND level > 0";
     tree.top.wait_value(sql, "6").await;
     let sql = "SELECT count(*) FILTER (WHERE role = 'master') || ' ' || count(*) FROM terrace.lag \

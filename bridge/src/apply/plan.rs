@@ -112,7 +112,10 @@ pub struct Planner {
     /// Tables that other domains get and this one does not.
     elsewhere: HashSet<(String, String)>,
     routing_changed: bool,
+    /// Name of the prepared statement by its text.
     statements: HashMap<String, String>,
+    /// Names are not used twice in a session.
+    named: u64,
 }
 
 fn value(datum: Datum<'_>, payload: &Bytes) -> Option<Bytes> {
@@ -146,14 +149,19 @@ impl Planner {
             elsewhere: HashSet::new(),
             routing_changed: false,
             statements: HashMap::new(),
+            named: 0,
         };
         planner.reload_routing(client).await?;
         Ok(planner)
     }
 
-    /// Forgets what a failed session may have prepared.
-    pub fn forget(&mut self) {
+    /// Forgets the prepared statements: none is known to exist any more.
+    pub fn forget_statements(&mut self) {
         self.statements.clear();
+    }
+
+    /// Forgets the definitions: the reader starts anew and brings them.
+    pub fn forget_relations(&mut self) {
         self.relations.clear();
     }
 
@@ -222,7 +230,6 @@ impl Planner {
             routed,
         };
         self.relations.insert(relid, known);
-        self.statements.clear();
         Ok(())
     }
 
@@ -338,14 +345,14 @@ impl Planner {
     }
 
     fn step(&mut self, sql: String, values: Vec<Option<Bytes>>, expect: Expect) -> Step {
-        let next = format!("t{}", self.statements.len());
-        let (name, parse) = match self.statements.get(&sql) {
-            Some(name) => (name.clone(), false),
-            None => (next, true),
-        };
-        if parse {
+        let known = self.statements.get(&sql).cloned();
+        let parse = known.is_none();
+        let name = known.unwrap_or_else(|| {
+            self.named += 1;
+            let name = format!("t{}", self.named);
             self.statements.insert(sql.clone(), name.clone());
-        }
+            name
+        });
         Step {
             name,
             sql,
