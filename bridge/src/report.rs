@@ -38,7 +38,7 @@ pub async fn prepare_local(shared: &Arc<Shared>) -> anyhow::Result<()> {
         .first()
         .and_then(|row| row.first().cloned().flatten());
     match version.as_deref() {
-        Some(version) if version == env!("CARGO_PKG_VERSION") => {}
+        Some(env!("CARGO_PKG_VERSION")) => {}
         Some(version) => anyhow::bail!(
             "extension terrace is of version {version}, this bridge of {}; run ALTER EXTENSION \
              terrace UPDATE or install the matching bridge",

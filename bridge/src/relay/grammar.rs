@@ -127,7 +127,7 @@ fn identifier(token: &Token) -> Option<String> {
     }
 }
 
-fn word<'a>(token: Option<&'a Token>) -> Option<&'a str> {
+fn word(token: Option<&Token>) -> Option<&str> {
     match token {
         Some(Token::Word(word)) => Some(word),
         _ => None,
