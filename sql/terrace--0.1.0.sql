@@ -2,6 +2,10 @@
 
 \echo Use "CREATE EXTENSION terrace" to load this file. \quit
 
+-- The schema is a member of the extension, so that it goes with it.
+CREATE SCHEMA terrace;
+SET LOCAL search_path TO terrace, pg_catalog;
+
 -- ----- role ------------------------------------------------------------------
 
 -- May read what is synchronised and call terrace.report, nothing else. Roles
@@ -350,6 +354,7 @@ CREATE UNLOGGED TABLE status (
 );
 
 CREATE TABLE event (
+    seq bigint GENERATED ALWAYS AS IDENTITY UNIQUE,
     id text PRIMARY KEY,
     "time" timestamptz NOT NULL,
     node text NOT NULL,
@@ -358,27 +363,26 @@ CREATE TABLE event (
     reason text
 );
 
+-- A bridge tells of itself first, then of what it was told from below. What is
+-- wrong with itself is an error; what is wrong with another is left out.
 CREATE FUNCTION report(report jsonb) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     n jsonb;
+    first boolean := true;
     heard timestamptz;
 BEGIN
     FOR n IN SELECT jsonb_array_elements(report -> 'nodes') LOOP
-        IF n ->> 'domain' <> 'top'
-           AND NOT EXISTS (SELECT FROM terrace.domain d WHERE d.name = n ->> 'domain')
-           AND NOT (n ->> 'self')::boolean IS TRUE THEN
-            RAISE EXCEPTION 'domain "%" does not exist', n ->> 'domain'
-                USING ERRCODE = 'undefined_object',
-                      HINT = 'Create it at the top with terrace.create_domain.';
-        END IF;
+        BEGIN
+            PERFORM terrace.check_reporter(n);
+        EXCEPTION WHEN undefined_object OR duplicate_object THEN
+            IF first THEN
+                RAISE;
+            END IF;
+            CONTINUE;
+        END;
+        first := false;
         heard := clock_timestamp() - make_interval(secs => coalesce((n ->> 'age_ms')::float8, 0) / 1000);
-        IF EXISTS (SELECT FROM terrace.status s
-                   WHERE s.node = n ->> 'node' AND s.instance <> n ->> 'instance'
-                     AND s.reply_time > clock_timestamp() - interval '5 s') THEN
-            RAISE EXCEPTION 'node name "%" is already in use by another bridge', n ->> 'node'
-                USING ERRCODE = 'duplicate_object', HINT = 'Give each server its own node.name.';
-        END IF;
         INSERT INTO terrace.status AS s
         VALUES (n ->> 'node', n ->> 'instance', n ->> 'domain', heard,
                 coalesce((n ->> 'self')::boolean, false), n - 'age_ms' - 'self')
@@ -387,19 +391,46 @@ BEGIN
             reply_time = EXCLUDED.reply_time, self = EXCLUDED.self, report = EXCLUDED.report
         WHERE s.reply_time < EXCLUDED.reply_time;
     END LOOP;
-    INSERT INTO terrace.event
+    INSERT INTO terrace.event ("id", "time", node, domain, kind, reason)
     SELECT e ->> 'id', (e ->> 'time')::timestamptz, e ->> 'node', e ->> 'domain', e ->> 'kind',
            e ->> 'reason'
     FROM jsonb_array_elements(report -> 'events') e
     ON CONFLICT DO NOTHING;
+    IF FOUND THEN
+        DELETE FROM terrace.event WHERE seq < (SELECT max(seq) FROM terrace.event) - 10000;
+    END IF;
 END $$;
 
--- What a bridge tells its upstream of the servers below.
-CREATE FUNCTION status_json() RETURNS jsonb
-    LANGUAGE sql STABLE AS $$
-    SELECT coalesce(pg_catalog.jsonb_agg(report || pg_catalog.jsonb_build_object('age_ms',
-               extract(epoch FROM pg_catalog.clock_timestamp() - reply_time) * 1000)), '[]')
-    FROM terrace.status WHERE NOT self AND reply_time > now() - interval '1 min'
+CREATE FUNCTION check_reporter(n jsonb) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF n ->> 'domain' <> 'top'
+       AND NOT EXISTS (SELECT FROM terrace.domain d WHERE d.name = n ->> 'domain')
+       AND (n ->> 'self')::boolean IS NOT TRUE THEN
+        RAISE EXCEPTION 'domain "%" does not exist', n ->> 'domain'
+            USING ERRCODE = 'undefined_object',
+                  HINT = 'Create it at the top with terrace.create_domain.';
+    END IF;
+    IF EXISTS (SELECT FROM terrace.status s
+               WHERE s.node = n ->> 'node' AND s.instance <> n ->> 'instance'
+                 AND s.reply_time > clock_timestamp() - interval '5 s') THEN
+        RAISE EXCEPTION 'node name "%" is already in use by another bridge', n ->> 'node'
+            USING ERRCODE = 'duplicate_object', HINT = 'Give each server its own node.name.';
+    END IF;
+END $$;
+
+-- What the bridge beside this server tells its upstream: conflicts here, the
+-- servers below, and the events that came after number "after".
+CREATE FUNCTION to_report(after bigint) RETURNS jsonb
+    LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT jsonb_build_object(
+        'conflicts', (SELECT jsonb_agg(jsonb_build_object('table', relation, 'kind', kind,
+                          'count', count, 'last_seen', last_seen)) FROM terrace.conflict),
+        'nodes', (SELECT coalesce(jsonb_agg(report || jsonb_build_object('age_ms',
+                      extract(epoch FROM clock_timestamp() - reply_time) * 1000)), '[]')
+                  FROM terrace.status WHERE NOT self AND reply_time > now() - interval '1 min'),
+        'events', (SELECT coalesce(jsonb_agg(to_jsonb(e)), '[]') FROM (
+                      SELECT * FROM terrace.event WHERE seq > after ORDER BY seq LIMIT 200) e))
 $$;
 
 CREATE VIEW node_status AS
@@ -415,6 +446,7 @@ CREATE FUNCTION top_lsn() RETURNS pg_lsn
     LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT CASE WHEN EXISTS (SELECT FROM terrace.progress)
         THEN (SELECT max(received_lsn) FROM terrace.node_status WHERE self)
+        WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()
         ELSE pg_current_wal_lsn() END
 $$;
 
@@ -488,7 +520,7 @@ END $$;
 
 REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA terrace FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION arm_now(), current_tag(), with_ancestors(text[]), send(text, text),
-    top_lsn(), is_top(), status_json(), wait_for(pg_lsn, text, interval) TO PUBLIC;
+    top_lsn(), is_top(), wait_for(pg_lsn, text, interval) TO PUBLIC;
 GRANT EXECUTE ON FUNCTION report(jsonb) TO terrace_reader;
 GRANT SELECT ON domain, sync_table, domains, tables, status, node_status, lag, topology, event,
     events, conflict, conflicts, progress TO PUBLIC;
