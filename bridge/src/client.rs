@@ -102,6 +102,11 @@ impl PgError {
         PgError::Db(Box::new(DbError::parse(body)))
     }
 
+    /// Nobody listens there: the host answered that, at once.
+    pub fn is_refused(&self) -> bool {
+        matches!(self, PgError::Io(error) if error.kind() == io::ErrorKind::ConnectionRefused)
+    }
+
     /// SQLSTATE, when the server gave one.
     pub fn code(&self) -> Option<&str> {
         match self {

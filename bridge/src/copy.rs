@@ -20,7 +20,7 @@ use crate::conninfo::ConnInfo;
 use crate::lsn::{Identity, Lsn};
 use crate::queue::write_atomically;
 use crate::status::Shared;
-use crate::upstream::{BRIDGE_PARAMETER, connect, pinned_settings};
+use crate::upstream::{BRIDGE_PARAMETER, connect, create_snapshot, pinned_settings};
 
 /// Tables copied at the same time.
 const WORKERS: usize = 4;
@@ -94,7 +94,7 @@ pub async fn initial_copy(shared: &Arc<Shared>, source: &ConnInfo) -> anyhow::Re
     let (mut holder, identity) = connect(source, &node.name).await?;
     let bridge = holder.extension_accepted(BRIDGE_PARAMETER);
     let slot = shared.config.slot_name();
-    let mut temporary = format!("{slot}_copy");
+    let mut temporary = format!("terracecopy_{}", node.domain);
     let sibling = shared
         .config
         .peers
@@ -103,12 +103,17 @@ pub async fn initial_copy(shared: &Arc<Shared>, source: &ConnInfo) -> anyhow::Re
     // One server of a domain copies from the parent, and becomes master; the
     // others copy from it, so that its queue holds what they need next.
     if sibling {
-        temporary = format!("terrace_{}_copy", node.name);
+        temporary = format!("terracecopy_{}.{}", node.domain, node.name);
     }
     if !bridge {
         check_slot(shared, &mut holder, &slot).await?;
     }
-    let (lsn, snapshot) = create_snapshot(&mut holder, &temporary).await?;
+    let (lsn, snapshot) = match create_snapshot(&mut holder, &temporary).await {
+        Err(error) if error.code() == Some("42710") => {
+            return Err(CopyError::Busy(error.to_string()).into());
+        }
+        made => made.context("create the slot to copy from")?,
+    };
     tracing::info!(position = %lsn, source = %source.endpoint(), "initial copy starts");
     let mut reader = snapshot_session(source, &snapshot).await?;
     let tables = synchronised_tables(&mut reader, &node.domain).await?;
@@ -196,24 +201,6 @@ async fn check_slot(shared: &Arc<Shared>, client: &mut Client, slot: &str) -> an
          the server that has, or, if the domain is new, drop the slot at the top with \
          SELECT pg_drop_replication_slot('{slot}')"
     )
-}
-
-async fn create_snapshot(client: &mut Client, slot: &str) -> anyhow::Result<(Lsn, String)> {
-    let sql = format!(
-        "CREATE_REPLICATION_SLOT {} TEMPORARY LOGICAL pgoutput (SNAPSHOT 'export')",
-        quote_ident(slot)
-    );
-    let rows = match client.simple(&sql).await {
-        Ok(rows) => rows,
-        Err(error) if error.code() == Some("42710") => {
-            return Err(CopyError::Busy(error.to_string()).into());
-        }
-        Err(error) => return Err(error).context("create the slot to copy from"),
-    };
-    match rows.first().map(Vec::as_slice) {
-        Some([_, Some(lsn), Some(snapshot), ..]) => Ok((lsn.parse()?, snapshot.clone())),
-        _ => bail!("the server exported no snapshot"),
-    }
 }
 
 async fn snapshot_session(source: &ConnInfo, snapshot: &str) -> Result<Client, PgError> {

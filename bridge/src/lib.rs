@@ -7,6 +7,7 @@
 
 pub mod apply;
 pub mod assemble;
+pub mod check;
 pub mod client;
 pub mod config;
 pub mod conninfo;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use terrace_bridge::check::check;
 use terrace_bridge::client::{Client, SessionOptions};
 use terrace_bridge::config::Config;
 use terrace_bridge::conninfo::ConnInfo;
@@ -26,6 +27,12 @@ struct Arguments {
 enum Command {
     /// Run until stopped
     Run {
+        /// Configuration file
+        #[arg(short)]
+        config: PathBuf,
+    },
+    /// Say what would keep `run` from working, and how to mend it
+    Check {
         /// Configuration file
         #[arg(short)]
         config: PathBuf,
@@ -77,6 +84,16 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
             let cancel = CancellationToken::new();
             stop_on_signal(cancel.clone())?;
             node::run(config, cancel).await
+        }
+        Command::Check { config } => {
+            let findings = check(&Config::load(&config)?).await;
+            for finding in &findings {
+                let mark = if finding.good { "ok   " } else { "WRONG" };
+                println!("{mark} {}", finding.text);
+            }
+            let wrong = findings.iter().filter(|finding| !finding.good).count();
+            anyhow::ensure!(wrong == 0, "{wrong} to mend");
+            Ok(())
         }
         Command::Status {
             config,

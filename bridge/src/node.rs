@@ -289,18 +289,29 @@ async fn create_slot_at_top(shared: &Arc<Shared>) -> anyhow::Result<(Identity, L
     let (mut client, identity) = connect(&info, &shared.config.node.name).await?;
     let slot = shared.config.slot_name();
     let sql = format!("CREATE_REPLICATION_SLOT \"{slot}\" LOGICAL pgoutput (SNAPSHOT 'nothing')");
-    let rows = match client.simple(&sql).await {
-        Ok(rows) => rows,
-        Err(error) if error.code() == Some("42710") => bail!(
-            "replication slot \"{slot}\" exists but data_dir {} is empty; if no other bridge \
-             uses the slot, drop it with SELECT pg_drop_replication_slot('{slot}')",
-            shared.config.node.data_dir.display()
-        ),
+    let point = match client.simple(&sql).await {
+        Ok(rows) => rows.first().and_then(|row| row.get(1)?.clone()),
+        // The slot outlived our queue. It sends what follows its confirmed position,
+        // so an empty queue that starts there misses nothing; a downstream that needs
+        // more is told so when it asks.
+        Err(error) if error.code() == Some("42710") => {
+            let sql = "SELECT confirmed_flush_lsn FROM pg_catalog.pg_replication_slots \
+                       WHERE slot_name = $1 AND plugin = 'pgoutput' \
+                         AND database = pg_catalog.current_database()";
+            let rows = local_client(shared)
+                .await?
+                .query(sql, &[Some(&slot)])
+                .await?;
+            rows.into_iter()
+                .next()
+                .and_then(|row| row.into_iter().next()?)
+        }
         Err(error) => return Err(error).context("create the replication slot"),
     };
-    let point = rows.first().and_then(|row| row.get(1)?.as_deref());
     let lsn = point
-        .context("CREATE_REPLICATION_SLOT gave no position")?
+        .with_context(|| {
+            format!("replication slot \"{slot}\" is of another kind or database; drop it")
+        })?
         .parse()?;
     Ok((identity, lsn))
 }
@@ -554,7 +565,8 @@ async fn mirror_written(
     loop {
         let end = *written.borrow_and_update();
         shared.replayed.send_replace(end);
-        shared.set_applied(|applied| applied.top_time = shared.top_time());
+        let top_time = shared.top_time();
+        shared.set_applied(|applied| applied.top_time = top_time);
         tokio::select! {
             _ = written.changed() => {}
             () = cancel.cancelled() => return Ok(()),
@@ -580,9 +592,19 @@ async fn housekeeping(
                 continue;
             }
             _ = tick.tick() => {}
-            () = cancel.cancelled() => return queue.save_cursors().map_err(Into::into),
+            () = cancel.cancelled() => {
+                if let Err(error) = queue.save_cursors() {
+                    tracing::warn!("{error}");
+                }
+                return Ok(());
+            }
         }
-        queue.save_cursors()?;
+        // Nothing depends on these but what may be forgotten later, so a full disk
+        // is no reason to stop: what was written last stays in force.
+        if let Err(error) = queue.save_cursors() {
+            tracing::warn!("{error}");
+            continue;
+        }
         let replayed = *shared.replayed.borrow();
         if shared.config.parent.is_none() {
             replay_durable = replayed;
@@ -593,7 +615,11 @@ async fn housekeeping(
             client = None;
         }
         let limits = &shared.config.queue;
-        for name in queue.trim(replay_durable, limits.retain_min, limits.retain_max)? {
+        let lost = queue.trim(replay_durable, limits.retain_min, limits.retain_max);
+        if let Err(error) = &lost {
+            tracing::warn!("{error}");
+        }
+        for name in lost.unwrap_or_default() {
             shared.event(
                 "gap",
                 &format!("cursor \"{name}\" lost: the queue exceeds retain_max"),

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -17,6 +18,8 @@ use crate::status::{Shared, timestamp};
 const AT_MOST: Duration = Duration::from_millis(200);
 /// Longest time between two reports.
 const AT_LEAST: Duration = Duration::from_secs(1);
+/// Longest time for a report to be taken.
+const CALL_LIMIT: Duration = Duration::from_secs(5);
 /// Role of what the relay passes through to the local Postgres.
 pub const RELAY_ROLE: &str = "terrace_relay";
 
@@ -75,15 +78,17 @@ async fn connect(info: &ConnInfo, shared: &Shared) -> Result<Client, PgError> {
 /// Reports until `cancel`.
 pub async fn run(shared: Arc<Shared>, cancel: CancellationToken) -> anyhow::Result<()> {
     let local_info = ConnInfo::parse(&shared.config.database.url)?;
-    let (mut local, mut upward) = (Link::new(), Link::new());
+    let (mut local, mut upward) = (Link::default(), Link::default());
+    let mut below = Below::default();
     loop {
         tokio::select! {
             () = cancel.cancelled() => return Ok(()),
             _ = timeout(AT_LEAST, shared.changed.notified()) => {}
         }
-        let below = report_here(&shared, &local_info, &mut local).await;
-        if let Some(upstream) = shared.upstream() {
-            report_up(&shared, &upstream, &mut upward, below).await;
+        report_here(&shared, &local_info, &mut local, &mut below).await;
+        // A bridge of the top has the top beside it, and nobody above.
+        if let (Some(upstream), Some(_)) = (shared.upstream(), &shared.config.parent) {
+            report_up(&shared, &upstream, &mut upward, &mut below).await;
         }
         tokio::select! {
             () = cancel.cancelled() => return Ok(()),
@@ -93,13 +98,15 @@ pub async fn run(shared: Arc<Shared>, cancel: CancellationToken) -> anyhow::Resu
 }
 
 /// A connection that is made again when it is needed.
+#[derive(Default)]
 struct Link {
     client: Option<(String, Client)>,
 }
 
 impl Link {
-    fn new() -> Link {
-        Link { client: None }
+    /// Whether the next call goes over the connection of the last one.
+    fn is_open_to(&self, info: &ConnInfo) -> bool {
+        matches!(&self.client, Some((known, _)) if *known == info.endpoint())
     }
 
     async fn call(
@@ -114,8 +121,7 @@ impl Link {
             Some((known, client)) if known == endpoint => client,
             _ => connect(info, shared).await?,
         };
-        let limit = Duration::from_secs(5);
-        let rows = timeout(limit, client.query(sql, parameters))
+        let rows = timeout(CALL_LIMIT, client.query(sql, parameters))
             .await
             .map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))?;
         // An error of the server leaves the session usable.
@@ -129,55 +135,76 @@ impl Link {
     }
 }
 
-fn events(shared: &Shared) -> Vec<Value> {
+/// What the local database says of this server and those below, for the upstream.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Below {
+    conflicts: Value,
+    nodes: Vec<Value>,
+    events: Vec<Value>,
+    /// Number of the last event that the upstream took.
+    #[serde(skip)]
+    told: i64,
+}
+
+/// Tells the local database, and learns what it was told from below.
+async fn report_here(shared: &Arc<Shared>, info: &ConnInfo, link: &mut Link, below: &mut Below) {
+    if !link.is_open_to(info)
+        && let Err(error) = prepare_local(shared).await
+    {
+        tracing::debug!("prepare the local database: {error:#}");
+    }
+    let mut own = shared.status_json();
+    own["self"] = true.into();
     let node = &shared.config.node;
-    let as_json = |event: crate::status::Event| {
+    let as_json = |event: &crate::status::Event| {
         json!({
             "id": event.id, "time": timestamp(event.unix_micros), "node": node.name,
             "domain": node.domain, "kind": event.kind, "reason": event.reason,
         })
     };
-    shared.events().into_iter().map(as_json).collect()
-}
-
-/// Gives what the servers below said.
-async fn report_here(shared: &Arc<Shared>, info: &ConnInfo, link: &mut Link) -> Vec<Value> {
-    let mut own = shared.status_json();
-    own["self"] = true.into();
-    let report = json!({ "nodes": [own], "events": events(shared) }).to_string();
-    let told = link
-        .call(info, shared, "SELECT terrace.report($1)", &[Some(&report)])
-        .await;
-    let below = match told {
-        Ok(_) => {
-            link.call(info, shared, "SELECT terrace.status_json()", &[])
-                .await
+    let events: Vec<Value> = shared.events().iter().map(as_json).collect();
+    let report = json!({ "nodes": [own], "events": events }).to_string();
+    let sql = "SELECT terrace.to_report($2), terrace.report($1)";
+    let told = below.told;
+    match link
+        .call(info, shared, sql, &[Some(&report), Some(&told.to_string())])
+        .await
+    {
+        Ok(text) => {
+            shared.events_reported(events.len());
+            *below = text
+                .and_then(|text| serde_json::from_str(&text).ok())
+                .unwrap_or_default();
+            below.told = told;
         }
-        Err(error) => Err(error),
-    };
-    match below {
-        Ok(text) => text
-            .and_then(|text| serde_json::from_str(&text).ok())
-            .unwrap_or_default(),
         Err(error) => {
             tracing::debug!("report to the local database: {error}");
-            Vec::new()
+            *below = Below {
+                told,
+                ..Below::default()
+            };
         }
     }
 }
 
-async fn report_up(shared: &Arc<Shared>, info: &ConnInfo, link: &mut Link, below: Vec<Value>) {
-    let events = events(shared);
-    let count = events.len();
-    let mut nodes = vec![shared.status_json()];
-    nodes.extend(below);
-    let report = json!({ "nodes": nodes, "events": events }).to_string();
+async fn report_up(shared: &Arc<Shared>, info: &ConnInfo, link: &mut Link, below: &mut Below) {
+    if !link.is_open_to(info) {
+        // Another upstream may know none of them; it leaves out what it knows.
+        below.told = 0;
+    }
+    let mut own = shared.status_json();
+    own["conflicts"] = below.conflicts.clone();
+    let mut nodes = vec![own];
+    nodes.append(&mut below.nodes);
+    let report = json!({ "nodes": nodes, "events": below.events }).to_string();
     match link
         .call(info, shared, "SELECT terrace.report($1)", &[Some(&report)])
         .await
     {
         Ok(_) => {
-            shared.events_reported(count);
+            let last = below.events.last().and_then(|event| event["seq"].as_i64());
+            below.told = last.unwrap_or(below.told);
             shared.set_report_problem(None);
         }
         Err(error) if matches!(error.code(), Some("42710" | "42704" | "42501" | "42883")) => {

@@ -20,6 +20,8 @@ use crate::lsn::{Identity, Lsn};
 
 /// Microseconds from 1970-01-01 to PostgreSQL's epoch, 2000-01-01.
 pub const PG_EPOCH_MICROS: i64 = 946_684_800_000_000;
+/// A node this far behind, by the top's clock, is catching up.
+const CATCHUP_MICROS: i64 = 2_000_000;
 /// Events kept until a report has taken them.
 const MAX_EVENTS: usize = 1000;
 
@@ -283,7 +285,13 @@ impl Shared {
 
     /// Says why the upstream refuses our reports, or that it takes them.
     pub fn set_report_problem(&self, problem: Option<String>) {
-        self.inner().report_problem = problem;
+        let mut inner = self.inner();
+        if inner.report_problem != problem {
+            if let Some(problem) = &problem {
+                tracing::warn!("{problem}");
+            }
+            inner.report_problem = problem;
+        }
     }
 
     /// Bytes copied of the estimated whole; `None` when no copy runs.
@@ -504,14 +512,23 @@ fn state_of(inner: &Inner, replayed: Lsn) -> (State, Option<String>) {
             State::Copying,
             Some(format!("{done} of about {total} bytes copied")),
         ),
-        (State::Streaming, _) if replayed < inner.received => (State::Catchup, reason),
+        (State::Streaming, _) if replayed < inner.received && behind(inner) => {
+            (State::Catchup, reason)
+        }
         (link, _) => (link, reason),
     }
 }
 
-/// Name of the cursor that `node` of `domain` keeps at a sibling.
+/// More than a moment behind what has been received. Under load something is
+/// always on its way; that alone is no catch-up.
+fn behind(inner: &Inner) -> bool {
+    inner.top_time - inner.applied.top_time > CATCHUP_MICROS
+}
+
+/// Name of the cursor that `node` of `domain` keeps at a sibling. The point keeps
+/// it apart from every domain's cursor.
 pub fn cursor_name(domain: &str, node: &str) -> String {
-    format!("terrace_{domain}_{node}")
+    format!("terrace_{domain}.{node}")
 }
 
 /// The wall clock, microseconds since 1970-01-01 UTC.

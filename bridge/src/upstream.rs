@@ -162,6 +162,24 @@ pub async fn connect(
     Ok((client, identity))
 }
 
+/// Makes a temporary slot (or cursor, at a bridge) and exports the snapshot that it
+/// starts from. Both last until the session's next command or end.
+pub async fn create_snapshot(client: &mut Client, slot: &str) -> Result<(Lsn, String), PgError> {
+    let sql = format!(
+        "CREATE_REPLICATION_SLOT {} TEMPORARY LOGICAL pgoutput (SNAPSHOT 'export')",
+        quote_ident(slot)
+    );
+    let rows = client.simple(&sql).await?;
+    let point = |lsn: &str| {
+        lsn.parse()
+            .map_err(|_| PgError::Protocol("CREATE_REPLICATION_SLOT: not an LSN".into()))
+    };
+    match rows.first().map(Vec::as_slice) {
+        Some([_, Some(lsn), Some(snapshot), ..]) => Ok((point(lsn)?, snapshot.clone())),
+        _ => Err(PgError::Protocol("the server exported no snapshot".into())),
+    }
+}
+
 /// Follows `target` until the link ends, and says why it did.
 pub async fn follow(
     shared: &Arc<Shared>,

@@ -11,8 +11,9 @@ use super::grammar::{Command, parse};
 use super::stream::{Outcome, Start, stream};
 use super::{Relay, splice};
 use crate::client::{Client, PgError, SessionOptions};
+use crate::conninfo::ConnInfo;
 use crate::lsn::Lsn;
-use crate::upstream::{BRIDGE_PARAMETER, PUBLICATION};
+use crate::upstream::{BRIDGE_PARAMETER, PUBLICATION, connect, create_snapshot};
 use crate::wire::{self, Framed, MAX_UNAUTHENTICATED};
 
 const TEXT: u32 = 25;
@@ -287,6 +288,10 @@ impl Session {
             .relay
             .local()
             .map_err(|error| Refusal("58000", error.to_string()))?;
+        if self.relay.shared.config.parent.is_none() {
+            let name = format!("terraceexport_{}_{}", std::process::id(), self.id);
+            return Ok(export_at_top(&local, &name).await?);
+        }
         let options = SessionOptions {
             application_name: "terrace snapshot".into(),
             ..Default::default()
@@ -381,6 +386,14 @@ impl Session {
             }
         }
     }
+}
+
+/// Beside the top it is the database's own WAL that counts: a temporary slot tells
+/// where in it the snapshot stands.
+async fn export_at_top(local: &ConnInfo, slot: &str) -> Result<(Client, Lsn, String), PgError> {
+    let (mut client, _) = connect(local, "terrace snapshot").await?;
+    let (lsn, snapshot) = create_snapshot(&mut client, slot).await?;
+    Ok((client, lsn, snapshot))
 }
 
 fn lock(relay: &Relay) -> std::sync::MutexGuard<'_, std::collections::HashSet<String>> {

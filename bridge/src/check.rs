@@ -1,0 +1,242 @@
+//! `terrace-bridge check`: what would keep `run` from working, and how to mend it.
+//!
+//! It changes nothing anywhere. Each finding is one line that names the thing.
+
+use crate::client::{Client, Row, SessionOptions, quote_literal};
+use crate::config::Config;
+use crate::conninfo::ConnInfo;
+use crate::handshake::Security;
+use crate::upstream::{BRIDGE_PARAMETER, connect};
+
+/// One thing that was looked at.
+pub struct Finding {
+    /// What was looked at, or what is wrong with it and how to mend it.
+    pub text: String,
+    /// Whether it is as it must be.
+    pub good: bool,
+}
+
+/// Looks at everything that the configuration names.
+pub async fn check(config: &Config) -> Vec<Finding> {
+    let mut report = Report(Vec::new());
+    report.relay(config);
+    report.data_dir(config);
+    report.database(config).await;
+    if let Some(parent) = &config.parent {
+        for url in &parent.servers {
+            report.parent(config, url).await;
+        }
+    }
+    for (name, url) in &config.peers {
+        report.peer(name, url).await;
+    }
+    report.0
+}
+
+struct Report(Vec<Finding>);
+
+impl Report {
+    fn good(&mut self, text: impl Into<String>) {
+        let text = text.into();
+        self.0.push(Finding { text, good: true });
+    }
+
+    fn bad(&mut self, text: impl Into<String>) {
+        let text = text.into();
+        self.0.push(Finding { text, good: false });
+    }
+
+    fn relay(&mut self, config: &Config) {
+        let relay = &config.relay;
+        match Security::load(
+            relay.auth_file.as_deref(),
+            relay.tls_cert.as_deref(),
+            relay.tls_key.as_deref(),
+            relay.tls_client_ca.as_deref(),
+        ) {
+            Ok(_) => self.good(format!("relay: {} can be served", relay.listen)),
+            Err(error) => self.bad(format!("relay: {error:#}")),
+        }
+    }
+
+    fn data_dir(&mut self, config: &Config) {
+        let dir = &config.node.data_dir;
+        // `run` makes it, so the place it will be in counts.
+        let existing = dir.ancestors().find(|dir| dir.exists());
+        match existing.map(|dir| (dir, tempfile_in(dir))) {
+            Some((_, Ok(()))) => {
+                self.good(format!("data_dir: {} can be written to", dir.display()));
+            }
+            Some((place, Err(error))) => self.bad(format!(
+                "data_dir {}: cannot write to {}: {error}; give it to the bridge's user",
+                dir.display(),
+                place.display()
+            )),
+            None => self.bad(format!("data_dir {}: no such place", dir.display())),
+        }
+    }
+
+    /// A session, or the reason why there is none.
+    async fn session(&mut self, what: &str, url: &str) -> Option<(Client, ConnInfo)> {
+        let info = match ConnInfo::parse(url) {
+            Ok(info) => info,
+            Err(error) => {
+                self.bad(format!("{what}: {error}"));
+                return None;
+            }
+        };
+        let options = SessionOptions {
+            application_name: "terrace check".into(),
+            ..SessionOptions::default()
+        };
+        match Client::connect(&info, &options).await {
+            Ok(client) => Some((client, info)),
+            Err(error) => {
+                let place = info.endpoint();
+                self.bad(format!("{what}: cannot connect to {place}: {error}"));
+                None
+            }
+        }
+    }
+
+    /// The first value that `sql` gives.
+    async fn value(&mut self, what: &str, client: &mut Client, sql: &str) -> Option<String> {
+        match client.query(sql, &[]).await {
+            Ok(rows) => first(rows),
+            Err(error) => {
+                self.bad(format!("{what}: {error}"));
+                None
+            }
+        }
+    }
+
+    async fn extension(&mut self, what: &str, client: &mut Client) -> bool {
+        let sql = "SELECT extversion FROM pg_catalog.pg_extension WHERE extname = 'terrace'";
+        let ours = env!("CARGO_PKG_VERSION");
+        match self.value(what, client, sql).await.as_deref() {
+            Some(version) if version == ours => return true,
+            Some(version) => self.bad(format!(
+                "{what}: extension terrace is of version {version}, this bridge of {ours}; run \
+                 ALTER EXTENSION terrace UPDATE, or install the matching bridge"
+            )),
+            None => self.bad(format!(
+                "{what}: extension terrace is missing; run CREATE EXTENSION terrace"
+            )),
+        }
+        false
+    }
+
+    async fn database(&mut self, config: &Config) {
+        let what = "database";
+        let Some((mut client, info)) = self.session(what, &config.database.url).await else {
+            return;
+        };
+        if !self.extension(what, &mut client).await {
+            return;
+        }
+        let superuser = "SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user";
+        if self.value(what, &mut client, superuser).await.as_deref() != Some("t") {
+            let user = info.user();
+            self.bad(format!(
+                "{what}: role \"{user}\" is no superuser, so it can neither write past triggers \
+                 nor make the relay's role; run ALTER ROLE \"{user}\" SUPERUSER"
+            ));
+            return;
+        }
+        if config.parent.is_none() {
+            self.wal_level(what, &mut client).await;
+        } else {
+            self.columns(&mut client).await;
+        }
+        self.good(format!("{what}: {} is ready", info.endpoint()));
+    }
+
+    /// Synchronised tables that this server should have and has not.
+    async fn columns(&mut self, client: &mut Client) {
+        let sql = "SELECT pg_catalog.string_agg(pg_catalog.format('%I.%I', nspname, relname), ', ') \
+                   FROM terrace.sync_table \
+                   WHERE pg_catalog.to_regclass(pg_catalog.format('%I.%I', nspname, relname)) IS NULL";
+        if let Some(missing) = self.value("database", client, sql).await {
+            self.bad(format!(
+                "database: synchronised tables are missing on this server: {missing}; create them \
+                 with the columns that they have at the top"
+            ));
+        }
+    }
+
+    async fn wal_level(&mut self, what: &str, client: &mut Client) {
+        match self.value(what, client, "SHOW wal_level").await.as_deref() {
+            None | Some("logical") => {}
+            Some(level) => self.bad(format!(
+                "{what}: wal_level is \"{level}\"; set wal_level = logical in postgresql.conf and \
+                 restart the server"
+            )),
+        }
+    }
+
+    async fn parent(&mut self, config: &Config, url: &str) {
+        let what = "parent";
+        let Some((mut client, info)) = self.session(what, url).await else {
+            return;
+        };
+        if !self.extension(what, &mut client).await {
+            return;
+        }
+        let before = self.0.len();
+        match connect(&info, "terrace check").await {
+            Ok((session, _)) if session.extension_accepted(BRIDGE_PARAMETER) => {}
+            Ok(_) => self.wal_level(what, &mut client).await,
+            Err(error) => {
+                let user = info.user();
+                self.bad(format!(
+                    "{what}: role \"{user}\" may not replicate: {error}; run ALTER ROLE \
+                     \"{user}\" REPLICATION and GRANT terrace_reader TO \"{user}\""
+                ));
+            }
+        }
+        let domain = &config.node.domain;
+        let sql = format!(
+            "SELECT 1 FROM terrace.domain WHERE name = {}",
+            quote_literal(domain)
+        );
+        if self.value(what, &mut client, &sql).await.is_none() {
+            self.bad(format!(
+                "{what}: domain \"{domain}\" does not exist; create it at the top with \
+                 SELECT terrace.create_domain('{domain}')"
+            ));
+        }
+        if self.0.len() == before {
+            self.good(format!("{what}: {} is ready", info.endpoint()));
+        }
+    }
+
+    async fn peer(&mut self, name: &str, url: &str) {
+        let what = format!("peer {name}");
+        let info = match ConnInfo::parse(url) {
+            Ok(info) => info,
+            Err(error) => return self.bad(format!("{what}: {error}")),
+        };
+        let place = info.endpoint();
+        match connect(&info, "terrace check").await {
+            Ok((client, _)) if !client.extension_accepted(BRIDGE_PARAMETER) => self.bad(format!(
+                "{what}: {place} is no bridge; name the address of its [relay] listen"
+            )),
+            Ok(_) => self.good(format!("{what}: {place} answers")),
+            // It may be started later, or now.
+            Err(error) if error.is_refused() => {
+                self.good(format!("{what}: {place} is not up yet"));
+            }
+            Err(error) => self.bad(format!("{what}: {place}: {error}")),
+        }
+    }
+}
+
+fn first(rows: Vec<Row>) -> Option<String> {
+    rows.into_iter().next()?.into_iter().next()?
+}
+
+fn tempfile_in(dir: &std::path::Path) -> std::io::Result<()> {
+    let path = dir.join(format!(".terrace-check-{}", std::process::id()));
+    std::fs::File::create(&path)?;
+    std::fs::remove_file(&path)
+}
