@@ -1,95 +1,125 @@
 //! A tree of real servers: what is written at the top is everywhere below, whole
 //! and in order, whatever dies meanwhile.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
-use terrace_tests::{Server, Tree};
+use terrace_tests::load::{Background, GAPLESS, STEPS, count_up};
+use terrace_tests::{Server, Tree, wait_until};
 
-const SCHEMA: &str = "
+const DOMAINS: [(&str, Option<&str>, usize); 2] =
+    [("region", None, 3), ("branch", Some("region"), 3)];
+
+const ACCOUNTS: &str = "
     CREATE TABLE account (id int PRIMARY KEY, balance bigint NOT NULL, note text);
     INSERT INTO account SELECT g, 1000, NULL FROM generate_series(1, 100) g;
-    CREATE TABLE line (n bigserial PRIMARY KEY, at timestamptz DEFAULT now());
-    CREATE TABLE keyless (a int, b text);
-    SELECT terrace.add_table('account');
-    SELECT terrace.add_table('line');
-    SELECT terrace.add_table('keyless');";
+    SELECT terrace.add_table('account');";
 
 const TRANSFER: &str = "
-    WITH a AS (SELECT 1 + (random() * 99)::int AS src, 1 + (random() * 99)::int AS dst)
+    WITH pair AS (SELECT 1 + (random() * 99)::int AS src, 1 + (random() * 99)::int AS dst)
     UPDATE account SET balance = balance
         + CASE WHEN id = dst AND src <> dst THEN 7 ELSE 0 END
         - CASE WHEN id = src AND src <> dst THEN 7 ELSE 0 END
-    FROM a WHERE id IN (src, dst)";
+    FROM pair WHERE id IN (src, dst)";
 
-async fn load(top: &Server, rounds: usize) {
-    let client = top.connect().await;
-    for round in 0..rounds {
-        client.batch_execute(TRANSFER).await.expect("transfer");
-        client
-            .batch_execute("INSERT INTO line DEFAULT VALUES")
-            .await
-            .expect("insert");
-        if round % 10 == 0 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
+fn transfers(top: &Server) -> Background {
+    Background::start(top, |client, _| client.batch_execute(TRANSFER))
+}
+
+/// Reads a server over and over: the sum of all accounts never changes, and the
+/// numbers of `steps` and `trail` have no gap and never go back.
+struct Observer {
+    stop: Arc<AtomicBool>,
+    reads: Arc<AtomicUsize>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Observer {
+    fn start(server: &Server) -> Observer {
+        let (stop, reads) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicUsize::new(0)),
+        );
+        let (stopped, counter) = (stop.clone(), reads.clone());
+        let (config, name) = (server.config(), server.name.clone());
+        let thread = std::thread::spawn(move || {
+            let (mut client, mut seen) = (None, 0);
+            while !stopped.load(Ordering::Relaxed) {
+                if client.is_none() {
+                    client = config.connect(postgres::NoTls).ok();
+                }
+                let sql = "SELECT (SELECT sum(balance)::bigint FROM account), \
+                           (SELECT coalesce(max(n), 0) FROM steps), \
+                           (SELECT count(*) FROM steps), (SELECT count(*) FROM trail)";
+                match client.as_mut().map(|client| client.query_one(sql, &[])) {
+                    Some(Ok(row)) => {
+                        let sum: Option<i64> = row.get(0);
+                        let [last, steps, trail] = [1, 2, 3].map(|i| row.get::<_, i64>(i));
+                        assert_eq!(sum, Some(100_000), "sum on {name}");
+                        assert_eq!((last, last), (steps, trail), "gap on {name}");
+                        assert!(last >= seen, "{name} went back from {seen} to {last}");
+                        seen = last;
+                        counter.fetch_add(1, Ordering::Relaxed);
+                    }
+                    // After a crash the server may know less: it commits asynchronously.
+                    _ => (client, seen) = (None, 0),
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        let thread = Some(thread);
+        Observer {
+            stop,
+            reads,
+            thread,
         }
+    }
+
+    /// Ends it; what it saw and must not see fails the test.
+    fn stop(mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let joined = self.thread.take().map(JoinHandle::join);
+        if let Some(Err(panic)) = joined {
+            std::panic::resume_unwind(panic);
+        }
+        assert!(self.reads.load(Ordering::Relaxed) > 10, "hardly any reads");
     }
 }
 
-/// Reads one server over and over: the sum of all accounts never changes.
-async fn observe(server: &Server, rounds: usize) {
-    let client = server.connect().await;
-    for _ in 0..rounds {
-        let row = client
-            .query_one("SELECT count(*), sum(balance)::bigint FROM account", &[])
-            .await;
-        if let Ok(row) = row {
-            let (count, sum): (i64, Option<i64>) = (row.get(0), row.get(1));
-            assert!(
-                count == 0 || sum == Some(100_000),
-                "{} shows {count} {sum:?}",
-                server.name
-            );
-        }
-        tokio::time::sleep(Duration::from_millis(5)).await;
+impl Drop for Observer {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_levels_hold_what_the_top_holds() {
-    let mut tree = Tree::start(&[("region", 3), ("branch", 3)], SCHEMA).await;
+#[test]
+fn two_levels_hold_what_the_top_holds() {
+    let schema = format!(
+        "{ACCOUNTS} CREATE TABLE keyless (a int, b text); SELECT terrace.add_table('keyless')"
+    );
+    let tree = Tree::grow(&schema, &DOMAINS);
+    tree.top.sql(
+        "INSERT INTO keyless VALUES (1, 'x'), (1, 'x'), (2, NULL);
+         DELETE FROM keyless WHERE ctid = (SELECT min(ctid) FROM keyless WHERE a = 1);
+         UPDATE keyless SET b = 'it''s \\ \"ü\"' WHERE a = 2;
+         UPDATE account SET note = repeat('long ', 20000) WHERE id = 5;
+         UPDATE account SET balance = balance WHERE id = 5;
+         UPDATE account SET id = 1005 WHERE id = 6;
+         UPDATE account SET id = 6 WHERE id = 1005;
+         BEGIN; SAVEPOINT s; INSERT INTO keyless VALUES (9, 'gone'); ROLLBACK TO s;
+         INSERT INTO keyless VALUES (3, 'kept'); COMMIT",
+    );
+    tree.wait_for_equal(&["account", "keyless"]);
+    assert_eq!(
+        tree.top
+            .value("SELECT terrace.wait_for(pg_current_wal_lsn())"),
+        "t"
+    );
 
-    // Rows that were there before, copied while others come.
-    load(&tree.top, 200).await;
-    for server in tree.below() {
-        server
-            .wait_value("SELECT count(*) FROM terrace.progress", "1")
-            .await;
-    }
-    tree.assert_equal("account").await;
-    tree.assert_equal("line").await;
-
-    // Every kind of change.
-    let client = tree.top.connect().await;
-    client
-        .batch_execute(
-            "INSERT INTO keyless VALUES (1, 'x'), (1, 'x'), (2, NULL);
-             DELETE FROM keyless WHERE ctid = (SELECT min(ctid) FROM keyless WHERE a = 1);
-             UPDATE keyless SET b = 'it''s \\ \"ü\"' WHERE a = 2;
-             UPDATE account SET note = repeat('long ', 20000) WHERE id = 5;
-             UPDATE account SET balance = balance WHERE id = 5;
-             UPDATE account SET id = 1005 WHERE id = 6;
-             UPDATE account SET id = 6 WHERE id = 1005;
-             BEGIN; SAVEPOINT s; INSERT INTO keyless VALUES (9, 'gone'); ROLLBACK TO s;
-             INSERT INTO keyless VALUES (3, 'kept'); COMMIT",
-        )
-        .await
-        .expect("mixed changes");
-    for table in ["account", "line", "keyless"] {
-        tree.assert_equal(table).await;
-    }
-
-    // What stays at the top, and labels.
-    // One call each: statements sent together are one transaction.
+    // What stays at the top, and labels. One session, one transaction a statement.
+    let mut client = tree.top.connect();
     for sql in [
         "SET terrace.sync = off",
         "INSERT INTO keyless VALUES (100, 'stays')",
@@ -97,66 +127,108 @@ async fn two_levels_hold_what_the_top_holds() {
         "SET terrace.label = 'prices 7'",
         "INSERT INTO keyless VALUES (4, 'labelled')",
     ] {
-        client.batch_execute(sql).await.expect(sql);
+        client.batch_execute(sql).expect(sql);
     }
-    tree.settle().await;
-    for server in tree.below() {
+    for node in &tree.nodes {
         let sql = "SELECT string_agg(a::text, ' ' ORDER BY a) FROM keyless";
-        server.wait_value(sql, "1 2 3 4").await;
+        wait_until("the labelled row is there", || {
+            node.server.value(sql).ends_with('4')
+        });
+        assert_eq!(node.server.value(sql), "1 2 3 4", "{}", node.server.name);
     }
-    for sql in [
-        "SET terrace.sync = off",
-        "DELETE FROM keyless WHERE a = 100",
-        "RESET ALL",
+    let labelled = "SELECT count(*) FROM terrace.lag WHERE last_label = 'prices 7' AND level > 0";
+    wait_until("the label is shown", || tree.top.value(labelled) == "6");
+    let roles = "SELECT count(*) FILTER (WHERE role = 'master') || ' ' || count(*) \
+                 FROM terrace.lag WHERE level > 0 AND state = 'streaming'";
+    wait_until("each domain has one master", || {
+        tree.top.value(roles) == "2 6"
+    });
+
+    // A message comes with the data, in order.
+    let mut listener = tree.nodes[5].server.connect();
+    listener.batch_execute("LISTEN shop").expect("listen");
+    tree.top.sql("SELECT terrace.send('shop', 'open')");
+    let heard = {
+        use postgres::fallible_iterator::FallibleIterator;
+        let mut heard = listener.notifications();
+        let first = heard.timeout_iter(terrace_tests::PATIENCE).next();
+        first.expect("listen").expect("a notification")
+    };
+    assert_eq!((heard.channel(), heard.payload()), ("shop", "open"));
+}
+
+#[test]
+fn whatever_is_killed_nothing_is_lost_or_doubled() {
+    let mut tree = Tree::grow(&format!("{ACCOUNTS}{STEPS}"), &DOMAINS);
+    let observers: Vec<Observer> = tree
+        .nodes
+        .iter()
+        .map(|node| Observer::start(&node.server))
+        .collect();
+    let (moving, counting) = (transfers(&tree.top), count_up(&tree.top));
+    counting.go_on(100);
+
+    for (domain, role) in [
+        ("region", "master"),
+        ("region", "slave"),
+        ("branch", "master"),
+        ("branch", "slave"),
     ] {
-        client.batch_execute(sql).await.expect(sql);
+        let name = tree.with_role(domain, role);
+        tree.node(&name).bridge.kill9();
+        counting.go_on(30);
+        tree.node(&name).bridge.restart().expect("start the bridge");
+        counting.go_on(30);
+        tree.node(&name).server.kill9();
+        counting.go_on(30);
+        tree.node(&name).server.restart().expect("start the server");
+        counting.go_on(30);
+        tree.wait_streaming();
     }
-    let sql = "SELECT count(*) FROM terrace.lag WHERE last_label = 'prices 7' AND level > 0";
-    tree.top.wait_value(sql, "6").await;
-    let sql = "SELECT count(*) FILTER (WHERE role = 'master') || ' ' || count(*) FROM terrace.lag \
-               WHERE level > 0 AND state = 'streaming'";
-    tree.top.wait_value(sql, "2 6").await;
-    let sql = "SELECT terrace.wait_for(pg_current_wal_lsn())";
-    tree.top.wait_value(sql, "t").await;
+    tree.top.kill9();
+    tree.top.restart().expect("start the top");
+    counting.go_on(100);
+    tree.wait_streaming();
 
-    // A paused bridge falls behind, visibly, and comes back.
-    let branch = &tree.domains[1].bridges[0];
-    branch.signal("STOP");
-    let sql = "SELECT replay_lag > interval '2 s' FROM terrace.lag WHERE node = 'branch-1'";
-    tree.top.wait_value(sql, "t").await;
-    branch.signal("CONT");
-    let sql = "SELECT replay_lag < interval '1 s' FROM terrace.lag WHERE node = 'branch-1'";
-    tree.top.wait_value(sql, "t").await;
-
-    // Killed under load, one after the other: a bridge of each level, the
-    // Postgres of servers at both, and the top's.
-    let faults = async {
-        let (top, domains) = (&mut tree.top, &mut tree.domains);
-        for domain in domains.iter_mut() {
-            for index in [0, 2] {
-                domain.bridges[index].kill9();
-                tokio::time::sleep(Duration::from_millis(300)).await;
-                domain.bridges[index].start();
-                domain.servers[index].kill9();
-                domain.servers[index].resume();
-                domain.servers[index].connect().await;
-            }
-        }
-        load(top, 100).await;
-        top.kill9();
-        top.resume();
-        top.connect().await;
-        load(top, 100).await;
-    };
-    faults.await;
-    let observers = async {
-        let reads: Vec<_> = tree.below().map(|server| observe(server, 200)).collect();
-        for read in reads {
-            read.await;
-        }
-    };
-    tokio::join!(load(&tree.top, 1_000), observers);
-    for table in ["account", "line", "keyless"] {
-        tree.assert_equal(table).await;
+    counting.stop();
+    moving.stop();
+    tree.wait_for_equal(&["account", "steps", "trail"]);
+    observers.into_iter().for_each(Observer::stop);
+    for node in &tree.nodes {
+        assert_eq!(
+            node.server.value(GAPLESS),
+            "t",
+            "numbers on {}",
+            node.server.name
+        );
+        let conflicts = node.server.rows("SELECT * FROM terrace.conflicts");
+        assert!(conflicts.is_empty(), "{}: {conflicts:?}", node.server.name);
     }
+}
+
+#[test]
+fn lag_grows_while_a_bridge_is_paused_and_comes_back() {
+    let mut tree = Tree::grow(STEPS, &[("region", None, 1), ("branch", Some("region"), 1)]);
+    let counting = count_up(&tree.top);
+    let lag = |tree: &Tree, more: &str| {
+        let sql = format!("SELECT count(*) FROM terrace.lag WHERE node = 'branch-1' AND {more}");
+        tree.top.value(&sql) == "1"
+    };
+    wait_until("it is up to date", || {
+        lag(&tree, "replay_lag < interval '1 s'")
+    });
+    tree.node("branch-1").bridge.pause();
+    wait_until("the lag grows", || {
+        lag(&tree, "replay_lag > interval '2 s' AND lag_bytes > 0")
+    });
+    wait_until("it goes on growing, and the silence is seen", || {
+        lag(&tree, "replay_lag > interval '6 s' AND state = 'down'")
+    });
+    // The link is made anew: what is behind is still behind.
+    tree.node("branch-1").bridge.resume();
+    wait_until("it has caught up", || {
+        lag(&tree, "replay_lag < interval '1 s' AND state <> 'down'")
+    });
+    counting.stop();
+    tree.wait_for_equal(&["steps", "trail"]);
 }

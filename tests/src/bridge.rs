@@ -1,0 +1,265 @@
+//! One bridge beside a server.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Output, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use nix::sys::signal::Signal;
+use postgres::{Client, NoTls};
+
+use crate::process::{Process, command};
+use crate::scratch::{Scratch, free_port};
+use crate::server::{Server, bin_dir};
+use crate::{PASSWORD, PATIENCE};
+
+/// What goes into a bridge's configuration file.
+#[derive(Clone, Default)]
+pub struct BridgeOptions {
+    /// `node.name`, and the name of the directory.
+    pub node: String,
+    /// `node.domain`
+    pub domain: String,
+    /// Connection string of the Postgres beside it.
+    pub database: String,
+    /// Connection strings of the level above; none for a top bridge.
+    pub parents: Vec<String>,
+    /// Names and connection strings of the other servers of the domain.
+    pub peers: Vec<(String, String)>,
+    /// Lines put at the end of the file.
+    pub extra: String,
+    /// Lines put in the section `[node]`.
+    pub extra_node: String,
+}
+
+/// A bridge; stopped when dropped.
+pub struct Bridge {
+    /// `node.name`
+    pub name: String,
+    /// Port of the relay.
+    pub port: u16,
+    /// Port of `/metrics`, `/healthz` and `/readyz`.
+    pub http_port: u16,
+    directory: PathBuf,
+    process: Option<Process>,
+}
+
+/// The program: `TERRACE_BRIDGE`, or the one built beside this one.
+pub fn bridge_program() -> PathBuf {
+    if let Some(path) = std::env::var_os("TERRACE_BRIDGE") {
+        return path.into();
+    }
+    let own = std::env::current_exe().expect("own path");
+    let found = own.ancestors().skip(1).take(3).find_map(|directory| {
+        ["", "debug", "release"]
+            .iter()
+            .map(|profile| directory.join(profile).join("terrace-bridge"))
+            .find(|path| path.is_file())
+    });
+    found.expect("terrace-bridge is not built: run `cargo build -p terrace-bridge`")
+}
+
+/// How a client reaches a relay that listens on `port`.
+pub fn relay_conninfo(port: u16) -> String {
+    format!("host=127.0.0.1 port={port} user=terrace password={PASSWORD} dbname=app")
+}
+
+fn quoted(text: &str) -> String {
+    format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""))
+}
+
+impl Bridge {
+    /// Writes the configuration; `port` is the relay's, known to the peers beforehand.
+    pub fn prepare(scratch: &Scratch, options: &BridgeOptions, port: u16) -> Result<Bridge> {
+        let directory = scratch.path().join(format!("bridge-{}", options.node));
+        fs::create_dir_all(&directory)?;
+        let name = options.node.clone();
+        let bridge = Bridge {
+            name,
+            port,
+            http_port: free_port(),
+            directory,
+            process: None,
+        };
+        bridge.configure(options)?;
+        Ok(bridge)
+    }
+
+    /// Writes the configuration again, for the next start.
+    pub fn configure(&self, options: &BridgeOptions) -> Result<()> {
+        let verifier = postgres_protocol::password::scram_sha_256(PASSWORD.as_bytes());
+        let users = self.directory.join("users");
+        fs::write(&users, format!("\"terrace\" \"{verifier}\"\n"))?;
+        let mut text = format!(
+            "[node]\nname = {}\ndomain = {}\ndata_dir = {}\n{}\n\n[database]\nurl = {}\n",
+            quoted(&options.node),
+            quoted(&options.domain),
+            quoted(&self.directory.join("data").to_string_lossy()),
+            options.extra_node,
+            quoted(&options.database),
+        );
+        if !options.parents.is_empty() {
+            let list: Vec<String> = options.parents.iter().map(|url| quoted(url)).collect();
+            text += &format!("\n[parent]\nservers = [{}]\n", list.join(", "));
+        }
+        if !options.peers.is_empty() {
+            text += "\n[peers]\n";
+            for (peer, url) in &options.peers {
+                text += &format!("{} = {}\n", quoted(peer), quoted(url));
+            }
+        }
+        text += &format!(
+            "\n[relay]\nlisten = \"127.0.0.1:{}\"\nauth_file = {}\n\
+             \n[http]\nlisten = \"127.0.0.1:{}\"\n{}\n",
+            self.port,
+            quoted(&users.to_string_lossy()),
+            self.http_port,
+            options.extra
+        );
+        Ok(fs::write(self.config(), text)?)
+    }
+
+    /// Prepares and starts.
+    pub fn start(scratch: &Scratch, options: &BridgeOptions) -> Result<Bridge> {
+        let mut bridge = Bridge::prepare(scratch, options, free_port())?;
+        bridge.restart()?;
+        Ok(bridge)
+    }
+
+    /// Starts it, again if need be. Does not wait: it connects by itself.
+    pub fn restart(&mut self) -> Result<()> {
+        let log = File::options().create(true).append(true).open(self.log())?;
+        let program = bridge_program();
+        let mut bridge = command(&program.to_string_lossy(), None, Signal::SIGKILL);
+        bridge
+            .args(["run", "-c"])
+            .arg(self.config())
+            .env("PATH", path());
+        bridge
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        self.process = Some(Process::start(bridge, Signal::SIGTERM)?);
+        Ok(())
+    }
+
+    /// Runs another command of the program on this configuration, and waits for its end.
+    pub fn run(&self, subcommand: &str) -> Result<Output> {
+        Command::new("timeout")
+            .arg("30")
+            .arg(bridge_program())
+            .args([subcommand, "-c"])
+            .arg(self.config())
+            .env("PATH", path())
+            .output()
+            .context("run terrace-bridge")
+    }
+
+    /// SIGKILL.
+    pub fn kill9(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            process.kill().expect("kill a bridge");
+        }
+    }
+
+    /// SIGTERM, and how it ended.
+    pub fn stop(&mut self) -> Option<ExitStatus> {
+        self.process
+            .take()
+            .map(|mut process| process.stop(PATIENCE).expect("stop a bridge"))
+    }
+
+    /// SIGSTOP: there, but silent.
+    pub fn pause(&self) {
+        self.process
+            .as_ref()
+            .expect("a running bridge")
+            .signal(Signal::SIGSTOP);
+    }
+
+    /// SIGCONT.
+    pub fn resume(&self) {
+        self.process
+            .as_ref()
+            .expect("a running bridge")
+            .signal(Signal::SIGCONT);
+    }
+
+    /// Waits for it to end by itself.
+    pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
+        self.process
+            .as_mut()
+            .context("the bridge was not started")?
+            .wait(limit)
+    }
+
+    /// Has not ended.
+    pub fn is_running(&mut self) -> bool {
+        self.process
+            .as_mut()
+            .is_some_and(|process| process.ended().is_none())
+    }
+
+    /// Its configuration file.
+    pub fn config(&self) -> PathBuf {
+        self.directory.join("bridge.toml")
+    }
+
+    /// Its log file.
+    pub fn log(&self) -> PathBuf {
+        self.directory.join("bridge.log")
+    }
+
+    /// What it has logged so far.
+    pub fn logged(&self) -> String {
+        fs::read_to_string(self.log()).unwrap_or_default()
+    }
+
+    /// Its directory.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// What a slave, a child domain or a user types to get to the relay.
+    pub fn conninfo(&self) -> String {
+        relay_conninfo(self.port)
+    }
+
+    /// An SQL session through the relay.
+    pub fn try_connect(&self) -> Result<Client, postgres::Error> {
+        Client::connect(&self.conninfo(), NoTls)
+    }
+
+    /// Status line and body of one of its web pages.
+    pub fn get(&self, page: &str) -> std::io::Result<String> {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.http_port))?;
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        let host = "Host: localhost\r\nConnection: close";
+        write!(stream, "GET {page} HTTP/1.1\r\n{host}\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    }
+}
+
+fn path() -> String {
+    format!(
+        "{}:{}",
+        bin_dir().display(),
+        std::env::var("PATH").unwrap_or_default()
+    )
+}
+
+/// Configuration of a bridge for `server`, alone in its domain.
+pub fn options(server: &Server, domain: &str, parents: &[String]) -> BridgeOptions {
+    BridgeOptions {
+        node: server.name.clone(),
+        domain: domain.into(),
+        database: server.conninfo(),
+        parents: parents.to_vec(),
+        ..Default::default()
+    }
+}

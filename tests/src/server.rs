@@ -1,0 +1,360 @@
+//! One PostgreSQL server with the extension, as a direct child of the test.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::Signal;
+use postgres::{Client, Config, NoTls, SimpleQueryMessage};
+
+use crate::process::{Process, command};
+use crate::scratch::{Scratch, free_port};
+use crate::{PASSWORD, PATIENCE};
+
+/// What a server is and how it is set.
+#[derive(Clone)]
+pub struct ServerOptions {
+    /// The top: its role `terrace` may read and replicate; elsewhere it is a superuser.
+    pub top: bool,
+    /// `CREATE EXTENSION terrace` at the start.
+    pub extension: bool,
+    /// Whether files are made durable; a killed process loses nothing either way.
+    pub fsync: bool,
+    /// Lines added to `postgresql.conf`.
+    pub settings: String,
+}
+
+impl Default for ServerOptions {
+    fn default() -> ServerOptions {
+        ServerOptions {
+            top: false,
+            extension: true,
+            fsync: false,
+            settings: String::new(),
+        }
+    }
+}
+
+/// A server; stopped when dropped.
+pub struct Server {
+    /// Name in the tree, and of its directory.
+    pub name: String,
+    /// Port on 127.0.0.1 and in the socket's name.
+    pub port: u16,
+    directory: PathBuf,
+    process: Option<Process>,
+}
+
+/// Directory of the server programs.
+pub fn bin_dir() -> &'static Path {
+    static DIRECTORY: OnceLock<PathBuf> = OnceLock::new();
+    DIRECTORY.get_or_init(|| {
+        let config = std::env::var("PG_CONFIG").unwrap_or_else(|_| "pg_config".into());
+        let output = Command::new(&config).arg("--bindir").output();
+        let output = output.unwrap_or_else(|error| panic!("run {config}: {error}"));
+        PathBuf::from(String::from_utf8_lossy(&output.stdout).trim())
+    })
+}
+
+/// One of PostgreSQL's programs.
+pub fn program(name: &str) -> String {
+    bin_dir().join(name).to_string_lossy().into_owned()
+}
+
+/// Whom the servers run as: they refuse to run as root.
+fn user() -> Option<&'static str> {
+    nix::unistd::geteuid().is_root().then_some("postgres")
+}
+
+fn run(mut command: Command, what: &str) -> Result<()> {
+    let output = command.output().with_context(|| what.to_owned())?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{what}: {}\n{said}", output.status);
+    Ok(())
+}
+
+fn hand_over(path: &Path) -> Result<()> {
+    if let Some(user) = user() {
+        let mut chown = Command::new("chown");
+        chown.arg(format!("{user}:")).arg(path);
+        run(chown, "chown")?;
+    }
+    Ok(())
+}
+
+/// A cluster to copy from. The top has one of its own, hence another system identifier.
+fn template(top: bool) -> Result<&'static Path> {
+    static TEMPLATES: [OnceLock<Result<PathBuf, String>>; 2] = [OnceLock::new(), OnceLock::new()];
+    let made = TEMPLATES[usize::from(top)]
+        .get_or_init(|| make_template(top).map_err(|error| format!("{error:#}")));
+    made.as_deref().map_err(|error| anyhow::anyhow!("{error}"))
+}
+
+fn make_template(top: bool) -> Result<PathBuf> {
+    use std::io::Write;
+    let name = if top { "template-top" } else { "template" };
+    let scratch = templates()?.join(name);
+    fs::create_dir(&scratch)?;
+    hand_over(&scratch)?;
+    let data = scratch.join("data");
+    let mut initdb = command(&program("initdb"), user(), Signal::SIGTERM);
+    initdb.args([
+        "--no-sync",
+        "--auth=trust",
+        "--username=postgres",
+        "--encoding=UTF8",
+    ]);
+    initdb
+        .args(["--no-locale", "--pgdata"])
+        .arg(&data)
+        .current_dir(&scratch);
+    run(initdb, "initdb")?;
+    let rights = if top { "REPLICATION" } else { "SUPERUSER" };
+    let mut single = command(&program("postgres"), user(), Signal::SIGTERM);
+    single
+        .args(["--single", "-F", "-D"])
+        .arg(&data)
+        .arg("postgres")
+        .current_dir(&scratch);
+    single
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    let mut child = single.spawn().context("postgres --single")?;
+    let mut stdin = child.stdin.take().context("postgres --single")?;
+    writeln!(
+        stdin,
+        "CREATE ROLE terrace LOGIN {rights} PASSWORD '{PASSWORD}'"
+    )?;
+    writeln!(stdin, "CREATE DATABASE app")?;
+    drop(stdin);
+    let output = child.wait_with_output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.success() && !said.contains("ERROR"),
+        "postgres --single: {said}"
+    );
+    Ok(data)
+}
+
+/// Where the templates are, for as long as this process lives.
+fn templates() -> Result<&'static Path> {
+    static DIRECTORY: OnceLock<Result<(PathBuf, Child), String>> = OnceLock::new();
+    let made = DIRECTORY.get_or_init(|| make_templates().map_err(|error| format!("{error:#}")));
+    made.as_ref()
+        .map(|(path, _)| path.as_path())
+        .map_err(|error| anyhow::anyhow!("{error}"))
+}
+
+/// Statics are never dropped, so a shell removes the directory: it reads from a
+/// pipe that ends when we do.
+fn make_templates() -> Result<(PathBuf, Child)> {
+    use std::os::unix::{fs::PermissionsExt, process::CommandExt};
+    let path = tempfile::Builder::new()
+        .prefix("terrace-template-")
+        .permissions(fs::Permissions::from_mode(0o755))
+        .tempdir()?
+        .keep();
+    let sweeper = Command::new("sh")
+        .args(["-c", "read -r _; rm -rf -- \"$0\""])
+        .arg(&path)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .process_group(0)
+        .spawn()?;
+    Ok((path, sweeper))
+}
+
+impl Server {
+    /// Boots a server in `scratch` and waits until it answers.
+    pub fn start(scratch: &Scratch, name: &str, options: &ServerOptions) -> Result<Server> {
+        let directory = scratch.path().join(name);
+        fs::create_dir(&directory)?;
+        hand_over(&directory)?;
+        let mut copy = command("cp", user(), Signal::SIGTERM);
+        copy.arg("-a")
+            .arg(template(options.top)?)
+            .arg(directory.join("data"));
+        run(copy, "copy the template cluster")?;
+        let port = free_port();
+        let fsync = if options.fsync { "on" } else { "off" };
+        let settings = format!(
+            "\nport = {port}\nlisten_addresses = '127.0.0.1'\n\
+             unix_socket_directories = '{}'\nwal_level = logical\nmax_wal_senders = 20\n\
+             max_replication_slots = 20\nmax_connections = 60\nshared_buffers = 32MB\n\
+             fsync = {fsync}\nmax_wal_size = 1GB\nlog_line_prefix = '%m [%p] %a '\n{}\n",
+            directory.display(),
+            options.settings
+        );
+        let data = directory.join("data");
+        let conf = data.join("postgresql.conf");
+        fs::write(&conf, fs::read_to_string(&conf)? + &settings)?;
+        fs::write(
+            data.join("pg_hba.conf"),
+            "local all postgres trust\nlocal all all scram-sha-256\n\
+             host all all 127.0.0.1/32 scram-sha-256\n\
+             local replication all scram-sha-256\n\
+             host replication all 127.0.0.1/32 scram-sha-256\n",
+        )?;
+        let mut server = Server {
+            name: name.into(),
+            port,
+            directory,
+            process: None,
+        };
+        server.restart()?;
+        if options.extension {
+            server.sql("CREATE EXTENSION terrace");
+            if options.top {
+                server.sql("GRANT terrace_reader TO terrace");
+            }
+        }
+        Ok(server)
+    }
+
+    /// Starts it again after [`Server::stop`] or [`Server::kill9`].
+    pub fn restart(&mut self) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        let log = File::options().create(true).append(true).open(self.log())?;
+        loop {
+            let mut postgres = command(&program("postgres"), user(), Signal::SIGQUIT);
+            postgres
+                .arg("-D")
+                .arg(self.directory.join("data"))
+                .current_dir(&self.directory);
+            postgres
+                .stdin(Stdio::null())
+                .stdout(log.try_clone()?)
+                .stderr(log.try_clone()?);
+            let mut process = Process::start(postgres, Signal::SIGQUIT)?;
+            while process.ended().is_none() && Instant::now() < deadline {
+                if self.try_connect().is_ok() {
+                    self.process = Some(process);
+                    return Ok(());
+                }
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "server {} does not start, see {}",
+                    self.name,
+                    self.log().display()
+                );
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
+    /// SIGKILL for the postmaster and all its children.
+    pub fn kill9(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            process.kill().expect("kill a server");
+        }
+    }
+
+    /// Fast shutdown.
+    pub fn stop(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            process.signal(Signal::SIGINT);
+            process.wait(PATIENCE).expect("stop a server");
+        }
+    }
+
+    /// The server's log file.
+    pub fn log(&self) -> PathBuf {
+        self.directory.join("postgres.log")
+    }
+
+    /// For psql and pgbench as superuser, over the socket.
+    pub fn socket_dir(&self) -> &Path {
+        &self.directory
+    }
+
+    /// What a bridge or a user types to get here.
+    pub fn conninfo(&self) -> String {
+        format!(
+            "host=127.0.0.1 port={} user=terrace password={PASSWORD} dbname=app",
+            self.port
+        )
+    }
+
+    /// How a superuser gets here, over the socket.
+    pub fn config(&self) -> Config {
+        let mut config = Config::new();
+        config
+            .host_path(&self.directory)
+            .port(self.port)
+            .user("postgres")
+            .dbname("app");
+        config
+    }
+
+    /// A superuser's connection, if the server answers.
+    pub fn try_connect(&self) -> Result<Client, postgres::Error> {
+        self.config().connect(NoTls)
+    }
+
+    /// A superuser's connection.
+    pub fn connect(&self) -> Client {
+        self.try_connect()
+            .unwrap_or_else(|error| panic!("connect to {}: {error}", self.name))
+    }
+
+    /// Runs statements; an error fails the test.
+    pub fn sql(&self, sql: &str) {
+        let result = self.connect().batch_execute(sql);
+        result.unwrap_or_else(|error| panic!("{}: {sql}: {}", self.name, explain(&error)));
+    }
+
+    /// First field of the first row, as text; NULL is the empty string.
+    pub fn value(&self, sql: &str) -> String {
+        let rows = self.rows(sql);
+        rows.into_iter()
+            .next()
+            .and_then(|row| row.into_iter().next())
+            .unwrap_or_default()
+    }
+
+    /// All rows as text; an error fails the test.
+    pub fn rows(&self, sql: &str) -> Vec<Vec<String>> {
+        rows(&mut self.connect(), sql)
+            .unwrap_or_else(|error| panic!("{}: {sql}: {}", self.name, explain(&error)))
+    }
+
+    /// Number and content of the rows of a table, whatever their order.
+    pub fn checksum(&self, table: &str) -> Result<String, postgres::Error> {
+        let sql = format!(
+            "SELECT count(*) || ' rows ' || coalesce(sum(hashtextextended(t::text, 0)), 0) \
+             FROM {table} t"
+        );
+        let rows = rows(&mut self.try_connect()?, &sql)?;
+        Ok(rows.into_iter().flatten().next().unwrap_or_default())
+    }
+}
+
+/// All rows as text.
+pub fn rows(client: &mut Client, sql: &str) -> Result<Vec<Vec<String>>, postgres::Error> {
+    let messages = client.simple_query(sql)?;
+    Ok(messages
+        .iter()
+        .filter_map(|message| match message {
+            SimpleQueryMessage::Row(row) => Some(
+                (0..row.len())
+                    .map(|i| row.get(i).unwrap_or("").to_owned())
+                    .collect(),
+            ),
+            _ => None,
+        })
+        .collect())
+}
+
+/// The server's own words for an error.
+pub fn explain(error: &postgres::Error) -> String {
+    error
+        .as_db_error()
+        .map_or_else(|| error.to_string(), |db| db.to_string())
+}

@@ -1,0 +1,223 @@
+//! A tree: the top, and domains of servers with their bridges.
+
+use anyhow::{Context, Result};
+
+use crate::bridge::{Bridge, BridgeOptions, relay_conninfo};
+use crate::scratch::{Scratch, free_port};
+use crate::server::{Server, ServerOptions};
+use crate::wait_until;
+
+/// A server and the bridge beside it.
+pub struct Node {
+    /// Its domain.
+    pub domain: String,
+    /// The bridge.
+    pub bridge: Bridge,
+    /// The Postgres.
+    pub server: Server,
+}
+
+/// The top and everything below it; the last to be dropped is the directory.
+pub struct Tree {
+    /// Servers with bridges, level by level.
+    pub nodes: Vec<Node>,
+    /// The only place that is written to.
+    pub top: Server,
+    /// Where everything is.
+    pub scratch: Scratch,
+}
+
+impl Tree {
+    /// Boots the top alone and runs `schema` there.
+    pub fn plant(schema: &str) -> Result<Tree> {
+        let scratch = Scratch::new("terrace-")?;
+        let options = ServerOptions {
+            top: true,
+            ..Default::default()
+        };
+        let top = Server::start(&scratch, "top", &options)?;
+        top.sql(schema);
+        Ok(Tree {
+            nodes: Vec::new(),
+            top,
+            scratch,
+        })
+    }
+
+    /// Boots the servers of all `domains` (name, parent, number of servers), parents first,
+    /// creates the domains at the top and writes the bridges' files; starts no bridge.
+    pub fn boot(&mut self, domains: &[(&str, Option<&str>, usize)]) -> Result<()> {
+        let names: Vec<(String, String)> = domains
+            .iter()
+            .flat_map(|(domain, _, count)| {
+                (1..=*count).map(move |i| ((*domain).to_owned(), format!("{domain}-{i}")))
+            })
+            .collect();
+        let scratch = &self.scratch;
+        let servers: Vec<Result<Server>> = std::thread::scope(|scope| {
+            let boots: Vec<_> = names
+                .iter()
+                .map(|(_, name)| {
+                    scope.spawn(move || Server::start(scratch, name, &ServerOptions::default()))
+                })
+                .collect();
+            boots
+                .into_iter()
+                .map(|boot| boot.join().expect("boot a server"))
+                .collect()
+        });
+        let ports: Vec<u16> = names.iter().map(|_| free_port()).collect();
+        let mut servers: Vec<Server> = servers.into_iter().collect::<Result<_>>()?;
+        for (domain, parent, _) in domains {
+            let above = parent.map_or("NULL".into(), |parent| format!("'{parent}'"));
+            self.top.sql(&format!(
+                "SELECT terrace.create_domain('{domain}', {above})"
+            ));
+            let parents = match parent {
+                None => vec![self.top.conninfo()],
+                Some(parent) => self
+                    .domain(parent)
+                    .map(|node| node.bridge.conninfo())
+                    .collect(),
+            };
+            let members: Vec<(&str, u16)> = names
+                .iter()
+                .zip(&ports)
+                .filter(|((of, _), _)| of == domain)
+                .map(|((_, name), port)| (name.as_str(), *port))
+                .collect();
+            for (name, port) in &members {
+                let server = servers.remove(0);
+                let options = BridgeOptions {
+                    node: (*name).to_owned(),
+                    domain: (*domain).to_owned(),
+                    database: server.conninfo(),
+                    parents: parents.clone(),
+                    peers: members
+                        .iter()
+                        .filter(|(peer, _)| peer != name)
+                        .map(|(peer, port)| ((*peer).to_owned(), relay_conninfo(*port)))
+                        .collect(),
+                    ..Default::default()
+                };
+                let bridge = Bridge::prepare(&self.scratch, &options, *port)?;
+                self.nodes.push(Node {
+                    domain: (*domain).to_owned(),
+                    server,
+                    bridge,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts every bridge that does not run.
+    pub fn start_bridges(&mut self) -> Result<()> {
+        for node in &mut self.nodes {
+            if !node.bridge.is_running() {
+                node.bridge
+                    .restart()
+                    .with_context(|| format!("start {}", node.bridge.name))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The whole of it: top with `schema`, `domains`, bridges, and waits until all stream.
+    pub fn grow(schema: &str, domains: &[(&str, Option<&str>, usize)]) -> Tree {
+        let mut tree = Tree::plant(schema).expect("boot the top");
+        tree.boot(domains).expect("boot the servers");
+        tree.start_bridges().expect("start the bridges");
+        tree.wait_streaming();
+        tree
+    }
+
+    /// Nodes of a domain.
+    pub fn domain<'a>(&'a self, domain: &'a str) -> impl Iterator<Item = &'a Node> {
+        self.nodes.iter().filter(move |node| node.domain == domain)
+    }
+
+    /// The node of that name.
+    pub fn node(&mut self, name: &str) -> &mut Node {
+        let found = self.nodes.iter_mut().find(|node| node.server.name == name);
+        found.unwrap_or_else(|| panic!("no node {name}"))
+    }
+
+    /// Name of a node of `domain` with the given role, as the top sees it.
+    pub fn with_role(&self, domain: &str, role: &str) -> String {
+        let sql = format!(
+            "SELECT node FROM terrace.lag WHERE domain = '{domain}' AND role = '{role}' \
+             AND state = 'streaming' ORDER BY node LIMIT 1"
+        );
+        let mut node = String::new();
+        wait_until(&format!("domain {domain} has a {role}"), || {
+            node = self.top.value(&sql);
+            !node.is_empty()
+        });
+        node
+    }
+
+    /// Whether the top sees every server streaming.
+    pub fn is_streaming(&self) -> bool {
+        let sql = "SELECT node FROM terrace.lag WHERE state = 'streaming'";
+        let streaming = self.top.rows(sql);
+        self.nodes
+            .iter()
+            .all(|node| streaming.iter().any(|row| row[0] == node.server.name))
+    }
+
+    /// Waits until the top sees every server streaming.
+    pub fn wait_streaming(&self) {
+        wait_until("every server streams", || self.is_streaming());
+    }
+
+    /// The first difference between the top and a server, if there is one.
+    pub fn difference(&self, tables: &[&str]) -> Option<String> {
+        for table in tables {
+            let wanted = match self.top.checksum(table) {
+                Ok(sum) => sum,
+                Err(error) => return Some(format!("top, {table}: {error}")),
+            };
+            for node in &self.nodes {
+                let name = &node.server.name;
+                match node.server.checksum(table) {
+                    Ok(sum) if sum == wanted => {}
+                    Ok(sum) => return Some(format!("{name}, {table}: {sum}, top: {wanted}")),
+                    Err(error) => return Some(format!("{name}, {table}: {error}")),
+                }
+            }
+        }
+        None
+    }
+
+    /// Waits until the tables hold the same rows everywhere; nobody may write meanwhile.
+    pub fn wait_for_equal(&self, tables: &[&str]) {
+        let deadline = std::time::Instant::now() + crate::PATIENCE;
+        while let Some(difference) = self.difference(tables) {
+            assert!(
+                std::time::Instant::now() < deadline,
+                "servers still differ: {difference}\n{}",
+                self.show_lag()
+            );
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        }
+    }
+
+    /// `terrace.lag` at the top as a table.
+    pub fn show_lag(&self) -> String {
+        let sql = "SELECT node, role, state, coalesce(upstream, '-'), coalesce(replay_lsn, '0/0'), \
+                   coalesce(lag_bytes, 0), coalesce(date_trunc('milliseconds', replay_lag), '0'), \
+                   coalesce(reason, '') FROM terrace.lag";
+        let mut lines = vec![format!(
+            "{:<12} {:<7} {:<10} {:<12} {:<12} {:>12}  {:<14} reason",
+            "node", "role", "state", "upstream", "replay_lsn", "lag_bytes", "replay_lag"
+        )];
+        for row in self.top.rows(sql) {
+            lines.push(format!(
+                "{:<12} {:<7} {:<10} {:<12} {:<12} {:>12}  {:<14} {}",
+                row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7]
+            ));
+        }
+        lines.join("\n")
+    }
+}

@@ -1,0 +1,106 @@
+//! The initial copy, and trees of other shapes.
+
+use terrace_tests::bridge::{Bridge, options};
+use terrace_tests::load::{GAPLESS, STEPS, count_up};
+use terrace_tests::{Scratch, Server, ServerOptions, Tree, wait_until};
+
+#[test]
+fn the_initial_copy_runs_under_load() {
+    let schema = format!(
+        "{STEPS} CREATE TABLE wide (id int PRIMARY KEY, txt text, arr int[], at timestamptz, js jsonb);
+         INSERT INTO wide SELECT i, 'text ' || i, ARRAY[i, NULL], now(), '{{\"a\": 1}}'
+         FROM generate_series(1, 50000) i;
+         SELECT terrace.add_table('wide');"
+    );
+    let mut tree = Tree::plant(&schema).expect("boot the top");
+    let counting = count_up(&tree.top);
+    tree.boot(&[("region", None, 2), ("branch", Some("region"), 1)])
+        .expect("boot the servers");
+    counting.go_on(50);
+    tree.start_bridges().expect("start the bridges");
+    tree.wait_streaming();
+    counting.go_on(50);
+    counting.stop();
+    tree.wait_for_equal(&["wide", "steps", "trail"]);
+    for node in &tree.nodes {
+        assert_eq!(
+            node.server.value(GAPLESS),
+            "t",
+            "numbers on {}",
+            node.server.name
+        );
+        let found = node.server.rows("SELECT * FROM terrace.conflicts");
+        assert!(
+            found.is_empty(),
+            "conflicts on {}: {found:?}",
+            node.server.name
+        );
+    }
+}
+
+#[test]
+fn an_interrupted_copy_starts_again() {
+    let schema = "CREATE TABLE heavy (id int PRIMARY KEY, txt text);
+         INSERT INTO heavy SELECT i, repeat(md5(i::text), 10) FROM generate_series(1, 100000) i;
+         SELECT terrace.add_table('heavy');";
+    let mut tree = Tree::plant(schema).expect("boot the top");
+    tree.boot(&[("region", None, 1)]).expect("boot the servers");
+    tree.start_bridges().expect("start the bridges");
+    wait_until("the copy has begun", || {
+        let sql = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE query ~* '^ *copy.* to stdout') \
+                   OR EXISTS (SELECT FROM pg_replication_slots)";
+        tree.top.value(sql) == "t"
+    });
+    tree.nodes[0].bridge.kill9();
+    tree.start_bridges().expect("start the bridges");
+    tree.wait_streaming();
+    tree.wait_for_equal(&["heavy"]);
+}
+
+#[test]
+fn a_top_bridge_relays_for_the_top() {
+    let scratch = Scratch::new("terrace-").expect("scratch");
+    let top_options = ServerOptions {
+        top: true,
+        ..Default::default()
+    };
+    let top = Server::start(&scratch, "top", &top_options).expect("boot the top");
+    let below = ["region-1", "site-1"]
+        .map(|name| Server::start(&scratch, name, &ServerOptions::default()).expect("boot"));
+    // Beside the top, too, a bridge makes the role that SQL is passed on under.
+    top.sql("ALTER ROLE terrace SUPERUSER");
+    top.sql(STEPS);
+    top.sql("SELECT terrace.create_domain('region'), terrace.create_domain('site')");
+    let counting = count_up(&top);
+    let top_bridge = Bridge::start(&scratch, &options(&top, "top", &[])).expect("start");
+    let parent = [top_bridge.conninfo()];
+    let _bridges = [("region", &below[0]), ("site", &below[1])].map(|(domain, server)| {
+        Bridge::start(&scratch, &options(server, domain, &parent)).expect("start")
+    });
+    for server in &below {
+        let sql = format!(
+            "SELECT count(*) FROM terrace.lag WHERE state = 'streaming' AND node = '{}'",
+            server.name
+        );
+        wait_until("it streams", || top.value(&sql) == "1");
+    }
+    counting.go_on(50);
+    counting.stop();
+    let wanted = top.checksum("trail").expect("checksum");
+    for server in &below {
+        wait_until("it has all", || {
+            server.checksum("trail").is_ok_and(|sum| sum == wanted)
+        });
+        assert_eq!(server.value(GAPLESS), "t", "numbers on {}", server.name);
+    }
+    let decoding = "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'";
+    assert_eq!(
+        top.value(decoding),
+        "1",
+        "the top decodes once for both domains"
+    );
+    assert_eq!(
+        top.value("SELECT terrace.wait_for(pg_current_wal_lsn())"),
+        "t"
+    );
+}

@@ -1,0 +1,111 @@
+//! What SQL users meet at the top.
+
+use terrace_tests::server::explain;
+use terrace_tests::{Scratch, Server, ServerOptions};
+
+fn top() -> (Server, Scratch) {
+    let scratch = Scratch::new("terrace-").expect("scratch");
+    let options = ServerOptions {
+        top: true,
+        ..Default::default()
+    };
+    (
+        Server::start(&scratch, "top", &options).expect("boot"),
+        scratch,
+    )
+}
+
+#[test]
+fn tables_join_and_leave() {
+    let (top, _scratch) = top();
+    top.sql("CREATE TABLE keyed (id int PRIMARY KEY); CREATE TABLE bare (a int);
+             CREATE SCHEMA shop; CREATE TABLE shop.price (id int PRIMARY KEY);
+             SELECT terrace.add_table('keyed'), terrace.add_table('bare'), terrace.add_schema('shop')");
+    let published = "SELECT string_agg(tablename, ' ' ORDER BY tablename) \
+                     FROM pg_publication_tables WHERE pubname = 'terrace' AND schemaname <> 'terrace'";
+    assert_eq!(top.value(published), "bare keyed price");
+    assert_eq!(
+        top.value("SELECT relreplident FROM pg_class WHERE relname = 'bare'"),
+        "f"
+    );
+    top.sql("SELECT terrace.remove_table('keyed')");
+    assert_eq!(top.value(published), "bare price");
+    // A removed table can be written to, and joins again.
+    top.sql("INSERT INTO keyed VALUES (1); SELECT terrace.add_table('keyed')");
+    assert_eq!(top.value(published), "bare keyed price");
+}
+
+#[test]
+fn wrong_calls_are_refused() {
+    let (top, _scratch) = top();
+    top.sql(
+        "CREATE VIEW v AS SELECT 1; CREATE UNLOGGED TABLE u (); CREATE TABLE t (id int);
+             SELECT terrace.create_domain('region'), terrace.create_domain('branch', 'region')",
+    );
+    for (sql, words) in [
+        ("SELECT terrace.create_domain('region')", "already exists"),
+        (
+            "SELECT terrace.create_domain('Region 1')",
+            "invalid domain name",
+        ),
+        (
+            "SELECT terrace.create_domain('x', 'nowhere')",
+            "\"nowhere\" does not exist",
+        ),
+        (
+            "SELECT terrace.drop_domain('region')",
+            "other domains are below it",
+        ),
+        ("SELECT terrace.add_table('v')", "not a table"),
+        ("SELECT terrace.add_table('u')", "unlogged"),
+        (
+            "SELECT terrace.add_table('t', ARRAY['nowhere'])",
+            "\"nowhere\" does not exist",
+        ),
+        ("SELECT terrace.remove_table('t')", "not synchronised"),
+        ("SELECT terrace.send('', 'x')", "channel name"),
+    ] {
+        let error = top.connect().batch_execute(sql).expect_err(sql);
+        assert!(
+            explain(&error).contains(words),
+            "{sql}: {}",
+            explain(&error)
+        );
+    }
+}
+
+/// Every transaction has one tag; rolled back and unsynchronised ones are told apart.
+#[test]
+fn each_transaction_is_tagged_once() {
+    let (top, _scratch) = top();
+    top.sql("CREATE TABLE t (id int PRIMARY KEY); SELECT terrace.add_table('t')");
+    top.sql("SELECT pg_create_logical_replication_slot('look', 'pgoutput')");
+    let messages = "SELECT count(*) FROM pg_logical_slot_get_binary_changes('look', NULL, NULL, \
+         'proto_version', '1', 'publication_names', 'terrace', 'messages', 'true') \
+         WHERE get_byte(data, 0) = ascii('M')";
+    top.sql("BEGIN; INSERT INTO t VALUES (1); INSERT INTO t VALUES (2); UPDATE t SET id = 3 WHERE id = 1; COMMIT");
+    assert_eq!(top.value(messages), "1");
+    top.sql("BEGIN; INSERT INTO t VALUES (5); ROLLBACK");
+    assert_eq!(top.value(messages), "0");
+    top.sql("CREATE TABLE apart (id int); INSERT INTO apart VALUES (1)");
+    assert_eq!(top.value(messages), "0");
+}
+
+#[test]
+fn dropping_the_extension_leaves_nothing() {
+    let (top, _scratch) = top();
+    top.sql("CREATE TABLE t (id int PRIMARY KEY); SELECT terrace.add_table('t'); INSERT INTO t VALUES (1)");
+    top.sql("DROP EXTENSION terrace CASCADE");
+    for left in [
+        "pg_trigger WHERE NOT tgisinternal",
+        "pg_publication",
+        "pg_namespace WHERE nspname = 'terrace'",
+    ] {
+        assert_eq!(
+            top.value(&format!("SELECT count(*) FROM {left}")),
+            "0",
+            "{left}"
+        );
+    }
+    top.sql("INSERT INTO t VALUES (2); CREATE EXTENSION terrace");
+}

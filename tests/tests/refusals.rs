@@ -1,0 +1,311 @@
+//! Wrong input and hostile clients: one clear message, and everybody else goes on.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::time::Duration;
+
+use postgres::{Client, NoTls};
+use terrace_tests::bridge::{Bridge, BridgeOptions, options};
+use terrace_tests::scratch::free_port;
+use terrace_tests::{Scratch, Server, ServerOptions, Tree, wait_until};
+
+#[test]
+fn check_names_what_is_wrong() {
+    let scratch = Scratch::new("terrace-").expect("scratch");
+    let start = |name: &str, options: &ServerOptions| {
+        Server::start(&scratch, name, options).expect("boot a server")
+    };
+    let usual = ServerOptions::default();
+    let top_options = ServerOptions {
+        top: true,
+        ..usual.clone()
+    };
+    let top = start("top", &top_options);
+    top.sql("SELECT terrace.create_domain('region')");
+    let replica = ServerOptions {
+        settings: "wal_level = replica".into(),
+        ..top_options
+    };
+    let physical = start("physical", &replica);
+    let server = start("server", &usual);
+    let bare = start(
+        "bare",
+        &ServerOptions {
+            extension: false,
+            ..usual
+        },
+    );
+
+    let good = options(&server, "region", &[top.conninfo()]);
+    let wrong = |url: &str| url.replace("password=terrace", "password=wrong");
+    let nobody = format!(
+        "host=127.0.0.1 port={} user=terrace dbname=app",
+        free_port()
+    );
+    let with = |change: &dyn Fn(&mut BridgeOptions)| {
+        let mut changed = good.clone();
+        change(&mut changed);
+        changed
+    };
+    // What is changed, the file, and the words that the message must hold.
+    let cases: Vec<(&str, BridgeOptions, &[&str])> = vec![
+        (
+            "unknown key",
+            with(&|o| o.extra_node = "colour = 1".into()),
+            &["colour"],
+        ),
+        (
+            "unknown section",
+            with(&|o| o.extra = "[paint]\na = 1".into()),
+            &["paint"],
+        ),
+        (
+            "missing key",
+            with(&|o| o.database = String::new()),
+            &["database.url"],
+        ),
+        (
+            "bad name",
+            with(&|o| o.domain = "No Good".into()),
+            &["node.domain"],
+        ),
+        (
+            "wrong password",
+            with(&|o| o.database = wrong(&o.database)),
+            &["password"],
+        ),
+        (
+            "wrong parent password",
+            with(&|o| o.parents = vec![wrong(&o.parents[0])]),
+            &["password"],
+        ),
+        (
+            "nobody there",
+            with(&|o| o.database = nobody.clone()),
+            &["refused"],
+        ),
+        (
+            "wal_level",
+            with(&|o| o.parents = vec![physical.conninfo()]),
+            &["wal_level"],
+        ),
+        (
+            "no extension",
+            with(&|o| o.database = bare.conninfo()),
+            &["extension", "terrace"],
+        ),
+        (
+            "unknown domain",
+            with(&|o| o.domain = "nowhere".into()),
+            &["nowhere"],
+        ),
+    ];
+    let mut failed = Vec::new();
+    for (case, options, words) in cases {
+        let bridge = Bridge::prepare(&scratch, &options, free_port()).expect("prepare");
+        if case == "missing key" {
+            let text = std::fs::read_to_string(bridge.config()).expect("read");
+            std::fs::write(bridge.config(), text.replace("url = \"\"", "")).expect("write");
+        }
+        let output = bridge.run("check").expect("run check");
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8_lossy(&said).into_owned();
+        // A missing key is named by its last part.
+        let names = |word: &&str| said.contains(word.rsplit('.').next().unwrap_or(word));
+        if output.status.code() != Some(1) || !words.iter().all(names) {
+            failed.push(format!("{case}: {}\n{said}", output.status));
+        }
+        if said.contains("password=") || said.contains("panicked") {
+            failed.push(format!("{case}: shows a password or panics\n{said}"));
+        }
+    }
+    assert!(failed.is_empty(), "{}", failed.join("\n"));
+
+    let bridge = Bridge::prepare(&scratch, &good, free_port()).expect("prepare");
+    let output = bridge.run("check").expect("run check");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(
+        output.status.code(),
+        Some(0),
+        "{said}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let output = bridge.run("nonsense").expect("run");
+    assert_eq!(output.status.code(), Some(2), "wrong usage");
+}
+
+#[test]
+fn a_bad_file_ends_the_bridge_and_a_bad_password_does_not_lose_it() {
+    let scratch = Scratch::new("terrace-").expect("scratch");
+    let top_options = ServerOptions {
+        top: true,
+        ..Default::default()
+    };
+    let top = Server::start(&scratch, "top", &top_options).expect("boot the top");
+    let server = Server::start(&scratch, "server", &ServerOptions::default()).expect("boot");
+    top.sql(
+        "CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1);
+             SELECT terrace.create_domain('region'), terrace.add_table('t')",
+    );
+    let good = options(&server, "region", &[top.conninfo()]);
+
+    let bad = BridgeOptions {
+        extra_node: "colour = 1".into(),
+        ..good.clone()
+    };
+    let mut bridge = Bridge::start(&scratch, &bad).expect("start");
+    let status = bridge
+        .wait(Duration::from_secs(10))
+        .expect("the bridge ends");
+    assert_eq!(status.code(), Some(1));
+    assert!(bridge.logged().contains("colour"), "{}", bridge.logged());
+
+    // The password is mended at the server: the bridge goes on by itself.
+    bridge.configure(&good).expect("configure");
+    top.sql("ALTER ROLE terrace PASSWORD 'other'");
+    bridge.restart().expect("start");
+    wait_until("the log names the password", || {
+        bridge.logged().contains("password authentication failed") || !bridge.is_running()
+    });
+    top.sql("ALTER ROLE terrace PASSWORD 'terrace'");
+    if !bridge.is_running() {
+        bridge.restart().expect("start");
+    }
+    wait_until("the row arrives", || {
+        server
+            .checksum("t")
+            .is_ok_and(|sum| sum.starts_with("1 rows"))
+    });
+    assert_eq!(
+        bridge.stop().and_then(|status| status.code()),
+        Some(0),
+        "SIGTERM ends it well"
+    );
+}
+
+#[test]
+fn hostile_clients_do_not_harm_the_bridge() {
+    let mut tree = Tree::grow(
+        "CREATE TABLE t (id int PRIMARY KEY); SELECT terrace.add_table('t')",
+        &[("region", None, 1)],
+    );
+    let port = tree.nodes[0].bridge.port;
+    let connect = || {
+        let stream = TcpStream::connect(("127.0.0.1", port)).expect("connect");
+        stream
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .expect("timeout");
+        stream
+    };
+    let startup = |length: u32, rest: &[u8]| [&length.to_be_bytes()[..], rest].concat();
+    let version: [u8; 4] = [0, 3, 0, 0];
+    let hostile: Vec<(&str, Vec<u8>)> = vec![
+        ("nothing", vec![]),
+        ("garbage", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n".to_vec()),
+        ("zeros", vec![0; 64]),
+        ("length 2^31", startup(1 << 31, &version)),
+        ("length 2^32 - 1", startup(u32::MAX, &version)),
+        ("length 3", startup(3, &version)),
+        ("no terminator", startup(16, b"\0\x03\0\0user\0abc")),
+        ("no user", startup(9, b"\0\x03\0\0\0")),
+        ("a bad first answer", {
+            let mut bytes = startup(22, b"\0\x03\0\0user\0terrace\0\0");
+            bytes.extend_from_slice(b"p\xff\xff\xff\xffSCRAM");
+            bytes
+        }),
+        ("a query instead of a password", {
+            let mut bytes = startup(22, b"\0\x03\0\0user\0terrace\0\0");
+            bytes.extend_from_slice(b"Q\0\0\0\x0dselect 1\0");
+            bytes
+        }),
+    ];
+    // Some only hang there while everything else goes on.
+    let half_open: Vec<TcpStream> = (0..20)
+        .map(|_| {
+            let mut stream = connect();
+            stream.write_all(&startup(100, &version)).expect("write");
+            stream
+        })
+        .collect();
+    for (case, bytes) in hostile {
+        let mut stream = connect();
+        // The bridge may have hung up already, which is what we want.
+        let _ = stream.write_all(&bytes);
+        let _ = stream.shutdown(Shutdown::Write);
+        let mut answer = Vec::new();
+        match stream.read_to_end(&mut answer) {
+            Ok(_) => {}
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "{case}"),
+        }
+        assert!(answer.len() < 10_000, "{case}: {} bytes", answer.len());
+        assert!(
+            !answer.starts_with(b"R\0\0\0\x08\0\0\0\0"),
+            "{case}: let in"
+        );
+    }
+    let wrong = tree.nodes[0]
+        .bridge
+        .conninfo()
+        .replace("password=terrace", "password=wrong");
+    let refused = Client::connect(&wrong, NoTls).err().expect("a refusal");
+    assert_eq!(
+        refused.code().map(|code| code.code()),
+        Some("28P01"),
+        "{refused}"
+    );
+    let stranger = tree.nodes[0]
+        .bridge
+        .conninfo()
+        .replace("user=terrace", "user=postgres");
+    let refused = Client::connect(&stranger, NoTls).err().expect("a refusal");
+    assert_eq!(
+        refused.code().map(|code| code.code()),
+        Some("28P01"),
+        "{refused}"
+    );
+
+    // SQL passes, but only to read.
+    let mut client = tree.nodes[0].bridge.try_connect().expect("an SQL session");
+    assert_eq!(client.query("SELECT * FROM t", &[]).expect("read").len(), 0);
+    client
+        .batch_execute("INSERT INTO t VALUES (7)")
+        .expect_err("may not write");
+    let superuser = "SELECT pg_read_file('postgresql.conf')";
+    client
+        .batch_execute(superuser)
+        .expect_err("may not read files");
+
+    tree.top.sql("INSERT INTO t VALUES (1)");
+    tree.wait_for_equal(&["t"]);
+    assert!(tree.nodes[0].bridge.is_running());
+    assert!(!tree.nodes[0].bridge.logged().contains("panicked"));
+    drop(half_open);
+    for page in ["/healthz", "/readyz", "/metrics"] {
+        let answer = tree.nodes[0].bridge.get(page).expect("an answer");
+        assert!(answer.starts_with("HTTP/1.1 200"), "{page}: {answer}");
+    }
+    assert_eq!(
+        tree.nodes[0].bridge.stop().and_then(|status| status.code()),
+        Some(0)
+    );
+}
+
+#[test]
+fn a_node_name_is_used_once() {
+    let mut tree = Tree::grow(
+        "CREATE TABLE t (id int PRIMARY KEY); SELECT terrace.add_table('t')",
+        &[("region", None, 1)],
+    );
+    tree.top.sql("SELECT terrace.create_domain('other')");
+    let directory = Scratch::new("terrace-").expect("scratch");
+    let server = Server::start(&directory, "second", &ServerOptions::default()).expect("boot");
+    let mut twin = options(&server, "other", &[tree.top.conninfo()]);
+    twin.node = "region-1".into();
+    let bridge = Bridge::start(&directory, &twin).expect("start");
+    wait_until("the name is refused", || {
+        bridge.logged().contains("already in use")
+    });
+    tree.top.sql("INSERT INTO t VALUES (1)");
+    tree.wait_for_equal(&["t"]);
+    assert!(tree.nodes[0].bridge.is_running());
+}
