@@ -1,4 +1,5 @@
-# make test: everything that is checked. PG_CONFIG names the PostgreSQL to use.
+# make demo: a tree on this machine. make test: everything that is checked.
+# PG_CONFIG names the PostgreSQL to use.
 PG_CONFIG ?= $(shell ls -d /usr/lib/postgresql/*/bin/pg_config 2>/dev/null | sort -V | tail -n 1)
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 export PG_CONFIG
@@ -6,7 +7,7 @@ export PGRX_PG_CONFIG_PATH = $(PG_CONFIG)
 PG_MAJOR = $(shell $(PG_CONFIG) --version | sed 's/[^0-9]*\([0-9]*\).*/\1/')
 TARGET = $(or $(CARGO_TARGET_DIR),target)
 
-.PHONY: deps build install test
+.PHONY: deps build install demo test
 
 # Installs what is missing of: PostgreSQL, its headers, libclang (for pgrx's bindings).
 deps:
@@ -34,6 +35,11 @@ install: build
 install-files:
 	$(SUDO) install -m 755 $(TARGET)/debug/libterrace.so $$($(PG_CONFIG) --pkglibdir)/terrace.so
 	$(SUDO) install -m 644 sql/terrace.control sql/terrace--0.1.0.sql $$($(PG_CONFIG) --sharedir)/extension/
+
+# Seven servers and six bridges under pgbench; ONCE=1 ends after the comparison.
+demo: install
+	@cargo build --quiet --locked -p terrace-tests --bin terrace-demo
+	@exec $(TARGET)/debug/terrace-demo
 
 test: install
 	$(MAKE) --no-print-directory check
