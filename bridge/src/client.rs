@@ -102,6 +102,14 @@ impl PgError {
         PgError::Db(Box::new(DbError::parse(body)))
     }
 
+    /// For a person, without the SQLSTATE when it comes from a server.
+    pub fn message(&self) -> String {
+        match self {
+            PgError::Db(error) => error.message.clone(),
+            error => error.to_string(),
+        }
+    }
+
     /// Nobody listens there: the host answered that, at once.
     pub fn is_refused(&self) -> bool {
         matches!(self, PgError::Io(error) if error.kind() == io::ErrorKind::ConnectionRefused)
@@ -346,6 +354,12 @@ impl Client {
             .iter()
             .any(|refused| refused == name)
             && self.parameter("terrace.relay").is_some()
+    }
+
+    /// Waits until the other end closes an idle session, or breaks its silence.
+    pub async fn ended(&mut self) {
+        // Either way the session is of no further use; why does not matter.
+        self.framed.peek_kind().await.ok();
     }
 
     /// The connection, for passing it on whole.

@@ -145,6 +145,7 @@ pub struct Failover {
     pub ack_members: u32,
     #[serde(deserialize_with = "duration")]
     pub ack_timeout: Duration,
+    pub resync_on_gap: bool,
 }
 
 impl Default for Failover {
@@ -154,6 +155,7 @@ impl Default for Failover {
             takeover_after: Duration::from_secs(3),
             ack_members: 2,
             ack_timeout: Duration::from_secs(10),
+            resync_on_gap: false,
         }
     }
 }

@@ -24,7 +24,10 @@ use crate::upstream::{BRIDGE_PARAMETER, connect, create_snapshot, pinned_setting
 
 /// Tables copied at the same time.
 const WORKERS: usize = 4;
-const MARKER: &str = "copy.json";
+/// What is here is ours to empty or to drop, one line a thing.
+const MARKER: &str = "copy.marker";
+/// Line of the marker: the domain's own data and slot are of no use any more.
+const FROM_PARENT: &str = "from parent\n";
 
 /// Failures that the caller tells apart.
 #[derive(Debug, thiserror::Error)]
@@ -165,6 +168,28 @@ pub async fn initial_copy(shared: &Arc<Shared>, source: &ConnInfo) -> anyhow::Re
     })
 }
 
+/// Takes back the position of the data here, and notes that the rows are ours to
+/// empty. What this server's domain holds at the parent stays.
+pub async fn discard(shared: &Arc<Shared>, from_parent: bool) -> anyhow::Result<()> {
+    let mut marker = marker_of(false).to_owned();
+    if from_parent {
+        marker.push_str(FROM_PARENT);
+    }
+    write_atomically(&shared.config.node.data_dir, MARKER, marker.as_bytes())?;
+    let mut local = local_session(shared).await?;
+    local.simple("DELETE FROM terrace.progress").await?;
+    Ok(())
+}
+
+/// Whether the data must come from the parent, whatever the domain holds.
+pub fn is_from_parent(shared: &Shared) -> bool {
+    read_marker(shared).contains(FROM_PARENT)
+}
+
+fn read_marker(shared: &Shared) -> String {
+    fs::read_to_string(shared.config.node.data_dir.join(MARKER)).unwrap_or_default()
+}
+
 /// At the top's Postgres: an existing slot belongs to a server that has data, or
 /// to a copy of ours that died between making the slot and noting its progress.
 async fn check_slot(shared: &Arc<Shared>, client: &mut Client, slot: &str) -> anyhow::Result<()> {
@@ -183,14 +208,12 @@ async fn check_slot(shared: &Arc<Shared>, client: &mut Client, slot: &str) -> an
         .flatten()
         .is_some_and(|text| text.starts_with('t'));
     let confirmed = row.get(1).cloned().flatten().unwrap_or_default();
-    let marker = fs::read_to_string(shared.config.node.data_dir.join(MARKER)).unwrap_or_default();
+    let marker = read_marker(shared);
     if active {
         return Err(CopyError::Busy(format!("slot \"{slot}\" is active")).into());
     }
-    if marker
-        .lines()
-        .any(|line| line == format!("slot {slot} {confirmed}"))
-    {
+    let ours = format!("slot {slot} {confirmed}");
+    if marker.contains(FROM_PARENT) || marker.lines().any(|line| line == ours) {
         client
             .simple(&format!("DROP_REPLICATION_SLOT {}", quote_ident(slot)))
             .await?;
@@ -311,8 +334,7 @@ async fn prepare_schema(
     local: &mut Client,
     tables: &[Table],
 ) -> anyhow::Result<bool> {
-    let marker = shared.config.node.data_dir.join(MARKER);
-    let ours = fs::read_to_string(&marker).unwrap_or_default();
+    let ours = read_marker(shared);
     local
         .simple("TRUNCATE terrace.domain, terrace.sync_table")
         .await?;
@@ -356,11 +378,11 @@ async fn prepare_schema(
         );
     }
     let fresh = !missing.is_empty() || ours.lines().any(|line| line == "schema is ours");
-    write_atomically(
-        &shared.config.node.data_dir,
-        MARKER,
-        marker_of(fresh).as_bytes(),
-    )?;
+    let mut marker = marker_of(fresh).to_owned();
+    if ours.contains(FROM_PARENT) {
+        marker.push_str(FROM_PARENT);
+    }
+    write_atomically(&shared.config.node.data_dir, MARKER, marker.as_bytes())?;
     if !missing.is_empty() {
         let pre = dump(source, snapshot, reader, "pre-data").await?;
         restore(local, &pre).await.context("create the tables")?;

@@ -3,7 +3,8 @@
 //!
 //! Data walks one way: [`upstream`] receives and [`assemble`]s records,
 //! [`queue`] makes them durable, [`apply`] replays them, [`relay`] serves them
-//! to slaves, child domains and stock clients. [`node`] decides whom to follow.
+//! to slaves, child domains and stock clients. [`domain`] decides whom to follow
+//! from what [`observe`] sees, and [`roles`] carries it out.
 
 pub mod apply;
 pub mod assemble;
@@ -17,11 +18,14 @@ pub mod handshake;
 pub mod http;
 pub mod lsn;
 pub mod node;
+pub mod observe;
+pub mod open;
 pub mod pgoutput;
 pub mod queue;
 pub mod record;
 pub mod relay;
 pub mod report;
+pub mod roles;
 pub mod status;
 pub mod tls;
 pub mod upstream;

@@ -298,6 +298,16 @@ impl Queue {
         cursors.dirty = true;
     }
 
+    /// Notes how far a consumer has come at another server of the domain, so that
+    /// what it may ask for here is kept, and nothing more.
+    pub fn learn_cursor(&self, name: &str, lsn: Lsn) {
+        let known = lock(&self.inner.cursors).by_name.get(name).copied();
+        // One that has gone past us asks for nothing that we have yet.
+        if lsn >= self.first() && known.is_none_or(|known| known.lsn < lsn.0) {
+            self.set_cursor(name, lsn);
+        }
+    }
+
     /// Forgets a consumer. Returns whether it was known.
     pub fn drop_cursor(&self, name: &str) -> bool {
         let mut cursors = lock(&self.inner.cursors);

@@ -12,19 +12,20 @@ mod session;
 mod splice;
 mod stream;
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use crate::conninfo::ConnInfo;
 use crate::handshake::{Accepted, Security, accept};
-use crate::queue::Queue;
 use crate::report::RELAY_ROLE;
+use crate::roles::Ordered;
 use crate::status::Shared;
+use crate::upstream::BRIDGE_PARAMETER;
 
 /// More connections than this wait.
 const MAX_CONNECTIONS: usize = 600;
@@ -32,11 +33,19 @@ const MAX_CONNECTIONS: usize = 600;
 /// What every session of the relay shares.
 struct Relay {
     shared: Arc<Shared>,
-    queue: Queue,
+    orders: mpsc::Sender<Ordered>,
     cancel: CancellationToken,
     /// Cursors in use.
-    active: Mutex<HashSet<String>>,
+    active: Mutex<HashMap<String, Holder>>,
     sessions: AtomicU32,
+}
+
+/// The session that streams from a cursor.
+#[derive(Clone)]
+struct Holder {
+    session: u32,
+    application: String,
+    end: CancellationToken,
 }
 
 impl Relay {
@@ -55,14 +64,14 @@ impl Relay {
 /// Serves until `cancel`.
 pub async fn run(
     shared: Arc<Shared>,
-    queue: Queue,
     security: Arc<Security>,
     listener: TcpListener,
+    orders: mpsc::Sender<Ordered>,
     cancel: CancellationToken,
 ) -> anyhow::Result<()> {
     let relay = Arc::new(Relay {
         shared,
-        queue,
+        orders,
         cancel: cancel.clone(),
         active: Mutex::default(),
         sessions: AtomicU32::new(1),
@@ -98,7 +107,8 @@ async fn serve(relay: Arc<Relay>, security: &Security, tcp: TcpStream) -> anyhow
         Accepted::Cancel(packet) => splice::cancel(&relay.local()?, &packet).await,
         Accepted::Session { framed, parameters } => {
             let wanted = parameters.get("replication").map(String::as_str);
-            if matches!(wanted, None | Some("false" | "off" | "no" | "0")) {
+            let plain = matches!(wanted, None | Some("false" | "off" | "no" | "0"));
+            if plain && !parameters.contains_key(BRIDGE_PARAMETER) {
                 return splice::run(&relay, framed, parameters).await;
             }
             let id = relay.sessions.fetch_add(1, Ordering::Relaxed);

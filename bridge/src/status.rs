@@ -13,15 +13,20 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::conninfo::ConnInfo;
+use crate::domain::Told;
 use crate::lsn::{Identity, Lsn};
+use crate::queue::Queue;
 
 /// Microseconds from 1970-01-01 to PostgreSQL's epoch, 2000-01-01.
 pub const PG_EPOCH_MICROS: i64 = 946_684_800_000_000;
 /// A node this far behind, by the top's clock, is catching up.
 const CATCHUP_MICROS: i64 = 2_000_000;
+/// A database or disk that fails for so long is out of order.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// Events kept until a report has taken them.
 const MAX_EVENTS: usize = 1000;
 
@@ -130,6 +135,7 @@ struct Inner {
     link: State,
     link_problem: Option<String>,
     apply_problem: Option<String>,
+    apply_failing_since: Option<Instant>,
     report_problem: Option<String>,
     degraded: Option<String>,
     upstream: Option<ConnInfo>,
@@ -141,9 +147,36 @@ struct Inner {
     applied: Applied,
     rate: RateMeter,
     downstreams: BTreeMap<String, Downstream>,
+    member_flush: BTreeMap<String, (Lsn, Instant)>,
+    view: View,
     events: VecDeque<Event>,
+    last_once: (String, String),
     identity: Option<Identity>,
     has_data: bool,
+    disk_failed: bool,
+}
+
+/// What the node sees around it, and where it stands in the tree.
+#[derive(Clone, Debug, Default)]
+#[expect(missing_docs, reason = "as in domain::Told")]
+pub struct View {
+    pub parent_ok: bool,
+    pub master_ok: bool,
+    pub copying: bool,
+    pub path: Vec<String>,
+    pub domains: Vec<String>,
+    pub yields_to: Option<String>,
+    /// What is wrong with how the servers of the domain name each other.
+    pub problem: Option<String>,
+}
+
+/// The queue while there is one, and when it is done with.
+#[derive(Clone)]
+pub struct OpenQueue {
+    /// The queue.
+    pub queue: Queue,
+    /// Whoever reads it stops.
+    pub closed: CancellationToken,
 }
 
 /// Rates over the last seconds.
@@ -209,6 +242,8 @@ pub struct Shared {
     pub upstream_replayed: watch::Sender<Lsn>,
     /// Durable end of the queue.
     pub flushed: watch::Sender<Lsn>,
+    /// The queue; `None` before there is data.
+    pub queue: watch::Sender<Option<OpenQueue>>,
     /// A report should go out soon.
     pub changed: Notify,
     /// ParameterStatus values of the local Postgres, empty until first seen.
@@ -226,6 +261,7 @@ impl Shared {
             replayed: watch::Sender::new(Lsn::ZERO),
             upstream_replayed: watch::Sender::new(Lsn::ZERO),
             flushed: watch::Sender::new(Lsn::ZERO),
+            queue: watch::Sender::new(None),
             changed: Notify::new(),
             server_parameters: Mutex::default(),
             inner: Mutex::default(),
@@ -265,12 +301,59 @@ impl Shared {
     }
 
     /// Sets what the upstream link is doing.
-    pub fn set_link(&self, state: State, problem: Option<String>) {
+    /// Tells whether that is new.
+    pub fn set_link(&self, state: State, problem: Option<String>) -> bool {
         let mut inner = self.inner();
-        if inner.link != state || inner.link_problem != problem {
+        let new = inner.link != state || inner.link_problem != problem;
+        if new {
             inner.link = state;
             inner.link_problem = problem;
             self.changed.notify_one();
+        }
+        new
+    }
+
+    /// Sets what the node sees around it.
+    pub fn set_view(&self, view: View) {
+        self.inner().view = view;
+    }
+
+    /// Notes what another server of the domain holds durably.
+    pub fn set_member_flush(&self, name: &str, flush: Lsn) {
+        let heard = Instant::now();
+        self.inner()
+            .member_flush
+            .insert(name.to_owned(), (flush, heard));
+    }
+
+    /// What other servers are told, and decisions are taken from.
+    pub fn told(&self) -> Told {
+        let flush = *self.flushed.borrow();
+        let first = self
+            .queue
+            .borrow()
+            .as_ref()
+            .map_or(Lsn::ZERO, |open| open.queue.first());
+        let node = &self.config.node;
+        let inner = self.inner();
+        let failing = inner.apply_failing_since;
+        let view = inner.view.clone();
+        Told {
+            node: node.name.clone(),
+            domain: node.domain.clone(),
+            role: inner.role,
+            has_data: inner.has_data,
+            copying: view.copying,
+            healthy: failing.is_none_or(|since| since.elapsed() < PATIENCE) && !inner.disk_failed,
+            parent_ok: view.parent_ok,
+            master_ok: view.master_ok,
+            flush,
+            first,
+            priority: node.priority,
+            top_time: inner.top_time,
+            path: view.path,
+            domains: view.domains,
+            yields_to: view.yields_to,
         }
     }
 
@@ -278,9 +361,18 @@ impl Shared {
     pub fn set_apply_problem(&self, problem: Option<String>) {
         let mut inner = self.inner();
         if inner.apply_problem != problem {
+            inner.apply_failing_since = match problem {
+                None => None,
+                Some(_) => inner.apply_failing_since.or(Some(Instant::now())),
+            };
             inner.apply_problem = problem;
             self.changed.notify_one();
         }
+    }
+
+    /// Says whether the queue's disk takes what comes.
+    pub fn set_disk_failed(&self, failed: bool) {
+        self.inner().disk_failed = failed;
     }
 
     /// Says why the upstream refuses our reports, or that it takes them.
@@ -306,6 +398,18 @@ impl Shared {
             inner.has_data = has_data;
             inner.copy_progress = None;
         });
+    }
+
+    /// The data here is to be copied anew.
+    pub fn set_no_data(&self) {
+        self.change(|inner| {
+            inner.has_data = false;
+            inner.received = Lsn::ZERO;
+            inner.apply_problem = None;
+            inner.apply_failing_since = None;
+        });
+        self.replayed.send_replace(Lsn::ZERO);
+        self.flushed.send_replace(Lsn::ZERO);
     }
 
     /// The history this node holds.
@@ -392,11 +496,11 @@ impl Shared {
         let mut held = vec![own];
         for peer in self.config.peers.keys() {
             let downstream = inner.downstreams.get(&cursor_name(domain, peer));
-            held.extend(
-                downstream
-                    .filter(|d| d.heard.elapsed() < failover.ack_timeout)
-                    .map(|d| d.flush),
-            );
+            let told = downstream.map(|d| (d.flush, d.heard));
+            let observed = inner.member_flush.get(peer).copied();
+            let fresh = [told, observed].into_iter().flatten();
+            let fresh = fresh.filter(|(_, heard)| heard.elapsed() < failover.ack_timeout);
+            held.extend(fresh.map(|(flush, _)| flush).max());
         }
         held.sort_unstable_by(|a, b| b.cmp(a));
         let timed_out = fewer_for > failover.ack_timeout;
@@ -433,6 +537,14 @@ impl Shared {
         });
     }
 
+    /// Like [`Shared::event`], unless the last one says the same.
+    pub fn event_once(&self, kind: &str, reason: &str) {
+        let known = std::mem::replace(&mut self.inner().last_once, (kind.into(), reason.into()));
+        if known != (kind.to_owned(), reason.to_owned()) {
+            self.event(kind, reason);
+        }
+    }
+
     /// The waiting events; [`Shared::events_reported`] removes them.
     pub fn events(&self) -> Vec<Event> {
         self.inner().events.iter().cloned().collect()
@@ -453,7 +565,21 @@ impl Shared {
 
     /// The node's status: one element of a report's `nodes`, and what peers get.
     pub fn status_json(&self) -> Value {
-        let (replayed, flushed) = (*self.replayed.borrow(), *self.flushed.borrow());
+        let replayed = *self.replayed.borrow();
+        let told = self.told();
+        let cursors = self
+            .queue
+            .borrow()
+            .as_ref()
+            .map(|open| open.queue.cursors());
+        let children: BTreeMap<String, Lsn> = cursors
+            .into_iter()
+            .flatten()
+            // A sibling's cursor has a point in its name.
+            .filter(|cursor| cursor.0.starts_with("terrace_") && !cursor.0.contains('.'))
+            .map(|(name, lsn, _)| (name, lsn))
+            .collect();
+        let peers: Vec<&String> = self.config.peers.keys().collect();
         let inner = self.inner();
         let (state, reason) = state_of(&inner, replayed);
         let (apply_rate, catchup) = inner.rate.rates();
@@ -466,19 +592,15 @@ impl Shared {
         } else {
             inner.applied.top_time
         };
-        json!({
-            "node": self.config.node.name,
+        let mut status = json!({
             "instance": self.instance,
-            "domain": self.config.node.domain,
-            "priority": self.config.node.priority,
-            "role": inner.role,
+            "cursors": children,
+            "peers": peers,
             "state": state,
             "reason": reason,
             "upstream": inner.upstream_name,
             "identity": inner.identity.as_ref().map(Identity::to_string),
-            "has_data": inner.has_data,
             "received_lsn": inner.received.to_string(),
-            "flush_lsn": flushed.to_string(),
             "replay_lsn": replayed.to_string(),
             "replay_time": (top_time != 0).then(|| timestamp(top_time + PG_EPOCH_MICROS)),
             "caught_up": caught_up,
@@ -487,7 +609,13 @@ impl Shared {
             "last_tag": inner.applied.last_tag,
             "last_label": inner.applied.last_label,
             "age_ms": 0,
-        })
+        });
+        if let (Value::Object(status), Ok(Value::Object(told))) =
+            (&mut status, serde_json::to_value(told))
+        {
+            status.extend(told);
+        }
+        status
     }
 }
 
@@ -506,7 +634,8 @@ fn state_of(inner: &Inner, replayed: Lsn) -> (State, Option<String>) {
     let reason = inner
         .link_problem
         .clone()
-        .or_else(|| inner.degraded.clone());
+        .or_else(|| inner.degraded.clone())
+        .or_else(|| inner.view.problem.clone());
     match (inner.link, inner.copy_progress) {
         (State::Copying, Some((done, total))) => (
             State::Copying,

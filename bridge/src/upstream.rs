@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use postgres_protocol::message::frontend;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::assemble::{AssembleError, Assembler, passes};
@@ -35,6 +35,8 @@ pub const BRIDGE_PARAMETER: &str = "_pq_.terrace";
 const SILENCE: Duration = Duration::from_secs(10);
 /// How often positions are told.
 const TICK: Duration = Duration::from_millis(100);
+/// Pause between tries to take a slot whose holder has been told to end.
+const DEPOSE_STEP: Duration = Duration::from_millis(50);
 /// Messages taken from the socket before they are made readable.
 const BATCH_MESSAGES: usize = 2_000;
 
@@ -60,6 +62,9 @@ pub enum LinkEnd {
         /// Where we stand.
         end: Lsn,
     },
+    /// The upstream no longer keeps what follows our end.
+    #[error("{0}")]
+    Gone(String),
     /// The upstream tells another history.
     #[error("the upstream's history {theirs} is not this server's {ours}")]
     Diverged {
@@ -80,7 +85,8 @@ impl From<PgError> for LinkEnd {
     fn from(error: PgError) -> LinkEnd {
         match error.code() {
             Some("55006") => LinkEnd::Busy(error.to_string()),
-            Some("42704" | "58P01" | "28P01" | "28000" | "3D000" | "42501") => {
+            Some("58P01") => LinkEnd::Gone(error.to_string()),
+            Some("42704" | "28P01" | "28000" | "3D000" | "42501") => {
                 LinkEnd::Refused(error.to_string())
             }
             _ => LinkEnd::Lost(error.to_string()),
@@ -113,6 +119,8 @@ pub struct Target {
     pub slot: String,
     /// Role while the link lasts.
     pub role: Role,
+    /// First end the connection of whoever holds the slot.
+    pub depose: bool,
 }
 
 /// Session settings that fix the text form of values, whatever the server's are.
@@ -129,19 +137,29 @@ pub fn pinned_settings() -> Vec<(String, String)> {
     .to_vec()
 }
 
+/// Opens a session that a bridge answers itself; at a Postgres it is a plain one,
+/// unless `replication` is wanted.
+pub async fn session(
+    conninfo: &ConnInfo,
+    application: &str,
+    replication: bool,
+) -> Result<Client, PgError> {
+    let options = SessionOptions {
+        application_name: application.to_owned(),
+        replication,
+        gucs: pinned_settings(),
+        extensions: vec![(BRIDGE_PARAMETER.to_owned(), "1".to_owned())],
+        ..Default::default()
+    };
+    Client::connect(conninfo, &options).await
+}
+
 /// Opens a replication session and asks whose history it tells.
 pub async fn connect(
     conninfo: &ConnInfo,
     application: &str,
 ) -> Result<(Client, Identity), PgError> {
-    let options = SessionOptions {
-        application_name: application.to_owned(),
-        replication: true,
-        gucs: pinned_settings(),
-        extensions: vec![(BRIDGE_PARAMETER.to_owned(), "1".to_owned())],
-        ..Default::default()
-    };
-    let mut client = Client::connect(conninfo, &options).await?;
+    let mut client = session(conninfo, application, true).await?;
     let rows = client.simple("IDENTIFY_SYSTEM").await?;
     let field = |column: usize| {
         rows.first()
@@ -242,12 +260,25 @@ impl<'a> Link<'a> {
         }
         let bridge = client.extension_accepted(BRIDGE_PARAMETER);
         let end = writer.end();
+        let depose = match (target.depose, bridge) {
+            (true, true) => ", depose 'true'",
+            _ => "",
+        };
         let start = format!(
             "START_REPLICATION SLOT {} LOGICAL {end} \
-             (proto_version '1', publication_names '\"{PUBLICATION}\"', messages 'true')",
+             (proto_version '1', publication_names '\"{PUBLICATION}\"', messages 'true'{depose})",
             quote_ident(&target.slot)
         );
-        client.copy_both(&start).await?;
+        if target.depose {
+            let reason = format!("ends the connection of whoever holds slot {}", target.slot);
+            shared.event("depose", &reason);
+        }
+        if target.depose && !bridge {
+            depose_holder(target).await?;
+            start_when_free(&mut client, &start).await?;
+        } else {
+            client.copy_both(&start).await?;
+        }
         if !bridge {
             verify_slot(target, end).await?;
         }
@@ -437,6 +468,29 @@ impl<'a> Link<'a> {
         (self.told, self.told_at) = (positions, Instant::now());
         Ok(())
     }
+}
+
+/// Ends the walsender that holds the slot. Sessions of one role may end each other.
+async fn depose_holder(target: &Target) -> Result<(), LinkEnd> {
+    let mut client = Client::connect(&target.conninfo, &SessionOptions::default()).await?;
+    let sql = "SELECT pg_catalog.pg_terminate_backend(active_pid) \
+               FROM pg_catalog.pg_replication_slots \
+               WHERE slot_name = $1 AND active_pid IS NOT NULL";
+    client.query(sql, &[Some(&target.slot)]).await?;
+    Ok(())
+}
+
+/// A walsender that has been told to end lets its slot go a moment later.
+async fn start_when_free(client: &mut Client, start: &str) -> Result<(), LinkEnd> {
+    for _ in 0..20 {
+        match client.copy_both(start).await {
+            Err(error) if error.code() == Some("55006") => sleep(DEPOSE_STEP).await,
+            result => return Ok(result?),
+        }
+    }
+    Err(LinkEnd::Busy(
+        "the holder of the slot does not let it go".into(),
+    ))
 }
 
 /// Rule A: with the slot ours, its confirmed position must not be above our end.

@@ -1,6 +1,7 @@
 //! The replication commands (PostgreSQL's `repl_gram.y`, `repl_scanner.l`).
 
 use crate::lsn::Lsn;
+use crate::roles::Order;
 
 /// A command of a replication session.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,6 +25,8 @@ pub enum Command {
         from: Lsn,
         options: Vec<(String, Option<String>)>,
     },
+    /// An order from one bridge to another: `SWITCHOVER [TO node]`, `TAKE_OVER lsn`, `RESYNC`
+    Order(Order),
     /// A command that this server does not serve
     Unsupported(&'static str),
     /// Anything else
@@ -111,6 +114,18 @@ pub fn parse(text: &str) -> Option<Command> {
             _ => None,
         },
         "START_REPLICATION" => start(rest),
+        "SWITCHOVER" => match rest {
+            [] => Some(Command::Order(Order::Switchover(None))),
+            [Token::Word(to), node] if to == "TO" => {
+                Some(Command::Order(Order::Switchover(Some(identifier(node)?))))
+            }
+            _ => None,
+        },
+        "TAKE_OVER" => match rest {
+            [Token::Word(lsn)] => Some(Command::Order(Order::TakeOver(lsn.parse().ok()?))),
+            _ => None,
+        },
+        "RESYNC" => rest.is_empty().then_some(Command::Order(Order::Resync)),
         "TIMELINE_HISTORY" => Some(Command::Unsupported("TIMELINE_HISTORY")),
         "BASE_BACKUP" => Some(Command::Unsupported("BASE_BACKUP")),
         "READ_REPLICATION_SLOT" => Some(Command::Unsupported("READ_REPLICATION_SLOT")),

@@ -1,22 +1,31 @@
 //! A replication session: commands until a stream starts, and again after it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use bytes::BufMut;
 use postgres_protocol::message::frontend;
+use tokio::sync::oneshot;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
 
 use super::grammar::{Command, parse};
 use super::stream::{Outcome, Start, stream};
-use super::{Relay, splice};
+use super::{Holder, Relay, splice};
 use crate::client::{Client, PgError, SessionOptions};
 use crate::conninfo::ConnInfo;
 use crate::lsn::Lsn;
+use crate::queue::Reader;
+use crate::roles::Order;
+use crate::status::OpenQueue;
 use crate::upstream::{BRIDGE_PARAMETER, PUBLICATION, connect, create_snapshot};
 use crate::wire::{self, Framed, MAX_UNAUTHENTICATED};
 
 const TEXT: u32 = 25;
+/// How long an ending session may take to do so.
+const FAREWELL: Duration = Duration::from_secs(2);
 
 /// An error for the client: SQLSTATE and text.
 pub struct Refusal(pub &'static str, pub String);
@@ -50,8 +59,11 @@ pub struct Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
+        let Ok(open) = self.open_queue() else {
+            return;
+        };
         for slot in &self.temporary {
-            self.relay.queue.drop_cursor(slot);
+            open.queue.drop_cursor(slot);
         }
     }
 }
@@ -172,17 +184,9 @@ impl Session {
                 logical,
                 snapshot,
             }) => self.create(slot, temporary, logical, snapshot).await,
-            Some(Command::Drop { slot }) => {
-                if self.relay.queue.drop_cursor(&slot) {
-                    wire::command_complete(self.framed.out(), "DROP_REPLICATION_SLOT");
-                    Ok(())
-                } else {
-                    refuse(
-                        "42704",
-                        format!("replication slot \"{slot}\" does not exist"),
-                    )
-                }
-            }
+            Some(Command::Drop { slot }) => self.drop_slot(&slot),
+            Some(Command::Order(order)) if self.bridge => self.order(order).await,
+            Some(Command::Order(_)) => refuse("42501", "only another bridge may order that"),
             Some(Command::Start {
                 slot,
                 from,
@@ -203,6 +207,37 @@ impl Session {
         Ok(true)
     }
 
+    fn open_queue(&self) -> Result<OpenQueue, Refusal> {
+        let open = self.relay.shared.queue.borrow().clone();
+        open.ok_or_else(|| Refusal("57P03", "this server has no data yet".into()))
+    }
+
+    fn drop_slot(&mut self, slot: &str) -> Reply {
+        if !self.open_queue()?.queue.drop_cursor(slot) {
+            return refuse(
+                "42704",
+                format!("replication slot \"{slot}\" does not exist"),
+            );
+        }
+        wire::command_complete(self.framed.out(), "DROP_REPLICATION_SLOT");
+        Ok(())
+    }
+
+    /// Hands an order to the node and waits for what comes of it.
+    async fn order(&mut self, order: Order) -> Reply {
+        let (reply, outcome) = oneshot::channel();
+        let gone = || Refusal("57P01", "the bridge shuts down".into());
+        let sent = self.relay.orders.send((order, reply)).await;
+        sent.map_err(|_| gone())?;
+        match outcome.await.map_err(|_| gone())? {
+            Ok(()) => {
+                wire::command_complete(self.framed.out(), "ORDER");
+                Ok(())
+            }
+            Err(text) => refuse("55000", text),
+        }
+    }
+
     fn row(&mut self, columns: &[(&str, Option<&str>)], completion: &str) {
         let out = self.framed.out();
         let names: Vec<(&str, u32)> = columns.iter().map(|(name, _)| (*name, TEXT)).collect();
@@ -213,12 +248,13 @@ impl Session {
     }
 
     fn identify(&mut self) -> Reply {
-        let identity = self.relay.queue.identity().clone();
+        let queue = self.open_queue()?.queue;
+        let identity = queue.identity().clone();
         let (system_id, timeline) = (
             identity.system_id.to_string(),
             identity.timeline.to_string(),
         );
-        let end = self.relay.queue.end().to_string();
+        let end = queue.end().to_string();
         self.row(
             &[
                 ("systemid", Some(&system_id)),
@@ -244,13 +280,8 @@ impl Session {
                 "physical replication is not supported by this server",
             );
         }
-        if self
-            .relay
-            .queue
-            .cursors()
-            .iter()
-            .any(|(name, _, _)| *name == slot)
-        {
+        let queue = self.open_queue()?.queue;
+        if queue.cursors().iter().any(|(name, _, _)| *name == slot) {
             return refuse(
                 "42710",
                 format!("replication slot \"{slot}\" already exists"),
@@ -265,7 +296,7 @@ impl Session {
             }
             _ => return refuse("0A000", "SNAPSHOT 'use' is not supported by this server"),
         };
-        self.relay.queue.set_cursor(&slot, lsn);
+        queue.set_cursor(&slot, lsn);
         if temporary {
             self.temporary.push(slot.clone());
         }
@@ -317,50 +348,103 @@ impl Session {
         from: Lsn,
         options: &[(String, Option<String>)],
     ) -> anyhow::Result<Result<Outcome, Refusal>> {
-        let messages = match check_options(options) {
-            Ok(messages) => messages,
+        let options = match check_options(options, self.bridge) {
+            Ok(options) => options,
             Err(refusal) => return Ok(Err(refusal)),
         };
-        let queue = &self.relay.queue;
-        let cursor = queue
-            .cursors()
-            .into_iter()
-            .find(|(name, _, _)| *name == slot);
-        let from = match (self.bridge, cursor) {
-            (true, _) => from,
-            (false, Some((_, lsn, false))) => from.max(lsn),
-            (false, Some((_, _, true))) => {
-                let text = format!("can no longer get changes from replication slot \"{slot}\"");
-                return Ok(refuse("55000", text));
-            }
-            (false, None) => {
-                let text = format!("replication slot \"{slot}\" does not exist");
-                return Ok(refuse("42704", text));
-            }
+        let (open, reader, from) = match self.reader(&slot, from) {
+            Ok(opened) => opened,
+            Err(refusal) => return Ok(Err(refusal)),
         };
-        let reader = match queue.reader(from) {
-            Ok(reader) => reader,
-            Err(error) => return Ok(refuse("58P01", error.to_string())),
+        let active = match self.activate(&slot, options.depose).await {
+            Ok(active) => active,
+            Err(refusal) => return Ok(Err(refusal)),
         };
-        if !lock(&self.relay).insert(slot.clone()) {
-            let text = format!("replication slot \"{slot}\" is active for PID 0");
-            return Ok(refuse("55006", text));
-        }
-        let _active = ActiveCursor {
-            relay: &self.relay,
-            slot: &slot,
-        };
-        queue.set_cursor(&slot, from);
+        open.queue.set_cursor(&slot, from);
         wire::copy_both_response(self.framed.out());
         self.framed.flush().await?;
         let start = Start {
             slot: &slot,
             from,
-            messages,
+            messages: options.messages,
             bridge: self.bridge,
+            queue: &open.queue,
         };
-        let outcome = stream(&self.relay, &mut self.framed, reader, &start).await;
-        outcome.map(Ok)
+        tokio::select! {
+            outcome = stream(&self.relay, &mut self.framed, reader, &start) => outcome.map(Ok),
+            () = active.end.cancelled() => bail!("another session takes the cursor"),
+            () = open.closed.cancelled() => {
+                // As a walsender ends; a client comes again.
+                let last = async {
+                    wire::command_complete(self.framed.out(), "COPY 0");
+                    self.framed.flush().await
+                };
+                timeout(FAREWELL, last).await.ok();
+                Ok(Ok(Outcome::Closed))
+            }
+        }
+    }
+
+    /// A reader of what follows `from`, or for a stock client what it confirmed.
+    fn reader(&self, slot: &str, from: Lsn) -> Result<(OpenQueue, Reader, Lsn), Refusal> {
+        let open = self.open_queue()?;
+        let cursors = open.queue.cursors();
+        let cursor = cursors.into_iter().find(|(name, _, _)| name == slot);
+        let from = match (self.bridge, cursor) {
+            (true, _) => from,
+            (false, Some((_, lsn, false))) => from.max(lsn),
+            (false, Some((_, _, true))) => {
+                let text = format!("can no longer get changes from replication slot \"{slot}\"");
+                return refuse("55000", text);
+            }
+            (false, None) => {
+                let text = format!("replication slot \"{slot}\" does not exist");
+                return refuse("42704", text);
+            }
+        };
+        let reader = open.queue.reader(from);
+        let reader = reader.map_err(|error| Refusal("58P01", error.to_string()))?;
+        Ok((open, reader, from))
+    }
+
+    /// Takes the cursor, from another session only if that is an older one of the
+    /// same bridge, or is to be deposed.
+    async fn activate(&self, slot: &str, depose: bool) -> Result<ActiveCursor, Refusal> {
+        let application = self
+            .parameters
+            .get("application_name")
+            .cloned()
+            .unwrap_or_default();
+        let holder = Holder {
+            session: self.id,
+            application,
+            end: CancellationToken::new(),
+        };
+        let deadline = Instant::now() + FAREWELL;
+        loop {
+            let other = {
+                let mut active = lock(&self.relay);
+                match active.get(slot) {
+                    None => {
+                        active.insert(slot.to_owned(), holder.clone());
+                        return Ok(ActiveCursor {
+                            relay: Arc::clone(&self.relay),
+                            slot: slot.to_owned(),
+                            end: holder.end,
+                        });
+                    }
+                    Some(other) => other.clone(),
+                }
+            };
+            let replaces = self.bridge && (depose || other.application == holder.application);
+            if !replaces || Instant::now() > deadline {
+                let pid = other.session;
+                let text = format!("replication slot \"{slot}\" is active for PID {pid}");
+                return refuse("55006", text);
+            }
+            other.end.cancel();
+            sleep(Duration::from_millis(5)).await;
+        }
     }
 
     /// Runs SQL on the local Postgres and passes the answer on.
@@ -396,28 +480,36 @@ async fn export_at_top(local: &ConnInfo, slot: &str) -> Result<(Client, Lsn, Str
     Ok((client, lsn, snapshot))
 }
 
-fn lock(relay: &Relay) -> std::sync::MutexGuard<'_, std::collections::HashSet<String>> {
+fn lock(relay: &Relay) -> std::sync::MutexGuard<'_, HashMap<String, Holder>> {
     relay
         .active
         .lock()
         .unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-struct ActiveCursor<'a> {
-    relay: &'a Relay,
-    slot: &'a str,
+struct ActiveCursor {
+    relay: Arc<Relay>,
+    slot: String,
+    end: CancellationToken,
 }
 
-impl Drop for ActiveCursor<'_> {
+impl Drop for ActiveCursor {
     fn drop(&mut self) {
-        lock(self.relay).remove(self.slot);
-        self.relay.shared.drop_downstream(self.slot);
+        lock(&self.relay).remove(&self.slot);
+        self.relay.shared.drop_downstream(&self.slot);
     }
 }
 
-/// pgoutput's options; tells whether messages are wanted.
-fn check_options(options: &[(String, Option<String>)]) -> Result<bool, Refusal> {
-    let (mut protocol, mut publications, mut messages) = (None, None, false);
+/// What a client wants of its stream.
+struct Options {
+    messages: bool,
+    depose: bool,
+}
+
+/// pgoutput's options, and for a bridge our own.
+fn check_options(options: &[(String, Option<String>)], bridge: bool) -> Result<Options, Refusal> {
+    let (mut protocol, mut publications) = (None, None);
+    let (mut messages, mut depose) = (false, false);
     for (name, value) in options {
         let value = value.as_deref().unwrap_or("on");
         let on = matches!(value, "on" | "true" | "1" | "yes");
@@ -425,6 +517,7 @@ fn check_options(options: &[(String, Option<String>)]) -> Result<bool, Refusal> 
             "proto_version" => protocol = value.parse::<u32>().ok(),
             "publication_names" => publications = Some(value),
             "messages" => messages = on,
+            "depose" if bridge => depose = on,
             "streaming" | "origin" => {}
             "binary" | "two_phase" if !on => {}
             "binary" | "two_phase" => {
@@ -452,5 +545,5 @@ fn check_options(options: &[(String, Option<String>)]) -> Result<bool, Refusal> 
             return refuse("42704", format!("publication \"{name}\" does not exist"));
         }
     }
-    Ok(messages)
+    Ok(Options { messages, depose })
 }

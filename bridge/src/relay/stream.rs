@@ -3,14 +3,14 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use bytes::{Buf, BufMut, Bytes};
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use super::Relay;
 use crate::lsn::Lsn;
 use crate::pgoutput::{self, Message};
-use crate::queue::Reader;
+use crate::queue::{Queue, Reader};
 use crate::record::{Kind, Record};
 use crate::status::{PG_EPOCH_MICROS, unix_micros};
 use crate::wire::{self, Framed, MAX_UNAUTHENTICATED};
@@ -19,6 +19,8 @@ use crate::wire::{self, Framed, MAX_UNAUTHENTICATED};
 const FLUSH_BYTES: usize = 256 << 10;
 /// How often a bridge is told of our position when nothing changes.
 const TICK: Duration = Duration::from_millis(500);
+/// A bridge tells its positions every second; after this its cursor is free.
+const LEASE: Duration = Duration::from_secs(10);
 /// A client that says nothing for so long is gone.
 const SILENCE: Duration = Duration::from_secs(60);
 /// A stock client is asked for a sign of life at half of that.
@@ -38,6 +40,7 @@ pub struct Start<'a> {
     pub from: Lsn,
     pub messages: bool,
     pub bridge: bool,
+    pub queue: &'a Queue,
 }
 
 /// Streams until either side ends it.
@@ -79,16 +82,17 @@ struct Sender<'a> {
 impl Sender<'_> {
     async fn run(mut self) -> anyhow::Result<Outcome> {
         let mut replayed = self.relay.shared.replayed.subscribe();
-        let mut written = self.relay.queue.written();
+        let mut written = self.start.queue.written();
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut heard = Instant::now();
-        let cancel = self.relay.cancel.clone();
         loop {
             replayed.mark_unchanged();
             written.mark_unchanged();
             let more = self.fill()?;
-            self.framed.flush().await?;
+            timeout(SILENCE, self.framed.flush())
+                .await
+                .context("client takes no data")??;
             tokio::select! {
                 biased;
                 message = self.framed.read_message(MAX_UNAUTHENTICATED) => {
@@ -101,17 +105,13 @@ impl Sender<'_> {
                         kind => bail!("unexpected message 0x{kind:02x} while streaming"),
                     }
                 }
-                () = cancel.cancelled() => {
-                    wire::command_complete(self.framed.out(), "COPY 0");
-                    self.framed.flush().await?;
-                    return Ok(Outcome::Closed);
-                }
                 () = std::future::ready(()), if more => {}
                 _ = written.changed() => {}
                 _ = replayed.changed() => {}
                 _ = tick.tick() => {
-                    if heard.elapsed() > SILENCE {
-                        bail!("client has been silent for 60 s");
+                    let limit = if self.start.bridge { LEASE } else { SILENCE };
+                    if heard.elapsed() > limit {
+                        bail!("client has been silent for {} s", limit.as_secs());
                     }
                     self.beat(heard);
                 }
@@ -202,7 +202,7 @@ impl Sender<'_> {
         let [write, flush, apply] = [(); 3].map(|()| Lsn(body.get_u64()));
         body.get_i64();
         if flush > Lsn::ZERO {
-            self.relay
+            self.start
                 .queue
                 .set_cursor(self.start.slot, flush.min(self.sent.max(self.start.from)));
         }

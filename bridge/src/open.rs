@@ -1,0 +1,277 @@
+//! What a node starts from: the queue on its disk and the position in its database,
+//! or, when there is neither, a copy of another server's data.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use tokio::time::sleep;
+
+use crate::client::{Client, SessionOptions};
+use crate::conninfo::ConnInfo;
+use crate::domain::{Source, choose_parent, copy_source};
+use crate::lsn::{Identity, Lsn};
+use crate::observe::Observer;
+use crate::queue::{Queue, Writer};
+use crate::status::{Role, Shared, State, View};
+use crate::upstream::connect;
+use crate::{copy, report};
+
+/// Longest pause between two tries.
+const MAX_PAUSE: Duration = Duration::from_secs(5);
+/// Pause while there is nobody to copy from.
+const LOOK_AGAIN: Duration = Duration::from_millis(300);
+
+/// A queue with its writer.
+pub struct Opened {
+    /// The queue.
+    pub queue: Queue,
+    /// Its only writer.
+    pub writer: Writer,
+    /// Holds the upstream's queue for us after an initial copy.
+    pub pinned: Option<Client>,
+}
+
+/// Opens what is here, or copies until something is.
+pub async fn open_or_copy(
+    shared: &Arc<Shared>,
+    observer: &Arc<Observer>,
+) -> anyhow::Result<Opened> {
+    let dir = shared.config.node.data_dir.join("queue");
+    let opened = Queue::open(&dir)?;
+    if shared.config.parent.is_none() {
+        return open_at_top(shared, &dir, opened).await;
+    }
+    let mut pause = Duration::from_millis(100);
+    let started = Instant::now();
+    loop {
+        let attempt = match local_progress(shared).await {
+            Ok(Some((identity, lsn))) => return resume(shared, &dir, opened, identity, lsn),
+            Ok(None) => copy_from_somewhere(shared, observer, started.elapsed()).await,
+            Err(error) => Err(error),
+        };
+        publish_view(shared, observer, false);
+        match attempt {
+            Ok(Some(copied)) => {
+                drop(opened);
+                let (queue, writer) = Queue::create(&dir, copied.identity.clone(), copied.lsn)?;
+                shared.set_identity(copied.identity, true);
+                let reason = format!("initial copy is complete at {}", copied.lsn);
+                shared.event("copied", &reason);
+                let pinned = Some(copied.client);
+                return Ok(Opened {
+                    queue,
+                    writer,
+                    pinned,
+                });
+            }
+            Ok(None) => {
+                let reason = "waiting for a server to copy from".into();
+                shared.set_link(State::Copying, Some(reason));
+                pause = LOOK_AGAIN;
+            }
+            Err(error) => {
+                let problem = format!("{error:#}");
+                if shared.set_link(State::Stalled, Some(problem.clone())) {
+                    tracing::warn!("{problem}");
+                }
+                pause = (pause * 2).min(MAX_PAUSE);
+            }
+        }
+        sleep(pause).await;
+    }
+}
+
+/// Forgets the position of the data here, so that it is copied anew.
+pub async fn forget(shared: &Arc<Shared>, from_parent: bool) {
+    let mut pause = Duration::from_millis(100);
+    while let Err(error) = copy::discard(shared, from_parent).await {
+        let problem = format!("cannot discard the data to copy it anew: {error:#}");
+        if shared.set_link(State::Stalled, Some(problem.clone())) {
+            tracing::warn!("{problem}");
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(MAX_PAUSE);
+    }
+    shared.set_no_data();
+}
+
+fn resume(
+    shared: &Arc<Shared>,
+    dir: &Path,
+    opened: Option<(Queue, Writer)>,
+    identity: Identity,
+    lsn: Lsn,
+) -> anyhow::Result<Opened> {
+    let (queue, writer) = match opened {
+        Some((queue, writer)) if queue.identity() == &identity && queue.first() <= lsn => {
+            (queue, writer)
+        }
+        // No queue, or one that cannot continue what the database holds. The
+        // database is the truth about how far we are.
+        _ => Queue::create(dir, identity.clone(), lsn)?,
+    };
+    shared.set_identity(identity, true);
+    shared.replayed.send_replace(lsn);
+    Ok(Opened {
+        queue,
+        writer,
+        pinned: None,
+    })
+}
+
+/// A session of ours with the Postgres beside the bridge.
+pub async fn local_client(shared: &Shared) -> anyhow::Result<Client> {
+    let info = ConnInfo::parse(&shared.config.database.url)?;
+    let options = SessionOptions {
+        application_name: format!("terrace {}", shared.config.node.name),
+        ..Default::default()
+    };
+    Client::connect(&info, &options)
+        .await
+        .with_context(|| format!("connect to the local database at {}", info.endpoint()))
+}
+
+async fn local_progress(shared: &Arc<Shared>) -> anyhow::Result<Option<(Identity, Lsn)>> {
+    let mut client = local_client(shared).await?;
+    report::prepare_local(shared).await?;
+    let rows = client
+        .query("SELECT identity, lsn::text FROM terrace.progress", &[])
+        .await
+        .context("read terrace.progress")?;
+    match rows.first().map(Vec::as_slice) {
+        Some([Some(identity), Some(lsn)]) => Ok(Some((identity.parse()?, lsn.parse()?))),
+        _ => Ok(None),
+    }
+}
+
+/// A bridge of the top reads the slot of the Postgres beside it; nothing is copied.
+async fn open_at_top(
+    shared: &Arc<Shared>,
+    dir: &Path,
+    opened: Option<(Queue, Writer)>,
+) -> anyhow::Result<Opened> {
+    if let Some((queue, writer)) = opened {
+        shared.set_identity(queue.identity().clone(), true);
+        return Ok(Opened {
+            queue,
+            writer,
+            pinned: None,
+        });
+    }
+    let mut pause = Duration::from_millis(100);
+    loop {
+        match create_slot_at_top(shared).await {
+            Ok((identity, lsn)) => {
+                let (queue, writer) = Queue::create(dir, identity.clone(), lsn)?;
+                shared.set_identity(identity, true);
+                return Ok(Opened {
+                    queue,
+                    writer,
+                    pinned: None,
+                });
+            }
+            Err(error) => {
+                tracing::warn!("{error:#}");
+                shared.set_link(State::Stalled, Some(format!("{error:#}")));
+            }
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(MAX_PAUSE);
+    }
+}
+
+async fn create_slot_at_top(shared: &Arc<Shared>) -> anyhow::Result<(Identity, Lsn)> {
+    report::prepare_local(shared).await?;
+    let info = ConnInfo::parse(&shared.config.database.url)?;
+    let (mut client, identity) = connect(&info, &shared.config.node.name).await?;
+    let slot = shared.config.slot_name();
+    let sql = format!("CREATE_REPLICATION_SLOT \"{slot}\" LOGICAL pgoutput (SNAPSHOT 'nothing')");
+    let point = match client.simple(&sql).await {
+        Ok(rows) => rows.first().and_then(|row| row.get(1)?.clone()),
+        // The slot outlived our queue. It sends what follows its confirmed position,
+        // so an empty queue that starts there misses nothing; a downstream that needs
+        // more is told so when it asks.
+        Err(error) if error.code() == Some("42710") => {
+            let sql = "SELECT confirmed_flush_lsn FROM pg_catalog.pg_replication_slots \
+                       WHERE slot_name = $1 AND plugin = 'pgoutput' \
+                         AND database = pg_catalog.current_database()";
+            let rows = local_client(shared)
+                .await?
+                .query(sql, &[Some(&slot)])
+                .await?;
+            rows.into_iter()
+                .next()
+                .and_then(|row| row.into_iter().next()?)
+        }
+        Err(error) => return Err(error).context("create the replication slot"),
+    };
+    let lsn = point
+        .with_context(|| {
+            format!("replication slot \"{slot}\" is of another kind or database; drop it")
+        })?
+        .parse()?;
+    Ok((identity, lsn))
+}
+
+async fn copy_from_somewhere(
+    shared: &Arc<Shared>,
+    observer: &Observer,
+    waited: Duration,
+) -> anyhow::Result<Option<copy::CopyResult>> {
+    publish_view(shared, observer, false);
+    let limit = shared.config.failover.takeover_after;
+    let told = shared.told();
+    let parents = observer.parents();
+    let mut peers = observer.peers();
+    if copy::is_from_parent(shared) {
+        // What the others hold has been found wanting, but a master has the parent's.
+        peers.retain(|peer| {
+            let told = peer.told.as_ref();
+            told.is_some_and(|told| told.role == Role::Master || told.copying)
+        });
+    }
+    let (source, from_parent) = match copy_source(waited, &told, &peers, limit) {
+        Source::Wait => return Ok(None),
+        Source::Peer(name) => (observer.peer_info(&name), false),
+        Source::Parent => {
+            let mut anywhere = told;
+            anywhere.flush = Lsn::MAX;
+            let index = choose_parent(&anywhere, &parents, None, &[], limit);
+            let Some(index) = index else {
+                let names: Vec<&str> = parents.iter().map(|p| p.name.as_str()).collect();
+                bail!(
+                    "no parent server is ready to be copied from ({})",
+                    names.join(", ")
+                );
+            };
+            (observer.parent_info(index), true)
+        }
+    };
+    let source = source.context("an unknown server")?.clone();
+    shared.set_link(State::Copying, None);
+    publish_view(shared, observer, from_parent);
+    match copy::initial_copy(shared, &source).await {
+        Ok(result) => Ok(Some(result)),
+        Err(error)
+            if error
+                .downcast_ref::<copy::CopyError>()
+                .is_some_and(copy::CopyError::is_busy) =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error.context(format!("initial copy from {}", source.endpoint()))),
+    }
+}
+
+fn publish_view(shared: &Shared, observer: &Observer, copying: bool) {
+    let answers = |parent: &crate::domain::Peer| parent.sight == crate::domain::Sight::Answers;
+    shared.set_view(View {
+        parent_ok: observer.parents().iter().any(answers),
+        copying,
+        problem: observer.problem(),
+        domains: vec![shared.config.node.domain.clone()],
+        ..View::default()
+    });
+}

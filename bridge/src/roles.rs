@@ -1,0 +1,557 @@
+//! Carries out what [`crate::domain`] decides: one link at a time, to the parent
+//! or to a member of the domain, for as long as that is the best to follow.
+//!
+//! Nothing about roles is on disk. After a start, a lost link or a refusal the
+//! node looks around again and decides anew.
+
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+
+use crate::client::{Client, quote_ident};
+use crate::conninfo::ConnInfo;
+use crate::domain::{self, Decider, Decision, Link, Own, Peer, Refusal, Sight};
+use crate::lsn::Lsn;
+use crate::observe::{Observer, command};
+use crate::queue::Writer;
+use crate::status::{Role, Shared, State, View, cursor_name};
+use crate::upstream::{LinkEnd, Target, follow};
+
+/// Decides at least this often.
+const TICK: Duration = Duration::from_millis(100);
+/// A server of the parent domain that failed comes last for so long.
+const TRIED: Duration = Duration::from_secs(2);
+/// The cursor of an initial copy is held until our own has been registered for so long.
+const PINNED: Duration = Duration::from_secs(5);
+/// A server further behind than this cannot take over: the domain would wait for it.
+const SWITCHOVER_BYTES: u64 = 64 << 20;
+
+/// What somebody asks this node to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Hand mastership to this member, or to the best one.
+    Switchover(Option<String>),
+    /// Become master once we hold all up to here.
+    TakeOver(Lsn),
+    /// Throw the data away and copy it anew.
+    Resync,
+}
+
+/// An order, and where its outcome goes: an error is for the person who asked.
+pub type Ordered = (Order, oneshot::Sender<Result<(), String>>);
+
+/// Why the roles of a node end.
+pub enum End {
+    /// The bridge stops.
+    Shutdown,
+    /// The data here cannot be continued, or is not to be: copy anew.
+    CopyAnew {
+        /// For people.
+        reason: String,
+        /// No other server of the domain has better data.
+        from_parent: bool,
+    },
+}
+
+/// Plays the node's roles.
+pub struct Roles {
+    shared: Arc<Shared>,
+    observer: Arc<Observer>,
+    decider: Decider,
+    /// Servers of the parent domain that failed lately.
+    tried: Vec<(usize, Instant)>,
+    /// The one that is followed or tried.
+    parent: Option<usize>,
+    gap_told: bool,
+}
+
+/// What a decision comes to.
+enum Next {
+    Nothing,
+    Go(Target),
+    Leave,
+    HandOver(String),
+    CopyAnew(End),
+}
+
+impl Roles {
+    /// For a node whose queue has been opened.
+    pub fn new(shared: Arc<Shared>, observer: Arc<Observer>) -> Roles {
+        let failover = &shared.config.failover;
+        let decider = Decider::new(failover.takeover_after, shared.config.peers.len() + 1);
+        Roles {
+            decider,
+            shared,
+            observer,
+            tried: Vec::new(),
+            parent: None,
+            gap_told: false,
+        }
+    }
+
+    /// Follows whoever is to be followed until `cancel`, or until the data here is
+    /// of no use. `pinned` holds the upstream's queue since the initial copy.
+    pub async fn run(
+        mut self,
+        writer: &mut Writer,
+        mut pinned: Option<Client>,
+        orders: &mut mpsc::Receiver<Ordered>,
+        cancel: &CancellationToken,
+    ) -> End {
+        let mut changes = self.observer.changes();
+        while !cancel.is_cancelled() {
+            let next = self.next(&Link::None);
+            let done = match next {
+                Next::Go(target) => self.link(target, writer, &mut pinned, orders, cancel).await,
+                Next::CopyAnew(end) => return end,
+                _ => tokio::select! {
+                    () = sleep(TICK) => None,
+                    _ = changes.changed() => None,
+                    Some(ordered) = orders.recv() => self.obey(ordered, &Link::None).await,
+                    () = cancel.cancelled() => None,
+                },
+            };
+            if let Some(end) = done {
+                return end;
+            }
+        }
+        End::Shutdown
+    }
+
+    /// One link, to its end.
+    async fn link(
+        &mut self,
+        target: Target,
+        writer: &mut Writer,
+        pinned: &mut Option<Client>,
+        orders: &mut mpsc::Receiver<Ordered>,
+        cancel: &CancellationToken,
+    ) -> Option<End> {
+        let shared = Arc::clone(&self.shared);
+        let ending = cancel.child_token();
+        let mut changes = self.observer.changes();
+        let (mut asked, mut copy_anew) = (None, None);
+        let started = Instant::now();
+        let ended = {
+            let mut following = pin!(follow(&shared, writer, &target, &ending));
+            loop {
+                tokio::select! {
+                    ended = &mut following => break ended,
+                    () = sleep(TICK) => {}
+                    _ = changes.changed() => {}
+                    Some(ordered) = orders.recv() => {
+                        let link = self.link_of(&target);
+                        copy_anew = self.obey(ordered, &link).await.or(copy_anew);
+                    }
+                }
+                if ending.is_cancelled() {
+                    continue;
+                }
+                if started.elapsed() > PINNED && shared.role() != Role::None {
+                    pinned.take();
+                }
+                let link = self.link_of(&target);
+                match self.next(&link) {
+                    _ if copy_anew.is_some() => ending.cancel(),
+                    Next::Nothing => {}
+                    Next::Go(other) if link == Link::None && other.name == target.name => {}
+                    Next::Go(_) | Next::Leave => ending.cancel(),
+                    Next::HandOver(to) => {
+                        asked = Some(to);
+                        ending.cancel();
+                    }
+                    Next::CopyAnew(end) => {
+                        copy_anew = Some(end);
+                        ending.cancel();
+                    }
+                }
+            }
+        };
+        shared.set_role(Role::None, None, "");
+        self.observer.hurry(true);
+        self.note_end(&target, &ended);
+        if let Some(to) = asked {
+            self.hand_over(&to).await;
+        }
+        copy_anew
+    }
+
+    /// The link as decisions see it: one that is only being opened is none yet.
+    fn link_of(&self, target: &Target) -> Link {
+        match (self.shared.role(), target.role) {
+            (Role::None, _) => Link::None,
+            (_, Role::Master) => Link::Parent,
+            _ => Link::Peer(target.name.clone()),
+        }
+    }
+
+    // ----- what to do next --------------------------------------------------
+
+    fn next(&mut self, link: &Link) -> Next {
+        let (peers, parents) = (self.observer.peers(), self.observer.parents());
+        self.publish_view(link, &peers, &parents);
+        if self.shared.config.parent.is_none() {
+            return match link {
+                Link::None => Next::Go(self.own_database()),
+                _ => Next::Nothing,
+            };
+        }
+        if *link == Link::Parent {
+            self.decider.leads();
+        }
+        self.observer.hurry(*link == Link::None);
+        let own = Own {
+            told: self.shared.told(),
+            link: link.clone(),
+            parent: best_sight(&parents),
+        };
+        let decision = self.decider.decide(self.observer.now(), &own, &peers);
+        match decision {
+            Decision::Stay if *link == Link::Parent => self.better_parent(&own, &parents),
+            Decision::Stay => Next::Nothing,
+            Decision::Lead { depose } => self.lead(&own, &parents, depose),
+            Decision::Follow(name) => self.peer_target(name),
+            Decision::Leave(reason) => {
+                tracing::info!(reason, "leaves its upstream");
+                Next::Leave
+            }
+            Decision::HandOver { to, reason } => {
+                if self.decider.yields_to().is_none() {
+                    self.shared.event("handover", &format!("to {to}: {reason}"));
+                }
+                Next::HandOver(to)
+            }
+            Decision::Gap(confirmed) => self.gap(confirmed),
+            Decision::CopyAnew => Next::CopyAnew(End::CopyAnew {
+                reason: "no server of the domain keeps what follows this one's end".into(),
+                from_parent: false,
+            }),
+        }
+    }
+
+    fn gap(&mut self, confirmed: Lsn) -> Next {
+        let end = self.shared.told().flush;
+        let reason = format!(
+            "the parent has forgotten what lies between {end} and {confirmed}, and no server of \
+             the domain has it"
+        );
+        if self.shared.config.failover.resync_on_gap {
+            let from_parent = true;
+            return Next::CopyAnew(End::CopyAnew {
+                reason,
+                from_parent,
+            });
+        }
+        if !std::mem::replace(&mut self.gap_told, true) {
+            self.shared.event("gap", &reason);
+        }
+        let hint = "; copy the data anew with terrace-bridge resync, or set failover.resync_on_gap";
+        self.shared.set_link(State::Gap, Some(reason + hint));
+        Next::Nothing
+    }
+
+    /// Tells the others and the reports what this node sees.
+    fn publish_view(&self, link: &Link, peers: &[Peer], parents: &[Peer]) {
+        let node = &self.shared.config.node;
+        let upstream = match link {
+            Link::None => None,
+            Link::Parent => self.parent.and_then(|index| parents.get(index)),
+            Link::Peer(name) => peers.iter().find(|peer| peer.name == *name),
+        };
+        let told = upstream
+            .and_then(|peer| peer.told.clone())
+            .unwrap_or_default();
+        let (mut path, mut domains) = (told.path, told.domains);
+        if *link != Link::None {
+            path.push(node.name.clone());
+        }
+        if !domains.contains(&node.domain) {
+            domains.push(node.domain.clone());
+        }
+        let is_master = |peer: &Peer| {
+            let told = peer.told.as_ref();
+            peer.sight == Sight::Answers && told.is_some_and(|told| told.role == Role::Master)
+        };
+        for peer in peers.iter().filter(|peer| peer.sight == Sight::Answers) {
+            let flush = peer.told.as_ref().map_or(Lsn::ZERO, |told| told.flush);
+            self.shared.set_member_flush(&peer.name, flush);
+        }
+        self.shared.set_view(View {
+            parent_ok: best_sight(parents) == Sight::Answers,
+            master_ok: *link == Link::Parent || peers.iter().any(is_master),
+            copying: false,
+            path,
+            domains,
+            yields_to: self.decider.yields_to(),
+            problem: self.observer.problem(),
+        });
+    }
+
+    fn own_database(&self) -> Target {
+        // The configuration has been checked when it was read.
+        let url = &self.shared.config.database.url;
+        let conninfo = ConnInfo::parse(url).expect("a checked connection string");
+        Target {
+            name: conninfo.endpoint(),
+            conninfo,
+            slot: self.shared.config.slot_name(),
+            role: Role::Master,
+            depose: false,
+        }
+    }
+
+    fn peer_target(&self, name: String) -> Next {
+        let node = &self.shared.config.node;
+        let Some(info) = self.observer.peer_info(&name) else {
+            return Next::Nothing;
+        };
+        Next::Go(Target {
+            conninfo: info.clone(),
+            slot: cursor_name(&node.domain, &node.name),
+            role: Role::Slave,
+            depose: false,
+            name,
+        })
+    }
+
+    fn choose_parent(&mut self, own: &Own, parents: &[Peer]) -> Option<usize> {
+        self.tried.retain(|(_, at)| at.elapsed() < TRIED);
+        let tried: Vec<usize> = self.tried.iter().map(|(index, _)| *index).collect();
+        let limit = self.shared.config.failover.takeover_after;
+        let present = (own.link == Link::Parent).then_some(self.parent).flatten();
+        domain::choose_parent(&own.told, parents, present, &tried, limit)
+    }
+
+    fn lead(&mut self, own: &Own, parents: &[Peer], depose: bool) -> Next {
+        if let Some(index) = self.choose_parent(own, parents)
+            && let Some(info) = self.observer.parent_info(index)
+        {
+            self.parent = Some(index);
+            return Next::Go(Target {
+                name: info.endpoint(),
+                conninfo: info.clone(),
+                slot: self.shared.config.slot_name(),
+                role: Role::Master,
+                depose,
+            });
+        }
+        let now = self.observer.now();
+        let (state, problem) = why_no_parent(&own.told, parents);
+        match problem {
+            NoParent::Forgotten(first) => self.decider.refused(now, Refusal::Ahead(first)),
+            NoParent::Other(problem) => {
+                self.decider.failed(now);
+                self.shared.set_link(state, Some(problem));
+            }
+        }
+        Next::Nothing
+    }
+
+    /// A master goes to another server of the parent domain when that one serves better.
+    fn better_parent(&mut self, own: &Own, parents: &[Peer]) -> Next {
+        match self.choose_parent(own, parents) {
+            Some(index) if self.parent != Some(index) => self.lead(own, parents, false),
+            _ => Next::Nothing,
+        }
+    }
+
+    // ----- how a link ended -------------------------------------------------
+
+    fn note_end(&mut self, target: &Target, end: &LinkEnd) {
+        let now = self.observer.now();
+        let problem = format!("{}: {end}", target.name);
+        let state = match end {
+            LinkEnd::Shutdown => return,
+            LinkEnd::Busy(_) => {
+                self.decider.refused(now, Refusal::Busy);
+                tracing::debug!("{problem}");
+                self.shared.set_link(State::Catchup, Some(problem));
+                return;
+            }
+            LinkEnd::Gap { confirmed, .. } => {
+                self.decider.refused(now, Refusal::Ahead(*confirmed));
+                State::Catchup
+            }
+            LinkEnd::Diverged { .. } => State::Diverged,
+            LinkEnd::Refused(_) | LinkEnd::Queue(_) => State::Stalled,
+            LinkEnd::Lost(_) | LinkEnd::Gone(_) => State::Down,
+        };
+        if target.role == Role::Master {
+            self.decider.failed(now);
+            if let Some(index) = self.parent {
+                self.tried.push((index, Instant::now()));
+            }
+        }
+        if self.shared.set_link(state, Some(problem.clone())) {
+            tracing::warn!("link ended: {problem}");
+        }
+        if state == State::Diverged {
+            self.shared.event_once("diverged", &problem);
+        }
+    }
+
+    // ----- orders -----------------------------------------------------------
+
+    async fn obey(&mut self, (order, reply): Ordered, link: &Link) -> Option<End> {
+        let now = self.observer.now();
+        let (outcome, end) = match order {
+            Order::Resync => {
+                let end = End::CopyAnew {
+                    reason: "asked to copy anew".into(),
+                    from_parent: self.shared.config.peers.is_empty(),
+                };
+                (Ok(()), Some(end))
+            }
+            Order::TakeOver(lsn) => {
+                self.decider.take_over(now, lsn);
+                (Ok(()), None)
+            }
+            Order::Switchover(to) if *link == Link::Parent => (self.switchover(to), None),
+            Order::Switchover(to) => (self.pass_on(to).await, None),
+        };
+        // Nobody may wait for the answer any more.
+        reply.send(outcome).ok();
+        end
+    }
+
+    /// Checks a wish for another master, and starts to hand over.
+    fn switchover(&mut self, to: Option<String>) -> Result<(), String> {
+        let own = self.shared.told();
+        let peers = self.observer.peers();
+        let to = match to {
+            Some(to) => to,
+            None => {
+                best_successor(&peers).ok_or("no other server of the domain is fit to take over")?
+            }
+        };
+        if to == own.node {
+            return Err(format!("{to} is the master already"));
+        }
+        let Some(peer) = peers.iter().find(|peer| peer.name == to) else {
+            return Err(format!(
+                "node \"{to}\" is no server of domain \"{}\"",
+                own.domain
+            ));
+        };
+        let told = match (&peer.told, peer.sight) {
+            (Some(told), Sight::Answers) => told,
+            _ => return Err(format!("node \"{to}\" does not answer")),
+        };
+        if !told.has_data || !told.healthy {
+            return Err(format!(
+                "node \"{to}\" is not in order; see its state in terrace.lag"
+            ));
+        }
+        let behind = own.flush.0.saturating_sub(told.flush.0);
+        if behind > SWITCHOVER_BYTES {
+            return Err(format!(
+                "node \"{to}\" is {behind} bytes behind; wait until it has caught up"
+            ));
+        }
+        self.shared
+            .event("switchover", &format!("to {to}, as asked"));
+        self.decider.yield_to(self.observer.now(), &to);
+        Ok(())
+    }
+
+    /// The master is the one to do it.
+    async fn pass_on(&self, to: Option<String>) -> Result<(), String> {
+        let peers = self.observer.peers();
+        let master = peers.iter().find(|peer| {
+            let told = peer.told.as_ref();
+            peer.sight == Sight::Answers && told.is_some_and(|told| told.role == Role::Master)
+        });
+        let info = master.and_then(|master| self.observer.peer_info(&master.name));
+        let info = info.ok_or("no master of the domain is in sight")?;
+        let target = to.map_or(String::new(), |to| format!(" TO {}", quote_ident(&to)));
+        let text = format!("SWITCHOVER{target}");
+        command(info, &self.shared.config.node.name, &text)
+            .await
+            .map_err(|error| error.message())
+    }
+
+    /// With the slot let go: tells `to` that it may take it.
+    async fn hand_over(&mut self, to: &str) {
+        if self.decider.yields_to().is_none() {
+            self.decider.yield_to(self.observer.now(), to);
+        }
+        self.publish_view(
+            &Link::None,
+            &self.observer.peers(),
+            &self.observer.parents(),
+        );
+        let Some(info) = self.observer.peer_info(to) else {
+            return;
+        };
+        let text = format!("TAKE_OVER {}", self.shared.told().flush);
+        if let Err(error) = command(info, &self.shared.config.node.name, &text).await {
+            tracing::warn!("hand over to {to}: {error}");
+        }
+    }
+}
+
+/// The best sight of any of the servers.
+fn best_sight(servers: &[Peer]) -> Sight {
+    let order = |sight: &Sight| match sight {
+        Sight::Answers => (0, Duration::ZERO),
+        Sight::Silent(age) => (1, *age),
+        Sight::Unknown => (2, Duration::ZERO),
+        Sight::Refused => (3, Duration::ZERO),
+    };
+    let sights = servers.iter().map(|server| server.sight);
+    sights.min_by_key(order).unwrap_or(Sight::Unknown)
+}
+
+fn best_successor(peers: &[Peer]) -> Option<String> {
+    let fit = |peer: &&Peer| {
+        let told = peer.told.as_ref();
+        peer.sight == Sight::Answers
+            && told.is_some_and(|told| told.has_data && told.healthy && told.parent_ok)
+    };
+    let best = peers.iter().filter(fit).max_by_key(|peer| {
+        let told = peer.told.as_ref();
+        told.map(|told| (told.priority, told.flush))
+    });
+    best.map(|peer| peer.name.clone())
+}
+
+enum NoParent {
+    /// The oldest position that a parent server still has.
+    Forgotten(Lsn),
+    Other(String),
+}
+
+fn why_no_parent(own: &domain::Told, parents: &[Peer]) -> (State, NoParent) {
+    let live = parents
+        .iter()
+        .filter(|parent| parent.sight == Sight::Answers);
+    let told: Vec<_> = live.filter_map(|parent| parent.told.as_ref()).collect();
+    if let Some(parent) = told.iter().find(|told| told.domains.contains(&own.domain)) {
+        let text = format!(
+            "parent {} is itself below domain \"{}\"; correct [parent]",
+            parent.node, own.domain
+        );
+        return (State::Stalled, NoParent::Other(text));
+    }
+    let with_data = told.iter().filter(|told| told.has_data);
+    match with_data.map(|told| told.first).min() {
+        Some(first) if first > own.flush => (State::Gap, NoParent::Forgotten(first)),
+        Some(_) => (
+            State::Down,
+            NoParent::Other("no parent server is fit to be followed".into()),
+        ),
+        None if told.is_empty() => {
+            let names: Vec<&str> = parents.iter().map(|parent| parent.name.as_str()).collect();
+            let text = format!("no parent server answers ({})", names.join(", "));
+            (State::Down, NoParent::Other(text))
+        }
+        None => (
+            State::Down,
+            NoParent::Other("no parent server has data yet".into()),
+        ),
+    }
+}
