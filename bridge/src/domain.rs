@@ -501,7 +501,10 @@ impl<'a> View<'a> {
             return self.go_to(&sibling.name);
         }
         // One that has it all but not from our end on will be master, and copied from.
-        if self.live().any(|(_, told)| told.has_data && told.flush >= confirmed) {
+        if self
+            .live()
+            .any(|(_, told)| told.has_data && told.flush >= confirmed)
+        {
             return Decision::Stay;
         }
         // One that does not answer may have it.

@@ -12,6 +12,7 @@ pub mod check;
 pub mod client;
 pub mod config;
 pub mod conninfo;
+pub mod control;
 pub mod copy;
 pub mod domain;
 pub mod handshake;

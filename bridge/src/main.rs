@@ -10,7 +10,7 @@ use terrace_bridge::check::check;
 use terrace_bridge::client::{Client, SessionOptions};
 use terrace_bridge::config::Config;
 use terrace_bridge::conninfo::ConnInfo;
-use terrace_bridge::node;
+use terrace_bridge::{control, node};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -33,6 +33,24 @@ enum Command {
     },
     /// Say what would keep `run` from working, and how to mend it
     Check {
+        /// Configuration file
+        #[arg(short)]
+        config: PathBuf,
+    },
+    /// Make another server of the domain its master
+    Switchover {
+        /// Configuration file of any server of the domain
+        #[arg(short)]
+        config: PathBuf,
+        /// The domain
+        #[arg(long)]
+        domain: String,
+        /// The server; without it, the best one
+        #[arg(long)]
+        to: Option<String>,
+    },
+    /// Throw this server's data away and copy it anew
+    Resync {
         /// Configuration file
         #[arg(short)]
         config: PathBuf,
@@ -95,6 +113,10 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
             anyhow::ensure!(wrong == 0, "{wrong} to mend");
             Ok(())
         }
+        Command::Switchover { config, domain, to } => {
+            control::switchover(&Config::load(&config)?, &domain, to.as_deref()).await
+        }
+        Command::Resync { config } => control::resync(&Config::load(&config)?).await,
         Command::Status {
             config,
             json,

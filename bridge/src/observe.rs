@@ -208,8 +208,8 @@ impl Observer {
     /// Watches until `cancel`.
     pub async fn run(self: Arc<Self>, cancel: CancellationToken) -> anyhow::Result<()> {
         let mut tasks = JoinSet::new();
-        for server in self.peers.iter().chain(&self.parents).cloned() {
-            let observer = Arc::clone(&self);
+        for server in self.peers.iter().chain(&self.parents) {
+            let (observer, server) = (Arc::clone(&self), server.clone());
             tasks.spawn(async move { observer.watch(&server).await });
         }
         cancel.cancelled().await;

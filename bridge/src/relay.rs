@@ -13,19 +13,22 @@ mod splice;
 mod stream;
 
 use std::collections::HashMap;
+use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use crate::conninfo::ConnInfo;
+use crate::control;
 use crate::handshake::{Accepted, Security, accept};
 use crate::report::RELAY_ROLE;
 use crate::roles::Ordered;
 use crate::status::Shared;
 use crate::upstream::BRIDGE_PARAMETER;
+use crate::wire::Stream;
 
 /// More connections than this wait.
 const MAX_CONNECTIONS: usize = 600;
@@ -76,15 +79,21 @@ pub async fn run(
         active: Mutex::default(),
         sessions: AtomicU32::new(1),
     });
+    let trusting = Arc::new(Security::trusting()?);
+    let control = control::listen(&relay.shared.config.node.data_dir);
+    if let Err(error) = &control {
+        tracing::warn!("no orders can be given on this machine: {error:#}");
+    }
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let place = Arc::clone(&places).acquire_owned().await?;
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+        let accepted: io::Result<(Box<dyn Stream>, _)> = tokio::select! {
+            accepted = accept_tcp(&listener) => accepted.map(|tcp| (tcp, &security)),
+            accepted = accept_control(&control) => accepted.map(|unix| (unix, &trusting)),
             () = cancel.cancelled() => return Ok(()),
         };
-        let (tcp, peer) = match accepted {
-            Ok(accepted) => accepted,
+        let (stream, security) = match accepted {
+            Ok((stream, security)) => (stream, Arc::clone(security)),
             Err(error) => {
                 // Out of file descriptors, most likely: others will end.
                 tracing::warn!("accept on the relay port: {error}");
@@ -92,18 +101,36 @@ pub async fn run(
                 continue;
             }
         };
-        let (relay, security) = (Arc::clone(&relay), Arc::clone(&security));
+        let relay = Arc::clone(&relay);
         tokio::spawn(async move {
-            if let Err(error) = serve(relay, &security, tcp).await {
-                tracing::debug!(%peer, "relay session ended: {error:#}");
+            if let Err(error) = serve(relay, &security, stream).await {
+                tracing::debug!("relay session ended: {error:#}");
             }
             drop(place);
         });
     }
 }
 
-async fn serve(relay: Arc<Relay>, security: &Security, tcp: TcpStream) -> anyhow::Result<()> {
-    match accept(tcp, security).await? {
+async fn accept_tcp(listener: &TcpListener) -> io::Result<Box<dyn Stream>> {
+    let (tcp, peer) = listener.accept().await?;
+    tcp.set_nodelay(true)?;
+    tracing::debug!(%peer, "connection");
+    Ok(Box::new(tcp))
+}
+
+async fn accept_control(listener: &anyhow::Result<UnixListener>) -> io::Result<Box<dyn Stream>> {
+    match listener {
+        Ok(listener) => Ok(Box::new(listener.accept().await?.0)),
+        Err(_) => std::future::pending().await,
+    }
+}
+
+async fn serve(
+    relay: Arc<Relay>,
+    security: &Security,
+    stream: Box<dyn Stream>,
+) -> anyhow::Result<()> {
+    match accept(stream, security).await? {
         Accepted::Cancel(packet) => splice::cancel(&relay.local()?, &packet).await,
         Accepted::Session { framed, parameters } => {
             let wanted = parameters.get("replication").map(String::as_str);

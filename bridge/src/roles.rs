@@ -272,7 +272,7 @@ impl Roles {
         if !domains.contains(&node.domain) {
             domains.push(node.domain.clone());
         }
-        let is_master = |peer: &Peer| {
+        let is_master = |peer: &&Peer| {
             let told = peer.told.as_ref();
             peer.sight == Sight::Answers && told.is_some_and(|told| told.role == Role::Master)
         };
@@ -282,7 +282,10 @@ impl Roles {
         }
         self.shared.set_view(View {
             parent_ok: best_sight(parents) == Sight::Answers,
-            master_ok: *link == Link::Parent || peers.iter().any(is_master),
+            master: match link {
+                Link::Parent => Some(node.name.clone()),
+                _ => peers.iter().find(is_master).map(|peer| peer.name.clone()),
+            },
             copying: false,
             path,
             domains,

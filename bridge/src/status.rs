@@ -161,7 +161,8 @@ struct Inner {
 #[expect(missing_docs, reason = "as in domain::Told")]
 pub struct View {
     pub parent_ok: bool,
-    pub master_ok: bool,
+    /// The domain's master that answers, or oneself.
+    pub master: Option<String>,
     pub copying: bool,
     pub path: Vec<String>,
     pub domains: Vec<String>,
@@ -346,7 +347,7 @@ impl Shared {
             copying: view.copying,
             healthy: failing.is_none_or(|since| since.elapsed() < PATIENCE) && !inner.disk_failed,
             parent_ok: view.parent_ok,
-            master_ok: view.master_ok,
+            master_ok: view.master.is_some(),
             flush,
             first,
             priority: node.priority,
@@ -596,6 +597,7 @@ impl Shared {
             "instance": self.instance,
             "cursors": children,
             "peers": peers,
+            "master": inner.view.master,
             "state": state,
             "reason": reason,
             "upstream": inner.upstream_name,

@@ -86,9 +86,10 @@ impl From<PgError> for LinkEnd {
         match error.code() {
             Some("55006") => LinkEnd::Busy(error.to_string()),
             Some("58P01") => LinkEnd::Gone(error.to_string()),
-            Some("42704" | "28P01" | "28000" | "3D000" | "42501") => {
-                LinkEnd::Refused(error.to_string())
-            }
+            Some("42704") => LinkEnd::Refused(format!(
+                "{error}; if it was dropped, copy the data anew with terrace-bridge resync"
+            )),
+            Some("28P01" | "28000" | "3D000" | "42501") => LinkEnd::Refused(error.to_string()),
             _ => LinkEnd::Lost(error.to_string()),
         }
     }

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 pub use bridge::{Bridge, BridgeOptions};
 pub use scratch::Scratch;
 pub use server::{Server, ServerOptions};
-pub use tree::Tree;
+pub use tree::{Node, Tree};
 
 /// How long anything may take that a test waits for.
 pub const PATIENCE: Duration = Duration::from_secs(60);

@@ -1,0 +1,168 @@
+//! What stops a server, says why, loses nothing, and goes on when it is mended.
+
+use std::process::Command;
+
+use terrace_tests::bridge::options;
+use terrace_tests::load::{GAPLESS, STEPS, count_up};
+use terrace_tests::{Bridge, Node, Scratch, Server, ServerOptions, Tree, wait_until};
+
+const ONE: [(&str, Option<&str>, usize); 1] = [("region", None, 1)];
+
+/// Waits until the server itself says that it is stalled, for a reason that has these words.
+fn wait_stalled(node: &Node, words: &[&str]) {
+    let sql = "SELECT state || ': ' || coalesce(reason, '') FROM terrace.lag";
+    let mut said = String::new();
+    wait_until(&format!("stalled for {words:?}"), || {
+        said = node.server.value(sql);
+        said.starts_with("stalled") && words.iter().all(|word| said.contains(word))
+    });
+}
+
+#[test]
+fn a_missing_table_or_column_stalls_until_it_is_made() {
+    let tree = Tree::grow(STEPS, &ONE);
+    let node = &tree.nodes[0];
+    tree.top.sql(
+        "CREATE TABLE price (id int PRIMARY KEY, cents int);
+         SELECT terrace.add_table('price'); INSERT INTO price VALUES (1, 30)",
+    );
+    wait_stalled(
+        node,
+        &["table \"public.price\" does not exist", "create it"],
+    );
+    node.server.sql("CREATE TABLE price (id int PRIMARY KEY)");
+    wait_stalled(node, &["table \"public.price\" has no column \"cents\""]);
+    node.server.sql("ALTER TABLE price ADD cents int");
+    tree.wait_for_equal(&["price"]);
+    tree.wait_streaming();
+}
+
+#[test]
+fn a_slot_that_was_dropped_is_missed() {
+    let mut tree = Tree::grow(STEPS, &ONE);
+    let counting = count_up(&tree.top);
+    counting.go_on(20);
+    tree.nodes[0].bridge.stop();
+    tree.top
+        .sql("SELECT pg_drop_replication_slot('terrace_region')");
+    tree.start_bridges().expect("start the bridge");
+    wait_stalled(
+        &tree.nodes[0],
+        &["\"terrace_region\" does not exist", "resync"],
+    );
+    counting.go_on(20);
+    // The way out that the message names.
+    let output = tree.nodes[0].bridge.run("resync").expect("run resync");
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    tree.wait_streaming();
+    counting.go_on(20);
+    counting.stop();
+    tree.wait_for_equal(&["steps", "trail"]);
+    assert_eq!(tree.nodes[0].server.value(GAPLESS), "t");
+    let events = tree
+        .top
+        .rows("SELECT kind FROM terrace.events WHERE kind = 'resync'");
+    assert_eq!(events.len(), 1, "the top knows of it");
+}
+
+#[test]
+fn an_extension_of_another_version_is_named() {
+    let scratch = Scratch::new("terrace-").expect("scratch");
+    let top_options = ServerOptions {
+        top: true,
+        ..Default::default()
+    };
+    let top = Server::start(&scratch, "top", &top_options).expect("boot the top");
+    let server = Server::start(&scratch, "server", &ServerOptions::default()).expect("boot");
+    top.sql("SELECT terrace.create_domain('region')");
+    server.sql("UPDATE pg_extension SET extversion = '0.0.9' WHERE extname = 'terrace'");
+    let bridge = Bridge::start(&scratch, &options(&server, "region", &[top.conninfo()]));
+    let bridge = bridge.expect("start");
+    wait_until("the log names both versions", || {
+        let log = bridge.logged();
+        log.contains("0.0.9") && log.contains("ALTER EXTENSION terrace UPDATE")
+    });
+    let output = bridge.run("check").expect("run check");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(said.contains("is of version 0.0.9"), "{said}");
+    server.sql("UPDATE pg_extension SET extversion = '0.1.0' WHERE extname = 'terrace'");
+    wait_until("it goes on by itself", || {
+        server.value("SELECT count(*) FROM terrace.progress") == "1"
+    });
+}
+
+#[test]
+fn a_full_disk_under_the_queue_stops_it_cleanly() {
+    let mut tree = Tree::grow(STEPS, &ONE);
+    let data = tree.nodes[0].bridge.directory().join("data");
+    tree.nodes[0].bridge.stop();
+    let disk = match SmallDisk::over(&data) {
+        Some(disk) => disk,
+        // Only root may mount one.
+        None => return,
+    };
+    tree.start_bridges().expect("start the bridge");
+    tree.wait_streaming();
+    let fill = disk.path.join("filler");
+    let filler = Command::new("dd")
+        .arg("if=/dev/zero")
+        .arg(format!("of={}", fill.display()))
+        .args(["bs=64k"])
+        .output();
+    assert!(
+        !filler.expect("dd").status.success(),
+        "the disk is full now"
+    );
+    let counting = count_up(&tree.top);
+    let node = &tree.nodes[0];
+    wait_stalled(node, &["No space left on device"]);
+    let before = node.server.value("SELECT count(*) FROM steps");
+    counting.go_on(100);
+    std::fs::remove_file(&fill).expect("make room");
+    tree.wait_streaming();
+    counting.stop();
+    tree.wait_for_equal(&["steps", "trail"]);
+    assert_eq!(tree.nodes[0].server.value(GAPLESS), "t");
+    assert!(before.parse::<i64>().expect("count") >= 0);
+    tree.nodes[0].bridge.stop();
+}
+
+/// A mounted file system of 24 MiB that holds what the directory held.
+struct SmallDisk {
+    path: std::path::PathBuf,
+}
+
+impl SmallDisk {
+    fn over(path: &std::path::Path) -> Option<SmallDisk> {
+        let kept = path.with_extension("kept");
+        std::fs::rename(path, &kept).expect("rename");
+        std::fs::create_dir(path).expect("create");
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=24m", "tmpfs"])
+            .arg(path)
+            .status()
+            .is_ok_and(|status| status.success());
+        let copied = Command::new("cp")
+            .arg("-a")
+            .arg(kept.join("."))
+            .arg(path)
+            .status();
+        assert!(
+            copied.is_ok_and(|status| status.success()),
+            "copy the directory"
+        );
+        mounted.then(|| SmallDisk {
+            path: path.to_owned(),
+        })
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.path).status();
+    }
+}
