@@ -375,7 +375,7 @@ impl World {
         match self.nodes[index].link.clone() {
             Link::None => {}
             Link::Parent => {
-                if !self.holder.is_some_and(|h| h.node == index) {
+                if self.holder.is_none_or(|h| h.node != index) {
                     if self.talks(index, parent) {
                         self.nodes[index].link = Link::None;
                     }

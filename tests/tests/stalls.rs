@@ -63,10 +63,8 @@ fn a_slot_that_was_dropped_is_missed() {
     counting.stop();
     tree.wait_for_equal(&["steps", "trail"]);
     assert_eq!(tree.nodes[0].server.value(GAPLESS), "t");
-    let events = tree
-        .top
-        .rows("SELECT kind FROM terrace.events WHERE kind = 'resync'");
-    assert_eq!(events.len(), 1, "the top knows of it");
+    let events = "SELECT count(*) FROM terrace.events WHERE kind = 'resync'";
+    wait_until("the top knows of it", || tree.top.value(events) == "1");
 }
 
 #[test]
