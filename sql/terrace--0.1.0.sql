@@ -424,6 +424,7 @@ END $$;
 CREATE FUNCTION to_report(after bigint) RETURNS jsonb
     LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT jsonb_build_object(
+        'paths', (SELECT jsonb_object_agg(name, path) FROM terrace.domains),
         'conflicts', (SELECT jsonb_agg(jsonb_build_object('table', relation, 'kind', kind,
                           'count', count, 'last_seen', last_seen)) FROM terrace.conflict),
         'nodes', (SELECT coalesce(jsonb_agg(report || jsonb_build_object('age_ms',

@@ -116,6 +116,8 @@ pub struct Peer {
     pub sight: Sight,
     /// What it told last; `None` for one that never answered, or that is a Postgres.
     pub told: Option<Told>,
+    /// How long ago it told that.
+    pub age: Duration,
 }
 
 /// Whom we follow at present.
@@ -298,10 +300,11 @@ impl Decider {
             self.depose_pause = self.takeover_after;
             return view.follow(master);
         }
-        if let Some(sibling) = view.sibling_with_master() {
+        let since = *self.masterless_since.get_or_insert(now);
+        if let Some(sibling) = view.sibling_with_master(now - since) {
             return view.go_to(&sibling.name);
         }
-        self.without_master(now, &view)
+        self.without_master(now, since, &view)
     }
 
     fn as_master(&mut self, view: &View<'_>) -> Decision {
@@ -359,8 +362,7 @@ impl Decider {
         }
     }
 
-    fn without_master(&mut self, now: Now, view: &View<'_>) -> Decision {
-        let since = *self.masterless_since.get_or_insert(now);
+    fn without_master(&mut self, now: Now, since: Now, view: &View<'_>) -> Decision {
         if let Some(confirmed) = self.lacking {
             if view.own.told.flush >= confirmed {
                 self.lacking = None;
@@ -482,11 +484,13 @@ impl<'a> View<'a> {
         told.path.contains(&self.own.told.node)
     }
 
-    fn sibling_with_master(&self) -> Option<&'a Peer> {
+    /// What was told before the master went out of our sight says nothing of now.
+    fn sibling_with_master(&self, masterless: Duration) -> Option<&'a Peer> {
         self.live_peers()
             .filter(|peer| {
                 let told = Self::told(peer);
-                told.role == Role::Slave
+                peer.age < masterless
+                    && told.role == Role::Slave
                     && told.master_ok
                     && told.first <= self.own.told.flush
                     && !self.is_behind_us(told)

@@ -184,6 +184,7 @@ impl Observer {
                 name: server.name.clone(),
                 sight: self.sight(seen),
                 told: seen.status.as_ref().map(|status| status.told.clone()),
+                age: seen.heard.map_or(Duration::MAX, |heard| heard.elapsed()),
             }
         };
         servers.iter().map(look).collect()

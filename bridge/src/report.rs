@@ -1,6 +1,7 @@
 //! Tells how this node is: to the Postgres beside it, and up the tree with what
 //! it was told from below.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -139,6 +140,8 @@ impl Link {
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Below {
+    /// The domains with those above each, as this server's data has them.
+    paths: Option<BTreeMap<String, Vec<String>>>,
     conflicts: Value,
     nodes: Vec<Value>,
     events: Vec<Value>,
@@ -177,6 +180,11 @@ async fn report_here(shared: &Arc<Shared>, info: &ConnInfo, link: &mut Link, bel
                 .and_then(|text| serde_json::from_str(&text).ok())
                 .unwrap_or_default();
             below.told = told;
+            let path = below
+                .paths
+                .take()
+                .and_then(|mut paths| paths.remove(&node.domain));
+            shared.set_domain_path(path.unwrap_or_default());
         }
         Err(error) => {
             tracing::debug!("report to the local database: {error}");

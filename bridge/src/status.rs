@@ -149,6 +149,7 @@ struct Inner {
     downstreams: BTreeMap<String, Downstream>,
     member_flush: BTreeMap<String, (Lsn, Instant)>,
     view: View,
+    domain_path: Vec<String>,
     events: VecDeque<Event>,
     last_once: (String, String),
     identity: Option<Identity>,
@@ -319,6 +320,11 @@ impl Shared {
         self.inner().view = view;
     }
 
+    /// Sets the domains from the first level to this node's own, as the data has them.
+    pub fn set_domain_path(&self, path: Vec<String>) {
+        self.inner().domain_path = path;
+    }
+
     /// Notes what another server of the domain holds durably.
     pub fn set_member_flush(&self, name: &str, flush: Lsn) {
         let heard = Instant::now();
@@ -338,7 +344,12 @@ impl Shared {
         let node = &self.config.node;
         let inner = self.inner();
         let failing = inner.apply_failing_since;
-        let view = inner.view.clone();
+        let mut view = inner.view.clone();
+        // Where it stands is known from its data also while it follows nobody.
+        let path = inner.domain_path.iter();
+        let new = path.filter(|name| !view.domains.contains(name)).cloned();
+        let domains: Vec<String> = new.collect();
+        view.domains.extend(domains);
         Told {
             node: node.name.clone(),
             domain: node.domain.clone(),

@@ -454,6 +454,7 @@ impl World {
                 name: NAMES[other].to_owned(),
                 sight: node.views[other].sight,
                 told: node.views[other].told.clone(),
+                age: TICK * u32::try_from(self.now - node.views[other].heard).unwrap(),
             })
             .collect();
         let now = TICK * u32::try_from(self.now - node.started).unwrap() * node.clock / 100;

@@ -137,6 +137,7 @@ impl Bridge {
         bridge
             .args(["run", "-c"])
             .arg(self.config())
+            .env("RUST_LOG", "info,terrace_bridge=debug")
             .env("PATH", path());
         bridge
             .stdin(Stdio::null())
@@ -148,11 +149,17 @@ impl Bridge {
 
     /// Runs another command of the program on this configuration, and waits for its end.
     pub fn run(&self, subcommand: &str) -> Result<Output> {
+        self.command(subcommand, &[])
+    }
+
+    /// The same with further arguments.
+    pub fn command(&self, subcommand: &str, arguments: &[&str]) -> Result<Output> {
         Command::new("timeout")
             .arg("30")
             .arg(bridge_program())
             .args([subcommand, "-c"])
             .arg(self.config())
+            .args(arguments)
             .env("PATH", path())
             .output()
             .context("run terrace-bridge")

@@ -7,6 +7,7 @@
 pub mod bridge;
 pub mod load;
 pub mod process;
+pub mod proxy;
 pub mod scratch;
 pub mod server;
 pub mod tree;

@@ -1,8 +1,11 @@
 //! A tree: the top, and domains of servers with their bridges.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, Result};
 
 use crate::bridge::{Bridge, BridgeOptions, relay_conninfo};
+use crate::proxy::Proxy;
 use crate::scratch::{Scratch, free_port};
 use crate::server::{Server, ServerOptions};
 use crate::wait_until;
@@ -23,8 +26,13 @@ pub struct Tree {
     pub nodes: Vec<Node>,
     /// The only place that is written to.
     pub top: Server,
+    /// Links between servers, by who connects and to whom; empty unless asked for.
+    pub links: BTreeMap<(String, String), Proxy>,
+    /// Put at the end of each bridge's configuration.
+    pub settings: String,
     /// Where everything is.
     pub scratch: Scratch,
+    linked: bool,
 }
 
 impl Tree {
@@ -40,8 +48,49 @@ impl Tree {
         Ok(Tree {
             nodes: Vec::new(),
             top,
+            links: BTreeMap::new(),
+            settings: String::new(),
             scratch,
+            linked: false,
         })
+    }
+
+    /// Every link between two servers is to go over a [`Proxy`] of its own.
+    pub fn with_links(mut self) -> Tree {
+        self.linked = true;
+        self
+    }
+
+    /// Where `from` connects to reach the port of `to`.
+    fn port_for(&mut self, from: &str, to: &str, port: u16) -> Result<u16> {
+        if !self.linked {
+            return Ok(port);
+        }
+        let proxy = Proxy::start(port)?;
+        let own = proxy.port;
+        self.links.insert((from.into(), to.into()), proxy);
+        Ok(own)
+    }
+
+    /// Does something with each link between one of `some` and one of `others`, whoever
+    /// connects.
+    pub fn between(&self, some: &[&str], others: &[&str], act: impl Fn(&Proxy)) {
+        let touched = self.links.iter().filter(|((from, to), _)| {
+            let (from, to) = (from.as_str(), to.as_str());
+            (some.contains(&from) && others.contains(&to))
+                || (some.contains(&to) && others.contains(&from))
+        });
+        let mut count = 0;
+        for (_, link) in touched {
+            act(link);
+            count += 1;
+        }
+        assert!(count > 0, "no link between {some:?} and {others:?}");
+    }
+
+    /// Every link passes all again.
+    pub fn heal(&self) {
+        self.links.values().for_each(Proxy::heal);
     }
 
     /// Boots the servers of all `domains` (name, parent, number of servers), parents first,
@@ -73,33 +122,36 @@ impl Tree {
             self.top.sql(&format!(
                 "SELECT terrace.create_domain('{domain}', {above})"
             ));
-            let parents = match parent {
-                None => vec![self.top.conninfo()],
+            let above: Vec<(String, u16)> = match parent {
+                None => vec![("top".into(), self.top.port)],
                 Some(parent) => self
                     .domain(parent)
-                    .map(|node| node.bridge.conninfo())
+                    .map(|node| (node.bridge.name.clone(), node.bridge.port))
                     .collect(),
             };
-            let members: Vec<(&str, u16)> = names
+            let members: Vec<(String, u16)> = names
                 .iter()
                 .zip(&ports)
                 .filter(|((of, _), _)| of == domain)
-                .map(|((_, name), port)| (name.as_str(), *port))
+                .map(|((_, name), port)| (name.clone(), *port))
                 .collect();
             for (name, port) in &members {
                 let server = servers.remove(0);
-                let options = BridgeOptions {
-                    node: (*name).to_owned(),
+                let mut options = BridgeOptions {
+                    node: name.clone(),
                     domain: (*domain).to_owned(),
                     database: server.conninfo(),
-                    parents: parents.clone(),
-                    peers: members
-                        .iter()
-                        .filter(|(peer, _)| peer != name)
-                        .map(|(peer, port)| ((*peer).to_owned(), relay_conninfo(*port)))
-                        .collect(),
+                    extra: self.settings.clone(),
                     ..Default::default()
                 };
+                for (parent, port) in &above {
+                    let port = self.port_for(name, parent, *port)?;
+                    options.parents.push(relay_conninfo(port));
+                }
+                for (peer, port) in members.iter().filter(|(peer, _)| peer != name) {
+                    let port = self.port_for(name, peer, *port)?;
+                    options.peers.push((peer.clone(), relay_conninfo(port)));
+                }
                 let bridge = Bridge::prepare(&self.scratch, &options, *port)?;
                 self.nodes.push(Node {
                     domain: (*domain).to_owned(),
@@ -123,13 +175,17 @@ impl Tree {
         Ok(())
     }
 
+    /// Boots `domains` below a planted top, starts the bridges and waits until all stream.
+    pub fn grow_on(mut self, domains: &[(&str, Option<&str>, usize)]) -> Tree {
+        self.boot(domains).expect("boot the servers");
+        self.start_bridges().expect("start the bridges");
+        self.wait_streaming();
+        self
+    }
+
     /// The whole of it: top with `schema`, `domains`, bridges, and waits until all stream.
     pub fn grow(schema: &str, domains: &[(&str, Option<&str>, usize)]) -> Tree {
-        let mut tree = Tree::plant(schema).expect("boot the top");
-        tree.boot(domains).expect("boot the servers");
-        tree.start_bridges().expect("start the bridges");
-        tree.wait_streaming();
-        tree
+        Tree::plant(schema).expect("boot the top").grow_on(domains)
     }
 
     /// Nodes of a domain.

@@ -1,0 +1,514 @@
+//! Servers, bridges, disks and links die; the tree goes on without anybody's help,
+//! loses nothing, and shows what happened.
+
+use std::time::{Duration, Instant};
+
+use terrace_tests::load::{Background, GAPLESS, STEPS, count_up};
+use terrace_tests::proxy::Proxy;
+use terrace_tests::{Tree, wait_until};
+
+const THREE: [(&str, Option<&str>, usize); 2] =
+    [("region", None, 3), ("branch", Some("region"), 1)];
+const TWO_LEVELS: [(&str, Option<&str>, usize); 2] =
+    [("region", None, 3), ("branch", Some("region"), 3)];
+
+/// What every story ends with: all rows on all servers, none twice.
+fn all_is_well(tree: &Tree, counting: Background) {
+    counting.go_on(20);
+    counting.stop();
+    tree.wait_for_equal(&["steps", "trail"]);
+    for node in &tree.nodes {
+        assert_eq!(
+            node.server.value(GAPLESS),
+            "t",
+            "numbers on {}",
+            node.server.name
+        );
+        let conflicts = node.server.rows("SELECT * FROM terrace.conflicts");
+        assert!(conflicts.is_empty(), "{}: {conflicts:?}", node.server.name);
+    }
+}
+
+/// Waits until another node than `old` is master of `domain`, as the top sees it.
+fn successor(tree: &Tree, domain: &str, old: &str) -> String {
+    let mut name = String::new();
+    wait_until(&format!("{domain} has another master than {old}"), || {
+        name = tree.with_role(domain, "master");
+        name != old
+    });
+    name
+}
+
+/// Waits until all servers stream and one of the domain is master; what an old
+/// master told last is shown until it tells anew.
+fn settled_master(tree: &Tree, domain: &str) -> String {
+    let sql = format!(
+        "SELECT string_agg(node, ' ') FROM terrace.lag \
+         WHERE domain = '{domain}' AND role = 'master'"
+    );
+    let mut name = String::new();
+    wait_until("all stream, below one master", || {
+        name = tree.top.value(&sql);
+        tree.is_streaming() && !name.is_empty() && !name.contains(' ')
+    });
+    name
+}
+
+/// Waits until the servers below the top that run show new rows.
+fn rows_arrive(tree: &Tree, node: &str, limit: Duration) {
+    let server = &tree
+        .nodes
+        .iter()
+        .find(|n| n.server.name == node)
+        .expect("node")
+        .server;
+    let wanted = tree.top.value("SELECT max(n) FROM steps");
+    let sql = format!("SELECT max(n) > {wanted} FROM steps");
+    let started = Instant::now();
+    wait_until("new rows arrive", || server.value(&sql) == "t");
+    assert!(
+        started.elapsed() < limit,
+        "{node} waited {:?}",
+        started.elapsed()
+    );
+}
+
+#[test]
+fn three_masters_in_a_row_die_and_come_back_as_slaves() {
+    let mut tree = Tree::grow(STEPS, &THREE);
+    let counting = count_up(&tree.top);
+    let mut master = tree.with_role("region", "master");
+    for round in 0..3 {
+        counting.go_on(20);
+        let started = Instant::now();
+        tree.node(&master).bridge.kill9();
+        rows_arrive(&tree, "branch-1", Duration::from_secs(5));
+        let next = successor(&tree, "region", &master);
+        println!(
+            "round {round}: {next} follows {master} after {:?}",
+            started.elapsed()
+        );
+        tree.node(&master)
+            .bridge
+            .restart()
+            .expect("start the bridge");
+        let sql = format!(
+            "SELECT count(*) FROM terrace.lag WHERE node = '{master}' AND role = 'slave' \
+             AND state = 'streaming'"
+        );
+        wait_until("the old master is a slave", || tree.top.value(&sql) == "1");
+        master = next;
+    }
+    let told =
+        "SELECT count(*) >= 3 FROM terrace.events WHERE kind = 'master' AND domain = 'region'";
+    wait_until("the events tell of it", || tree.top.value(told) == "t");
+    // No copy was made again.
+    assert_eq!(
+        tree.top
+            .value("SELECT count(*) FROM terrace.events WHERE kind = 'resync'"),
+        "0"
+    );
+    all_is_well(&tree, counting);
+}
+
+#[test]
+fn a_master_whose_postgres_dies_hands_over() {
+    let mut tree = Tree::grow(STEPS, &THREE);
+    let counting = count_up(&tree.top);
+    counting.go_on(50);
+    let master = tree.with_role("region", "master");
+    tree.node(&master).server.kill9();
+    rows_arrive(&tree, "branch-1", Duration::from_secs(8));
+    successor(&tree, "region", &master);
+    tree.node(&master)
+        .server
+        .restart()
+        .expect("start the server");
+    tree.wait_streaming();
+    // And both at once.
+    let master = tree.with_role("region", "master");
+    tree.node(&master).server.kill9();
+    tree.node(&master).bridge.kill9();
+    rows_arrive(&tree, "branch-1", Duration::from_secs(8));
+    tree.node(&master)
+        .server
+        .restart()
+        .expect("start the server");
+    tree.node(&master)
+        .bridge
+        .restart()
+        .expect("start the bridge");
+    tree.wait_streaming();
+    all_is_well(&tree, counting);
+}
+
+#[test]
+fn a_paused_master_is_deposed_and_steps_back() {
+    let mut tree = Tree::grow(STEPS, &THREE);
+    let counting = count_up(&tree.top);
+    counting.go_on(50);
+    let master = tree.with_role("region", "master");
+    tree.node(&master).bridge.pause();
+    let next = successor(&tree, "region", &master);
+    rows_arrive(&tree, "branch-1", Duration::from_secs(10));
+    tree.node(&master).bridge.resume();
+    let sql = format!(
+        "SELECT count(*) FROM terrace.lag WHERE node = '{master}' AND role = 'slave' \
+         AND state = 'streaming'"
+    );
+    wait_until("it has stepped back", || tree.top.value(&sql) == "1");
+    assert_eq!(
+        tree.with_role("region", "master"),
+        next,
+        "and the other stays master"
+    );
+    let told = "SELECT count(*) FROM terrace.events WHERE kind = 'depose'";
+    assert_ne!(tree.top.value(told), "0", "the events tell who deposed it");
+    all_is_well(&tree, counting);
+}
+
+#[test]
+fn a_disk_that_is_lost_after_an_acknowledgement_loses_nothing() {
+    let mut tree = Tree::grow(STEPS, &THREE);
+    let counting = count_up(&tree.top);
+    counting.go_on(100);
+    let master = tree.with_role("region", "master");
+    // Queue and database, while acknowledgements flow.
+    let node = tree.node(&master);
+    node.bridge.kill9();
+    node.server.kill9();
+    std::fs::remove_dir_all(node.bridge.directory().join("data")).expect("remove the queue");
+    successor(&tree, "region", &master);
+    rows_arrive(&tree, "branch-1", Duration::from_secs(8));
+    // A new server takes the old one's name.
+    let node = tree.node(&master);
+    node.server.restart().expect("start the server");
+    node.server
+        .sql("TRUNCATE steps, trail, terrace.progress, terrace.status");
+    node.bridge.restart().expect("start the bridge");
+    tree.wait_streaming();
+    all_is_well(&tree, counting);
+}
+
+#[test]
+fn masters_of_both_levels_die_at_once() {
+    let mut tree = Tree::grow(STEPS, &TWO_LEVELS);
+    let counting = count_up(&tree.top);
+    counting.go_on(50);
+    let masters = ["region", "branch"].map(|domain| tree.with_role(domain, "master"));
+    for master in &masters {
+        tree.node(master).bridge.kill9();
+    }
+    for (domain, master) in ["region", "branch"].iter().zip(&masters) {
+        successor(&tree, domain, master);
+    }
+    for master in &masters {
+        tree.node(master)
+            .bridge
+            .restart()
+            .expect("start the bridge");
+    }
+    tree.wait_streaming();
+
+    // All bridges of a domain, in any order.
+    for name in ["region-3", "region-1", "region-2"] {
+        tree.node(name).bridge.kill9();
+    }
+    counting.go_on(20);
+    for name in ["region-2", "region-3", "region-1"] {
+        tree.node(name).bridge.restart().expect("start the bridge");
+        counting.go_on(5);
+    }
+    tree.wait_streaming();
+    all_is_well(&tree, counting);
+}
+
+/// The slot and what it has confirmed are the parent's: it may forget the last of it.
+#[test]
+fn the_parents_position_goes_back_and_nothing_comes_twice() {
+    let mut tree = Tree::grow(STEPS, &THREE);
+    let counting = count_up(&tree.top);
+    for _ in 0..3 {
+        counting.go_on(50);
+        tree.top.kill9();
+        tree.top.restart().expect("start the top");
+    }
+    tree.wait_streaming();
+    all_is_well(&tree, counting);
+}
+
+#[test]
+fn a_slave_that_lags_takes_the_slot_only_after_it_has_fetched_what_it_lacks() {
+    let mut tree = Tree::grow(STEPS, &THREE);
+    let counting = count_up(&tree.top);
+    counting.go_on(20);
+    let master = tree.with_role("region", "master");
+    let slaves: Vec<String> = tree
+        .domain("region")
+        .map(|node| node.server.name.clone())
+        .filter(|name| *name != master)
+        .collect();
+    // One slave is stopped, the two others acknowledge what it has not.
+    tree.node(&slaves[0]).bridge.kill9();
+    counting.go_on(200);
+    // Now only it and the one that is ahead remain, and it starts first.
+    tree.node(&master).bridge.kill9();
+    tree.node(&slaves[1]).bridge.kill9();
+    tree.node(&slaves[0])
+        .bridge
+        .restart()
+        .expect("start the bridge");
+    let behind = format!(
+        "SELECT count(*) FROM terrace.lag WHERE node = '{}' AND role = 'master' AND state <> 'down'",
+        slaves[0]
+    );
+    let slot =
+        "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = 'terrace_region'";
+    let confirmed = tree.top.value(slot);
+    let until = Instant::now() + Duration::from_secs(5);
+    while Instant::now() < until {
+        assert_ne!(tree.top.value(&behind), "1", "it leads with a hole");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let moved = format!(
+        "SELECT '{confirmed}' = confirmed_flush_lsn::text FROM pg_replication_slots \
+                         WHERE slot_name = 'terrace_region'"
+    );
+    assert_eq!(tree.top.value(&moved), "t", "it has confirmed nothing");
+    tree.node(&slaves[1])
+        .bridge
+        .restart()
+        .expect("start the bridge");
+    tree.node(&master)
+        .bridge
+        .restart()
+        .expect("start the bridge");
+    tree.wait_streaming();
+    all_is_well(&tree, counting);
+}
+
+/// An administrator's tool reads from our slot: what it took is to be had nowhere.
+#[test]
+fn another_client_on_the_slot_makes_a_gap_that_is_told_and_mended() {
+    let mut tree = Tree::grow(STEPS, &[("region", None, 1)]);
+    let counting = count_up(&tree.top);
+    counting.go_on(20);
+    tree.nodes[0].bridge.stop();
+    counting.go_on(20);
+    let take = "SELECT count(*) > 0 FROM pg_logical_slot_get_binary_changes('terrace_region', NULL, \
+                NULL, 'proto_version', '1', 'publication_names', 'terrace')";
+    assert_eq!(tree.top.value(take), "t");
+    counting.go_on(20);
+    tree.start_bridges().expect("start the bridge");
+    let gap = "SELECT reason FROM terrace.lag WHERE state = 'gap'";
+    let server = &tree.nodes[0].server;
+    wait_until("the gap is told", || {
+        server.value(gap).contains("no server of the domain has it")
+    });
+    // It stops where it was, whole, and does not go on with a hole.
+    assert_eq!(server.value(GAPLESS), "t");
+    let output = tree.nodes[0].bridge.run("resync").expect("run resync");
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    tree.wait_streaming();
+    all_is_well(&tree, counting);
+}
+
+#[test]
+fn a_gap_is_mended_by_itself_when_that_is_allowed() {
+    let mut tree = Tree::plant(STEPS).expect("boot the top");
+    tree.settings = "[failover]\nresync_on_gap = true\n".into();
+    let mut tree = tree.grow_on(&[("region", None, 2)]);
+    let counting = count_up(&tree.top);
+    counting.go_on(20);
+    for node in &mut tree.nodes {
+        node.bridge.stop();
+    }
+    counting.go_on(20);
+    tree.top
+        .sql("SELECT pg_replication_slot_advance('terrace_region', pg_current_wal_lsn())");
+    counting.go_on(20);
+    tree.start_bridges().expect("start the bridges");
+    let told = "SELECT count(*) > 0 FROM terrace.events WHERE kind = 'resync'";
+    wait_until("it copies anew by itself", || tree.top.value(told) == "t");
+    tree.wait_streaming();
+    all_is_well(&tree, counting);
+}
+
+#[test]
+fn switchover_loses_nothing_and_wrong_ones_change_nothing() {
+    let mut tree = Tree::grow(STEPS, &THREE);
+    let counting = count_up(&tree.top);
+    counting.go_on(20);
+    let master = tree.with_role("region", "master");
+    let switchover = |tree: &mut Tree, arguments: &[&str]| {
+        let output = tree
+            .node("region-1")
+            .bridge
+            .command("switchover", arguments);
+        let output = output.expect("run switchover");
+        let said = [output.stdout, output.stderr].concat();
+        (
+            output.status.code(),
+            String::from_utf8_lossy(&said).into_owned(),
+        )
+    };
+    for (arguments, words) in [
+        (
+            ["--domain", "region", "--to", "nobody"],
+            "is no server of domain \"region\"",
+        ),
+        (
+            ["--domain", "region", "--to", &master],
+            "is the master already",
+        ),
+        (
+            ["--domain", "branch", "--to", "branch-1"],
+            "is not that of this configuration",
+        ),
+    ] {
+        let (code, said) = switchover(&mut tree, &arguments);
+        assert!(
+            code == Some(1) && said.contains(words),
+            "{arguments:?}: {said}"
+        );
+    }
+    for round in 0..4 {
+        let old = tree.with_role("region", "master");
+        let to = ["region-1", "region-2", "region-3"]
+            .into_iter()
+            .find(|name| *name != old);
+        let to = to.expect("another");
+        let (code, said) = switchover(&mut tree, &["--domain", "region", "--to", to]);
+        assert_eq!(code, Some(0), "round {round}: {said}");
+        assert!(
+            said.contains(&format!("{to} is master of domain region")),
+            "{said}"
+        );
+        wait_until("the top sees it", || {
+            tree.with_role("region", "master") == to
+        });
+        rows_arrive(&tree, "branch-1", Duration::from_secs(5));
+        wait_until("the old one is a slave", || tree.is_streaming());
+    }
+    // A server that is down is refused.
+    let master = tree.with_role("region", "master");
+    let other = ["region-2", "region-3"]
+        .into_iter()
+        .find(|name| *name != master)
+        .expect("one");
+    tree.node(other).bridge.kill9();
+    wait_until("the others see that it is down", || {
+        let (code, said) = switchover(&mut tree, &["--domain", "region", "--to", other]);
+        assert_eq!(code, Some(1), "{said}");
+        said.contains("does not answer")
+    });
+    tree.node(other).bridge.restart().expect("start the bridge");
+    tree.wait_streaming();
+    all_is_well(&tree, counting);
+}
+
+#[test]
+fn a_master_cut_off_from_everybody_is_replaced_and_comes_back() {
+    let tree = Tree::plant(STEPS).expect("boot the top").with_links();
+    let tree = tree.grow_on(&THREE);
+    let counting = count_up(&tree.top);
+    counting.go_on(50);
+    let names = ["region-1", "region-2", "region-3"];
+    let all = ["region-1", "region-2", "region-3", "branch-1", "top"];
+
+    // From all: silently.
+    let master = tree.with_role("region", "master");
+    let others: Vec<&str> = all.into_iter().filter(|name| *name != master).collect();
+    tree.between(&[&master], &others, Proxy::cut);
+    let next = successor(&tree, "region", &master);
+    rows_arrive(&tree, "branch-1", Duration::from_secs(10));
+    tree.heal();
+    assert_eq!(
+        settled_master(&tree, "region"),
+        next,
+        "the returned one is a slave"
+    );
+
+    // From its slaves only, in one direction: it does not hear them.
+    let master = next;
+    let slaves: Vec<&str> = names.into_iter().filter(|name| *name != master).collect();
+    tree.between(&[&master], &slaves, Proxy::cut_answers);
+    successor(&tree, "region", &master);
+    rows_arrive(&tree, "branch-1", Duration::from_secs(10));
+    tree.heal();
+
+    // From the parent only.
+    let master = settled_master(&tree, "region");
+    tree.between(&[&master], &["top"], Proxy::cut);
+    successor(&tree, "region", &master);
+    rows_arrive(&tree, "branch-1", Duration::from_secs(10));
+    tree.heal();
+
+    // From the child: it goes to another server of the domain.
+    let master = settled_master(&tree, "region");
+    tree.between(&["branch-1"], &[&master], Proxy::cut);
+    rows_arrive(&tree, "branch-1", Duration::from_secs(20));
+    tree.heal();
+
+    // A slow link is a slow link, and no reason for another master.
+    let master = settled_master(&tree, "region");
+    tree.links
+        .values()
+        .for_each(|link| link.delay(Duration::from_millis(200)));
+    counting.go_on(300);
+    rows_arrive(&tree, "branch-1", Duration::from_secs(10));
+    assert_eq!(tree.with_role("region", "master"), master);
+    tree.heal();
+    tree.wait_streaming();
+    all_is_well(&tree, counting);
+}
+
+#[test]
+fn wrong_neighbours_are_named() {
+    let mut tree = Tree::grow(STEPS, &TWO_LEVELS);
+    // A peer of another domain.
+    let branch = tree.node("branch-1").bridge.conninfo();
+    let config = tree.node("region-1").bridge.config();
+    let text = std::fs::read_to_string(&config).expect("read");
+    let region_2 = tree.node("region-2").bridge.conninfo();
+    std::fs::write(&config, text.replace(&region_2, &branch)).expect("write");
+    tree.node("region-1").bridge.stop();
+    tree.start_bridges().expect("start the bridge");
+    let reason = "SELECT coalesce(reason, '') FROM terrace.lag WHERE node = 'region-1'";
+    wait_until("the wrong peer is named", || {
+        tree.top
+            .value(reason)
+            .contains("belongs to domain \"branch\"")
+    });
+    std::fs::write(&config, text).expect("write");
+    tree.node("region-1").bridge.stop();
+
+    // A parent that is a descendant.
+    let config = tree.node("region-2").bridge.config();
+    let text = std::fs::read_to_string(&config).expect("read");
+    let top = tree.top.conninfo();
+    std::fs::write(&config, text.replace(&top, &branch)).expect("write");
+    for name in ["region-2", "region-3"] {
+        tree.node(name).bridge.stop();
+    }
+    tree.node("region-2")
+        .bridge
+        .restart()
+        .expect("start the bridge");
+    let server = tree.node("region-2").server.config();
+    wait_until("the cycle is named", || {
+        let row = server.connect(postgres::NoTls).ok().and_then(|mut client| {
+            client
+                .query_one(reason.replace("region-1", "region-2").as_str(), &[])
+                .ok()
+        });
+        row.is_some_and(|row| {
+            row.get::<_, String>(0)
+                .contains("is itself below domain \"region\"")
+        })
+    });
+}
