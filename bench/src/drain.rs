@@ -11,11 +11,12 @@ use anyhow::{Context, Result, ensure};
 use terrace_tests::Server;
 use terrace_tests::server::program;
 
-use crate::pgbench::{HOT, INSERT, Script, TABLES, TPCB, WIDE, fill};
+use crate::pgbench::{CLIENTS, HOT, INSERT, Script, TABLES, TPCB, WIDE, fill};
+use crate::proc::cpu_seconds;
 use crate::report::{Better, Figure, Report};
-use crate::side::{Drained, Which, drain, mark, must_be_equal};
+use crate::side::{Drained, Side, drain, mark, must_be_equal};
 use crate::workload::{Plan, Workload, rotated};
-use crate::world::{Shape, World};
+use crate::world::{Shape, Stage, World};
 
 pub struct Drain {
     name: &'static str,
@@ -59,11 +60,35 @@ impl Drain {
 /// Who works off the backlog.
 #[derive(Clone, Copy)]
 enum Turn {
-    Side(Which),
+    Terrace,
+    Native,
     /// pg_recvlogical, which throws everything away: the limit of one walsender.
     Decode,
 }
 
+impl Turn {
+    fn name(self) -> &'static str {
+        match self {
+            Turn::Terrace => "terrace",
+            Turn::Native => "native",
+            Turn::Decode => "decode",
+        }
+    }
+
+    fn run(self, world: &mut World, marker: i64) -> Result<Drained> {
+        let top = world.top_pid()?;
+        let side: &mut dyn Side = match self {
+            Turn::Terrace => &mut world.terrace,
+            Turn::Native => &mut world.native,
+            Turn::Decode => return discard(world.top(), top),
+        };
+        let drained = drain(side, top, marker, |_| ())?;
+        side.pause()?;
+        Ok(drained)
+    }
+}
+
+/// One turn's results, round by round.
 #[derive(Default)]
 struct Sample {
     elapsed: Vec<f64>,
@@ -79,6 +104,16 @@ impl Sample {
     }
 }
 
+/// All results of one script.
+#[derive(Default)]
+struct Samples {
+    terrace: Sample,
+    /// As `CREATE SUBSCRIPTION` makes it: `synchronous_commit = off`.
+    native: Sample,
+    native_sync: Sample,
+    decode: Sample,
+}
+
 impl Workload for Drain {
     fn name(&self) -> &'static str {
         self.name
@@ -88,10 +123,10 @@ impl Workload for Drain {
         self.about
     }
 
-    fn run(&self, plan: &Plan, report: &mut Report) -> Result<()> {
-        let mut world = World::boot(self.shape, plan)?;
+    fn run(&self, stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
+        let world = stage.world(self.shape, plan)?;
         for script in self.scripts {
-            let result = self.script(&mut world, plan, *script, report);
+            let result = self.script(world, plan, *script, report);
             world.explain(result)?;
         }
         Ok(())
@@ -106,127 +141,126 @@ impl Drain {
         script: Script,
         report: &mut Report,
     ) -> Result<()> {
+        let [rounds, sync_rounds] = match (self.is_tree(), script.text) {
+            (true, _) => [plan.tree_rounds, 0],
+            (false, None) => plan.hop_rounds,
+            (false, Some(_)) => [plan.script_rounds, 0],
+        };
         let size = plan.backlog[usize::from(self.is_tree())];
         // pgbench's clients share the work evenly.
-        let transactions = (size as f64 * script.share) as u64 / 8 * 8;
-        let turns: &[Turn] = if self.is_tree() {
-            &[Turn::Side(Which::Terrace), Turn::Side(Which::Native)]
-        } else {
-            &[
-                Turn::Side(Which::Terrace),
-                Turn::Side(Which::Native),
-                Turn::Decode,
-            ]
-        };
-        let (mut terrace, mut native, mut decode) =
-            (Sample::default(), Sample::default(), Vec::new());
-        for round in 0..plan.rounds[usize::from(self.is_tree())] {
-            let top = world.top();
-            top.sql(CREATE_SLOT);
-            fill(top, script, transactions)?;
-            let marker = mark(top)?;
-            world.checkpoint();
-            let mut line = format!("    {}, {transactions} tx:", script.name);
-            for turn in rotated(turns, round) {
-                let (name, seconds) = match turn {
-                    Turn::Decode => {
-                        let seconds = discard(world.top())?;
-                        decode.push(seconds);
-                        ("decode", seconds)
-                    }
-                    Turn::Side(which) => {
-                        let top = world.top_pid()?;
-                        let side = world.side(which);
-                        let drained = drain(side, top, marker, |_| ())?;
-                        side.pause()?;
-                        let seconds = drained.elapsed.as_secs_f64();
-                        let sample = if which == Which::Terrace {
-                            &mut terrace
-                        } else {
-                            &mut native
-                        };
-                        sample.add(&drained);
-                        (world.side(which).name(), seconds)
-                    }
-                };
-                line += &format!("  {name} {seconds:.2} s");
-            }
-            println!("{line}");
-            world
-                .top()
-                .sql("SELECT pg_drop_replication_slot('discard')");
+        let transactions = (size as f64 * script.share) as u64 / CLIENTS * CLIENTS;
+        let mut samples = Samples::default();
+        for round in 0..rounds + sync_rounds {
+            let sync = round >= rounds;
+            let commit = if sync { "on" } else { "off" };
+            world.native.synchronous_commit(commit);
+            self.round(world, script, transactions, round, sync, &mut samples)?;
         }
-        let top = world.top();
-        let tables = if script.table == TPCB.table {
-            &TABLES[..4]
-        } else {
-            &[script.table][..]
+        world.native.synchronous_commit("off");
+        let tables = match script.text {
+            None => &TABLES[..4],
+            Some(_) => &[script.table][..],
         };
-        must_be_equal(&world.terrace, top, tables)?;
-        must_be_equal(&world.native, top, tables)?;
-        self.figures(report, script, transactions, terrace, native, decode);
+        must_be_equal(&world.terrace, world.top(), tables)?;
+        must_be_equal(&world.native, world.top(), tables)?;
+        self.figures(report, script, transactions, samples);
         Ok(())
     }
 
-    fn figures(
+    /// One backlog, drained by each in turn.
+    fn round(
         &self,
-        report: &mut Report,
+        world: &mut World,
         script: Script,
         transactions: u64,
-        terrace: Sample,
-        native: Sample,
-        decode: Vec<f64>,
-    ) {
-        let workload = format!("{}: {}", self.name, script.name);
-        let rate = |seconds: &[f64]| -> Vec<f64> {
-            seconds.iter().map(|s| transactions as f64 / s).collect()
-        };
-        let figure = |what, unit, better, against, terrace, native| Figure {
-            workload: workload.clone(),
-            what,
-            unit,
-            better,
-            against,
-            terrace,
-            baseline: native,
-            paired: false,
-        };
-        let own = rate(&terrace.elapsed);
-        report.add(figure(
-            "rate",
-            "tx/s",
-            Better::Higher,
-            "native",
-            own.clone(),
-            rate(&native.elapsed),
-        ));
-        if !decode.is_empty() {
-            let limit = rate(&decode);
-            report.add(figure(
-                "rate",
-                "tx/s",
-                Better::Higher,
-                "decode limit",
-                own,
-                limit,
-            ));
+        round: usize,
+        sync: bool,
+        samples: &mut Samples,
+    ) -> Result<()> {
+        let top = world.top();
+        if !self.is_tree() {
+            top.sql(CREATE_SLOT);
         }
-        let mut lower = |what, terrace, native| {
-            report.add(figure(what, "s", Better::Lower, "native", terrace, native));
+        fill(top, script, transactions)?;
+        let marker = mark(top)?;
+        world.checkpoint();
+        let turns: &[Turn] = if self.is_tree() {
+            &[Turn::Terrace, Turn::Native]
+        } else {
+            &[Turn::Terrace, Turn::Native, Turn::Decode]
+        };
+        let mut line = format!("    {}, {transactions} tx:", script.name);
+        for turn in rotated(turns, round) {
+            let drained = turn.run(world, marker)?;
+            let seconds = drained.elapsed.as_secs_f64();
+            line += &format!("  {} {seconds:.2} s", turn.name());
+            let sample = match turn {
+                Turn::Terrace => &mut samples.terrace,
+                Turn::Native if sync => &mut samples.native_sync,
+                Turn::Native => &mut samples.native,
+                Turn::Decode => &mut samples.decode,
+            };
+            sample.add(&drained);
+        }
+        if !self.is_tree() {
+            world.top().sql(DROP_SLOT);
+        }
+        let note = if sync {
+            " (native with sync commit on)"
+        } else {
+            ""
+        };
+        println!("{line}{note}");
+        Ok(())
+    }
+
+    fn figures(&self, report: &mut Report, script: Script, transactions: u64, samples: Samples) {
+        let mut add = |what, unit, better, against, terrace: &[f64], baseline: &[f64]| {
+            if baseline.is_empty() {
+                return;
+            }
+            report.add(Figure {
+                workload: format!("{}: {}", self.name, script.name),
+                what,
+                unit,
+                better,
+                against,
+                terrace: terrace.to_vec(),
+                baseline: baseline.to_vec(),
+                paired: false,
+            });
+        };
+        let rate = |sample: &Sample| -> Vec<f64> {
+            let seconds = sample.elapsed.iter();
+            seconds.map(|s| transactions as f64 / s).collect()
+        };
+        let own = rate(&samples.terrace);
+        for (against, other) in [
+            ("native", &samples.native),
+            ("native, sync commit on", &samples.native_sync),
+            ("decode limit", &samples.decode),
+        ] {
+            add("rate", "tx/s", Better::Higher, against, &own, &rate(other));
+        }
+        let (terrace, native) = (&samples.terrace, &samples.native);
+        let mut lower = |what, terrace: &[f64], native: &[f64]| {
+            add(what, "s", Better::Lower, "native", terrace, native);
         };
         if self.is_tree() {
-            lower("elapsed", terrace.elapsed, native.elapsed);
+            lower("elapsed", &terrace.elapsed, &native.elapsed);
         }
-        lower("CPU, all", terrace.cpu, native.cpu);
-        lower("CPU below the top", terrace.cpu_below, native.cpu_below);
+        lower("CPU, all", &terrace.cpu, &native.cpu);
+        lower("CPU below the top", &terrace.cpu_below, &native.cpu_below);
     }
 }
 
 /// Made before the backlog, so that it holds all of it.
 const CREATE_SLOT: &str = "SELECT pg_create_logical_replication_slot('discard', 'pgoutput')";
+const DROP_SLOT: &str = "SELECT pg_drop_replication_slot('discard')";
 
-/// Seconds until pg_recvlogical has read and thrown away what the slot holds.
-fn discard(top: &Server) -> Result<f64> {
+/// Until pg_recvlogical has read and thrown away what the slot holds, as Terrace asks for it.
+fn discard(top: &Server, pid: i32) -> Result<Drained> {
+    let before = cpu_seconds(pid);
     let end = top.value("SELECT pg_current_wal_insert_lsn()");
     let start = Instant::now();
     let output = Command::new(program("pg_recvlogical"))
@@ -238,8 +272,12 @@ fn discard(top: &Server) -> Result<f64> {
         .args(["-o", "messages=true", "-f", "/dev/null"])
         .output()
         .context("run pg_recvlogical")?;
-    let seconds = start.elapsed().as_secs_f64();
+    let elapsed = start.elapsed();
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "pg_recvlogical: {said}");
-    Ok(seconds)
+    Ok(Drained {
+        elapsed,
+        cpu_below: 0.0,
+        cpu_top: cpu_seconds(pid) - before,
+    })
 }

@@ -16,7 +16,7 @@ use terrace_tests::Server;
 use crate::report::{Better, Figure, Report};
 use crate::side::{Which, drain, mark};
 use crate::workload::{Plan, Workload, rotated};
-use crate::world::{Shape, World};
+use crate::world::{Shape, Stage, World};
 
 pub struct Latency;
 
@@ -73,18 +73,18 @@ impl Workload for Latency {
         "commit to visible on slaves of level 2, top -> 3 -> 3, 50 rows/s"
     }
 
-    fn run(&self, plan: &Plan, report: &mut Report) -> Result<()> {
+    fn run(&self, stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
         let shape = Shape {
             region: 3,
             branch: 3,
         };
-        let mut world = World::boot(shape, plan)?;
+        let world = stage.world(shape, plan)?;
         let (rounds, seconds) = plan.latency;
         let mut p50: [Vec<f64>; 4] = Default::default();
         let mut p99: [Vec<f64>; 4] = Default::default();
         for round in 0..rounds {
             for i in rotated(&[0, 1, 2, 3], round) {
-                let result = turn(&mut world, MODES[i], seconds);
+                let result = turn(world, MODES[i], seconds);
                 let sorted = world.explain(result)?;
                 p50[i].push(percentile(&sorted, 50));
                 p99[i].push(percentile(&sorted, 99));

@@ -20,14 +20,16 @@ mod terrace;
 mod workload;
 mod world;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use report::Report;
 use terrace_tests::process::end_all;
 use workload::{Plan, Workload};
+use world::Stage;
 
 fn workloads() -> Vec<Box<dyn Workload>> {
     vec![
@@ -78,16 +80,22 @@ fn bench(plan: &Plan, wanted: &[String]) -> Result<bool> {
     let start = Instant::now();
     let directory = results()?;
     let mut report = Report::new(plan);
+    let mut stage = Stage::default();
     for workload in workloads() {
         if !wanted.is_empty() && !wanted.iter().any(|name| name == workload.name()) {
             continue;
         }
         println!("{}: {}", workload.name(), workload.about());
-        if let Err(error) = workload.run(plan, &mut report) {
+        // The harness panics where a test would fail.
+        let run = AssertUnwindSafe(|| workload.run(&mut stage, plan, &mut report));
+        let result = catch_unwind(run).unwrap_or_else(|_| Err(anyhow!("panicked, see above")));
+        if let Err(error) = result {
             println!("    FAILED: {error:#}");
             report.failed(workload.name(), &error);
+            stage.clear();
         }
     }
+    stage.clear();
     println!("\n{}", report.table());
     println!("{:.0} s in all", start.elapsed().as_secs_f64());
     let json = serde_json::to_string_pretty(&report.json()).context("write JSON")?;

@@ -10,7 +10,7 @@ use crate::proc;
 use crate::report::{Better, Figure, Report};
 use crate::side::{Side, Which, drain, mark, must_be_equal};
 use crate::workload::{Plan, Workload};
-use crate::world::{Shape, World};
+use crate::world::{Shape, Stage};
 
 pub struct Memory;
 
@@ -25,12 +25,12 @@ impl Workload for Memory {
         "one large transaction through top -> 1 -> 1"
     }
 
-    fn run(&self, plan: &Plan, report: &mut Report) -> Result<()> {
+    fn run(&self, stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
         let shape = Shape {
             region: 1,
             branch: 1,
         };
-        let mut world = World::boot(shape, plan)?;
+        let world = stage.world(shape, plan)?;
         // Rows of 1 KiB stay in line, so all of it is in the WAL.
         world.top().sql(&format!(
             "INSERT INTO bench_large SELECT g, repeat(md5(g::text), 32) \

@@ -79,10 +79,6 @@ fn wait_for(server: &Server, sql: &str) -> Result<()> {
 }
 
 impl Side for Native {
-    fn name(&self) -> &'static str {
-        "native"
-    }
-
     fn resume(&mut self) -> Result<()> {
         let sql = "ALTER SUBSCRIPTION bench ENABLE";
         self.servers.iter().for_each(|server| server.sql(sql));

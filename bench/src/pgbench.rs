@@ -80,6 +80,9 @@ pub const TABLES: [&str; 10] = [
     "bench_large",
 ];
 
+/// Who fills a backlog.
+pub const CLIENTS: u64 = 8;
+
 /// Runs pgbench as superuser with session settings such as `-c synchronous_commit=off`.
 pub fn pgbench(server: &Server, settings: &str, arguments: &[&str]) -> Result<Output> {
     let output = Command::new(program("pgbench"))
@@ -105,7 +108,6 @@ pub fn create_tables(server: &Server, scale: u32, settings: &str, rows: bool) ->
 
 /// Commits `transactions` at the top, as fast as it can: nobody measures this part.
 pub fn fill(top: &Server, script: Script, transactions: u64) -> Result<()> {
-    const CLIENTS: u64 = 8;
     let each = (transactions / CLIENTS).to_string();
     let clients = CLIENTS.to_string();
     let mut arguments = vec!["-n", "-c", &clients, "-j", "2", "-t", &each];

@@ -21,8 +21,6 @@ pub enum Which {
 
 /// Servers below the top and what moves the data.
 pub trait Side {
-    /// In the output.
-    fn name(&self) -> &'static str;
     /// Moves data from now on.
     fn resume(&mut self) -> Result<()>;
     /// Stops moving data; returns when nothing moves any more.

@@ -12,7 +12,7 @@ use terrace_tests::Server;
 use crate::pgbench::{create_tables, pgbench, rate};
 use crate::report::{Better, Figure, Report};
 use crate::workload::{Plan, Workload, rotated};
-use crate::world::plant;
+use crate::world::{Stage, plant};
 
 pub struct Tag;
 
@@ -27,7 +27,8 @@ impl Workload for Tag {
         "pgbench at the top, tagged against published only"
     }
 
-    fn run(&self, plan: &Plan, report: &mut Report) -> Result<()> {
+    fn run(&self, stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
+        stage.clear();
         let tree = plant()?;
         let top = &tree.top;
         for schema in SCHEMAS {
@@ -41,6 +42,9 @@ impl Workload for Tag {
             ("on", "tag: pgbench, sync commit on"),
             ("off", "tag: pgbench, sync commit off"),
         ] {
+            for schema in SCHEMAS {
+                run(top, schema, commit, 1)?; // warms up
+            }
             let mut rates: [Vec<f64>; 2] = Default::default();
             for round in 0..rounds {
                 top.sql("CHECKPOINT");

@@ -61,10 +61,6 @@ impl Terrace {
 }
 
 impl Side for Terrace {
-    fn name(&self) -> &'static str {
-        "terrace"
-    }
-
     fn resume(&mut self) -> Result<()> {
         self.tree.start_bridges()
     }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 
 use crate::report::Report;
+use crate::world::Stage;
 
 /// Something that both sides do, one after the other, several times.
 pub trait Workload {
@@ -13,7 +14,7 @@ pub trait Workload {
     /// One line for the reader of the output.
     fn about(&self) -> &'static str;
     /// Boots what it needs, measures, and adds figures.
-    fn run(&self, plan: &Plan, report: &mut Report) -> Result<()>;
+    fn run(&self, stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()>;
 }
 
 /// Sizes of everything: the full run, or one that ends within four minutes on two cores.
@@ -22,8 +23,13 @@ pub struct Plan {
     pub quick: bool,
     /// pgbench's scale factor: 100,000 accounts each.
     pub scale: u32,
-    /// Rounds of each drain of one hop and of the tree.
-    pub rounds: [usize; 2],
+    /// Rounds of the pgbench backlog over one hop; and more of them in which native
+    /// subscriptions flush at each commit.
+    pub hop_rounds: [usize; 2],
+    /// Rounds of the other scripts.
+    pub script_rounds: usize,
+    /// Rounds of the tree.
+    pub tree_rounds: usize,
     /// Transactions of the pgbench backlog, one hop and tree.
     pub backlog: [u64; 2],
     /// Rounds and seconds of each latency measurement.
@@ -40,21 +46,25 @@ impl Plan {
             Plan {
                 quick,
                 scale: 2,
-                rounds: [3, 2],
+                hop_rounds: [3, 0],
+                script_rounds: 2,
+                tree_rounds: 2,
                 backlog: [20_000, 10_000],
-                latency: (2, 3),
+                latency: (2, 2),
                 large_rows: 100 << 10,
-                tag: (5, 2),
+                tag: (6, 1),
             }
         } else {
             Plan {
                 quick,
                 scale: 10,
-                rounds: [5, 3],
+                hop_rounds: [5, 3],
+                script_rounds: 5,
+                tree_rounds: 5,
                 backlog: [100_000, 40_000],
                 latency: (3, 20),
                 large_rows: 1 << 20,
-                tag: (9, 10),
+                tag: (15, 5),
             }
         }
     }

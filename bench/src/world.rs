@@ -28,10 +28,32 @@ const SETTINGS: [(&str, &str); 6] = [
 static SCRATCH: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
 /// Servers in the two levels below the top.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
     pub region: usize,
     pub branch: usize,
+}
+
+/// Keeps the servers for the next workload if that wants as many.
+#[derive(Default)]
+pub struct Stage(Option<(Shape, World)>);
+
+impl Stage {
+    /// Both sides in this shape, paused.
+    pub fn world(&mut self, shape: Shape, plan: &Plan) -> Result<&mut World> {
+        if self.0.as_ref().is_none_or(|(there, _)| *there != shape) {
+            // First the old servers go, then the new ones come.
+            self.clear();
+            self.0 = Some((shape, World::boot(shape, plan)?));
+        }
+        let (_, world) = self.0.as_mut().context("a world")?;
+        Ok(world)
+    }
+
+    /// Ends all servers.
+    pub fn clear(&mut self) {
+        self.0 = None;
+    }
 }
 
 /// Both sides, paused. The native servers go before the directory they are in.
