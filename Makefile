@@ -50,3 +50,11 @@ check:
 	cargo clippy --locked --workspace --all-targets --no-default-features --features terrace/pg$(PG_MAJOR) -- -D warnings
 	cargo test --locked -p terrace-bridge
 	cargo test --locked -p terrace-tests
+
+# Terrace and native subscriptions side by side. QUICK=1 for the short form; ONLY="drain tree" for
+# some of: drain, tree, latency, memory, tag. Results in target/bench/.
+.PHONY: bench
+bench: install
+	cargo build --locked --release -p terrace-bridge -p terrace-bench
+	TERRACE_BRIDGE=$(abspath $(TARGET))/release/terrace-bridge \
+	  $(TARGET)/release/terrace-bench $(if $(filter 1,$(QUICK)),--quick) $(ONLY)

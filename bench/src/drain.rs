@@ -1,0 +1,283 @@
+//! How fast a backlog is worked off, over one hop or over the whole tree.
+//!
+//! Both sides are paused while the top fills up; then each drains the very same
+//! WAL alone, from its start to the moment when every server shows a mark that
+//! was committed last. Polling for one row by its key costs next to nothing.
+
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use terrace_tests::Server;
+use terrace_tests::server::program;
+
+use crate::pgbench::{CLIENTS, HOT, INSERT, Script, TABLES, TPCB, WIDE, fill};
+use crate::proc::cpu_seconds;
+use crate::report::{Better, Figure, Report};
+use crate::side::{Drained, Side, drain, mark, must_be_equal};
+use crate::workload::{Plan, Workload, rotated};
+use crate::world::{Shape, Stage, World};
+
+pub struct Drain {
+    name: &'static str,
+    about: &'static str,
+    shape: Shape,
+    scripts: &'static [Script],
+}
+
+impl Drain {
+    /// From the top to one server.
+    pub fn hop() -> Drain {
+        Drain {
+            name: "drain",
+            about: "a backlog over one hop, top -> 1",
+            shape: Shape {
+                region: 1,
+                branch: 0,
+            },
+            scripts: &[TPCB, INSERT, HOT, WIDE],
+        }
+    }
+
+    /// Over seven servers.
+    pub fn tree() -> Drain {
+        Drain {
+            name: "tree",
+            about: "a backlog over seven servers, top -> 3 -> 3",
+            shape: Shape {
+                region: 3,
+                branch: 3,
+            },
+            scripts: &[TPCB],
+        }
+    }
+
+    fn is_tree(&self) -> bool {
+        self.shape.branch > 0
+    }
+}
+
+/// Who works off the backlog.
+#[derive(Clone, Copy)]
+enum Turn {
+    Terrace,
+    Native,
+    /// pg_recvlogical, which throws everything away: the limit of one walsender.
+    Decode,
+}
+
+impl Turn {
+    fn name(self) -> &'static str {
+        match self {
+            Turn::Terrace => "terrace",
+            Turn::Native => "native",
+            Turn::Decode => "decode",
+        }
+    }
+
+    fn run(self, world: &mut World, marker: i64) -> Result<Drained> {
+        let top = world.top_pid()?;
+        let side: &mut dyn Side = match self {
+            Turn::Terrace => &mut world.terrace,
+            Turn::Native => &mut world.native,
+            Turn::Decode => return discard(world.top(), top),
+        };
+        let drained = drain(side, top, marker, |_| ())?;
+        side.pause()?;
+        Ok(drained)
+    }
+}
+
+/// One turn's results, round by round.
+#[derive(Default)]
+struct Sample {
+    elapsed: Vec<f64>,
+    cpu: Vec<f64>,
+    cpu_below: Vec<f64>,
+}
+
+impl Sample {
+    fn add(&mut self, drained: &Drained) {
+        self.elapsed.push(drained.elapsed.as_secs_f64());
+        self.cpu.push(drained.cpu_top + drained.cpu_below);
+        self.cpu_below.push(drained.cpu_below);
+    }
+}
+
+/// All results of one script.
+#[derive(Default)]
+struct Samples {
+    terrace: Sample,
+    /// As `CREATE SUBSCRIPTION` makes it: `synchronous_commit = off`.
+    native: Sample,
+    native_sync: Sample,
+    decode: Sample,
+}
+
+impl Workload for Drain {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn about(&self) -> &'static str {
+        self.about
+    }
+
+    fn run(&self, stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
+        let world = stage.world(self.shape, plan)?;
+        for script in self.scripts {
+            let result = self.script(world, plan, *script, report);
+            world.explain(result)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drain {
+    fn script(
+        &self,
+        world: &mut World,
+        plan: &Plan,
+        script: Script,
+        report: &mut Report,
+    ) -> Result<()> {
+        let [rounds, sync_rounds] = match (self.is_tree(), script.text) {
+            (true, _) => [plan.tree_rounds, 0],
+            (false, None) => plan.hop_rounds,
+            (false, Some(_)) => [plan.script_rounds, 0],
+        };
+        let size = plan.backlog[usize::from(self.is_tree())];
+        // pgbench's clients share the work evenly.
+        let transactions = (size as f64 * script.share) as u64 / CLIENTS * CLIENTS;
+        let mut samples = Samples::default();
+        for round in 0..rounds + sync_rounds {
+            let sync = round >= rounds;
+            let commit = if sync { "on" } else { "off" };
+            world.native.synchronous_commit(commit);
+            self.round(world, script, transactions, round, sync, &mut samples)?;
+        }
+        world.native.synchronous_commit("off");
+        let tables = match script.text {
+            None => &TABLES[..4],
+            Some(_) => &[script.table][..],
+        };
+        must_be_equal(&world.terrace, world.top(), tables)?;
+        must_be_equal(&world.native, world.top(), tables)?;
+        self.figures(report, script, transactions, samples);
+        Ok(())
+    }
+
+    /// One backlog, drained by each in turn.
+    fn round(
+        &self,
+        world: &mut World,
+        script: Script,
+        transactions: u64,
+        round: usize,
+        sync: bool,
+        samples: &mut Samples,
+    ) -> Result<()> {
+        let top = world.top();
+        if !self.is_tree() {
+            top.sql(CREATE_SLOT);
+        }
+        fill(top, script, transactions)?;
+        let marker = mark(top)?;
+        world.checkpoint();
+        let turns: &[Turn] = if self.is_tree() {
+            &[Turn::Terrace, Turn::Native]
+        } else {
+            &[Turn::Terrace, Turn::Native, Turn::Decode]
+        };
+        let mut line = format!("    {}, {transactions} tx:", script.name);
+        for turn in rotated(turns, round) {
+            let drained = turn.run(world, marker)?;
+            let seconds = drained.elapsed.as_secs_f64();
+            line += &format!("  {} {seconds:.2} s", turn.name());
+            let sample = match turn {
+                Turn::Terrace => &mut samples.terrace,
+                Turn::Native if sync => &mut samples.native_sync,
+                Turn::Native => &mut samples.native,
+                Turn::Decode => &mut samples.decode,
+            };
+            sample.add(&drained);
+        }
+        if !self.is_tree() {
+            world.top().sql(DROP_SLOT);
+        }
+        let note = if sync {
+            " (native with sync commit on)"
+        } else {
+            ""
+        };
+        println!("{line}{note}");
+        Ok(())
+    }
+
+    fn figures(&self, report: &mut Report, script: Script, transactions: u64, samples: Samples) {
+        let mut add = |what, unit, better, against, terrace: &[f64], baseline: &[f64]| {
+            if baseline.is_empty() {
+                return;
+            }
+            report.add(Figure {
+                workload: format!("{}: {}", self.name, script.name),
+                what,
+                unit,
+                better,
+                against,
+                terrace: terrace.to_vec(),
+                baseline: baseline.to_vec(),
+                paired: false,
+            });
+        };
+        let rate = |sample: &Sample| -> Vec<f64> {
+            let seconds = sample.elapsed.iter();
+            seconds.map(|s| transactions as f64 / s).collect()
+        };
+        let own = rate(&samples.terrace);
+        for (against, other) in [
+            ("native", &samples.native),
+            ("native, sync commit on", &samples.native_sync),
+            ("decode limit", &samples.decode),
+        ] {
+            add("rate", "tx/s", Better::Higher, against, &own, &rate(other));
+        }
+        let (terrace, native) = (&samples.terrace, &samples.native);
+        let mut lower = |what, terrace: &[f64], native: &[f64]| {
+            add(what, "s", Better::Lower, "native", terrace, native);
+        };
+        if self.is_tree() {
+            lower("elapsed", &terrace.elapsed, &native.elapsed);
+        }
+        lower("CPU, all", &terrace.cpu, &native.cpu);
+        lower("CPU below the top", &terrace.cpu_below, &native.cpu_below);
+    }
+}
+
+/// Made before the backlog, so that it holds all of it.
+const CREATE_SLOT: &str = "SELECT pg_create_logical_replication_slot('discard', 'pgoutput')";
+const DROP_SLOT: &str = "SELECT pg_drop_replication_slot('discard')";
+
+/// Until pg_recvlogical has read and thrown away what the slot holds, as Terrace asks for it.
+fn discard(top: &Server, pid: i32) -> Result<Drained> {
+    let before = cpu_seconds(pid);
+    let end = top.value("SELECT pg_current_wal_insert_lsn()");
+    let start = Instant::now();
+    let output = Command::new(program("pg_recvlogical"))
+        .arg("-h")
+        .arg(top.socket_dir())
+        .args(["-p", &top.port.to_string(), "-U", "postgres", "-d", "app"])
+        .args(["--start", "--no-loop", "-S", "discard", "-E", &end])
+        .args(["-o", "proto_version=1", "-o", "publication_names=terrace"])
+        .args(["-o", "messages=true", "-f", "/dev/null"])
+        .output()
+        .context("run pg_recvlogical")?;
+    let elapsed = start.elapsed();
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "pg_recvlogical: {said}");
+    Ok(Drained {
+        elapsed,
+        cpu_below: 0.0,
+        cpu_top: cpu_seconds(pid) - before,
+    })
+}

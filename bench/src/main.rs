@@ -1,0 +1,120 @@
+//! Measures Terrace beside PostgreSQL's own subscriptions.
+//!
+//! Both sides do the same work in the same run, turn by turn, on servers with
+//! the same settings. A number taken on another day or machine proves nothing;
+//! the ratio of two medians of one run is what is looked at.
+//!
+//! `terrace-bench [--quick] [WORKLOAD …]`
+
+mod drain;
+mod latency;
+mod memory;
+mod native;
+mod pgbench;
+mod plot;
+mod proc;
+mod report;
+mod side;
+mod tag;
+mod terrace;
+mod workload;
+mod world;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context, Result, anyhow};
+use report::Report;
+use terrace_tests::process::end_all;
+use workload::{Plan, Workload};
+use world::Stage;
+
+fn workloads() -> Vec<Box<dyn Workload>> {
+    vec![
+        Box::new(drain::Drain::hop()),
+        Box::new(drain::Drain::tree()),
+        Box::new(latency::Latency),
+        Box::new(memory::Memory),
+        Box::new(tag::Tag),
+    ]
+}
+
+fn main() -> ExitCode {
+    let mut quick = false;
+    let mut wanted = Vec::new();
+    for argument in std::env::args().skip(1) {
+        match argument.as_str() {
+            "--quick" => quick = true,
+            name if workloads().iter().any(|workload| workload.name() == name) => {
+                wanted.push(argument);
+            }
+            _ => {
+                let names: Vec<&str> = workloads().iter().map(|one| one.name()).collect();
+                eprintln!("usage: terrace-bench [--quick] [{}]…", names.join(" | "));
+                return ExitCode::from(2);
+            }
+        }
+    }
+    let handler = || {
+        end_all();
+        world::remove_scratch();
+        std::process::exit(130);
+    };
+    match ctrlc::set_handler(handler)
+        .context("set a handler for Ctrl-C")
+        .and_then(|()| bench(&Plan::new(quick), &wanted))
+    {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("terrace-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs the workloads; false when one of them failed. The others' numbers are kept.
+fn bench(plan: &Plan, wanted: &[String]) -> Result<bool> {
+    let start = Instant::now();
+    let directory = results()?;
+    let mut report = Report::new(plan);
+    let mut stage = Stage::default();
+    for workload in workloads() {
+        if !wanted.is_empty() && !wanted.iter().any(|name| name == workload.name()) {
+            continue;
+        }
+        println!("{}: {}", workload.name(), workload.about());
+        // The harness panics where a test would fail.
+        let run = AssertUnwindSafe(|| workload.run(&mut stage, plan, &mut report));
+        let result = catch_unwind(run).unwrap_or_else(|_| Err(anyhow!("panicked, see above")));
+        if let Err(error) = result {
+            println!("    FAILED: {error:#}");
+            report.failed(workload.name(), &error);
+            stage.clear();
+        }
+    }
+    stage.clear();
+    println!("\n{}", report.table());
+    println!("{:.0} s in all", start.elapsed().as_secs_f64());
+    let json = serde_json::to_string_pretty(&report.json()).context("write JSON")?;
+    for (name, text) in [
+        ("bench.json", json + "\n"),
+        ("bench.svg", plot::svg(&report)),
+    ] {
+        let path = directory.join(name);
+        std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
+        println!("{}", path.display());
+    }
+    Ok(!report.has_failures())
+}
+
+/// `bench` in the target directory, which is where this program was built.
+fn results() -> Result<PathBuf> {
+    let own = std::env::current_exe().context("own path")?;
+    let target = own.parent().and_then(Path::parent);
+    let directory = target.context("own path has no parent")?.join("bench");
+    std::fs::create_dir_all(&directory).context("make the directory of the results")?;
+    Ok(directory)
+}

@@ -1,0 +1,106 @@
+//! Memory while one large transaction passes through top -> region -> branch.
+//!
+//! For a bridge the highest resident size since its start counts, program text
+//! included. A native apply worker's holds the shared buffers that it touched,
+//! so for it the private part alone is sampled, which favours it.
+
+use anyhow::Result;
+
+use crate::proc;
+use crate::report::{Better, Figure, Report};
+use crate::side::{Side, Which, drain, mark, must_be_equal};
+use crate::workload::{Plan, Workload};
+use crate::world::{Shape, Stage};
+
+pub struct Memory;
+
+const DOMAINS: [&str; 2] = ["memory: region", "memory: branch"];
+
+impl Workload for Memory {
+    fn name(&self) -> &'static str {
+        "memory"
+    }
+
+    fn about(&self) -> &'static str {
+        "one large transaction through top -> 1 -> 1"
+    }
+
+    fn run(&self, stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
+        let shape = Shape {
+            region: 1,
+            branch: 1,
+        };
+        let world = stage.world(shape, plan)?;
+        // Rows of 1 KiB stay in line, so all of it is in the WAL.
+        world.top().sql(&format!(
+            "INSERT INTO bench_large SELECT g, repeat(md5(g::text), 32) \
+             FROM generate_series(1, {}) g",
+            plan.large_rows
+        ));
+        let marker = mark(world.top())?;
+        world.checkpoint();
+        let top = world.top_pid()?;
+
+        let drained = drain(&mut world.terrace, top, marker, |_| ());
+        let terrace_time = world.explain(drained)?.elapsed.as_secs_f64();
+        let nodes = world.terrace.tree.nodes.iter();
+        let bridges: Vec<f64> = nodes
+            .filter_map(|node| proc::memory_mib(proc::bridge(&node.bridge)?, "VmHWM"))
+            .collect();
+        world.terrace.pause()?;
+
+        let mut workers = vec![0.0; DOMAINS.len()];
+        let mut pids = Vec::new();
+        let drained = drain(&mut world.native, top, marker, |native| {
+            if pids.len() < DOMAINS.len() {
+                pids = apply_workers(native);
+            }
+            for (pid, highest) in pids.iter().zip(&mut workers) {
+                let now = proc::memory_mib(*pid, "RssAnon").unwrap_or(0.0);
+                *highest = now.max(*highest);
+            }
+        })?;
+        let native_time = drained.elapsed.as_secs_f64();
+        world.native.pause()?;
+        for which in [Which::Terrace, Which::Native] {
+            let (top, side): (_, &dyn Side) = match which {
+                Which::Terrace => (world.top(), &world.terrace),
+                Which::Native => (world.top(), &world.native),
+            };
+            must_be_equal(side, top, &["bench_large"])?;
+        }
+        let mib = plan.large_rows >> 10;
+        println!(
+            "    {mib} MiB: bridges {bridges:.0?} MiB in {terrace_time:.1} s, \
+             apply workers {workers:.0?} MiB in {native_time:.1} s"
+        );
+        let mut add = |workload: String, what, unit, terrace, native| {
+            report.add(Figure {
+                workload,
+                what,
+                unit,
+                better: Better::Lower,
+                against: "native",
+                terrace: vec![terrace],
+                baseline: vec![native],
+                paired: false,
+            });
+        };
+        for ((domain, bridge), worker) in DOMAINS.iter().zip(&bridges).zip(&workers) {
+            let workload = format!("{domain}, {mib} MiB");
+            add(workload, "peak", "MiB", *bridge, *worker);
+        }
+        let workload = format!("memory: both hops, {mib} MiB");
+        add(workload, "elapsed", "s", terrace_time, native_time);
+        Ok(())
+    }
+}
+
+/// Process ids of the apply workers, as far as they have started.
+fn apply_workers(native: &dyn Side) -> Vec<i32> {
+    let sql = "SELECT pid FROM pg_stat_subscription WHERE relid IS NULL";
+    let servers = native.servers().into_iter();
+    servers
+        .filter_map(|server| server.value(sql).parse().ok())
+        .collect()
+}

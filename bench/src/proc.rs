@@ -1,0 +1,59 @@
+//! What the kernel knows of processes.
+
+use std::fs;
+
+use terrace_tests::{Bridge, Server};
+
+/// `USER_HZ`, the unit of times in `/proc`: 100 on Linux, whatever the kernel's own tick.
+const TICKS_PER_SECOND: f64 = 100.0;
+
+/// CPU seconds of a process, its children that have ended, and those that live.
+pub fn cpu_seconds(pid: i32) -> f64 {
+    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else {
+        return 0.0;
+    };
+    // The name before ')' may hold blanks; utime, stime, cutime and cstime are
+    // the 12th to 15th field after it.
+    let after_name = stat.rsplit(')').next().unwrap_or("");
+    let ticks: u32 = after_name
+        .split_ascii_whitespace()
+        .skip(11)
+        .take(4)
+        .filter_map(|field| field.parse::<u32>().ok())
+        .sum();
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+    let below: f64 = children
+        .unwrap_or_default()
+        .split_ascii_whitespace()
+        .filter_map(|child| child.parse().ok())
+        .map(cpu_seconds)
+        .sum();
+    f64::from(ticks) / TICKS_PER_SECOND + below
+}
+
+/// A size in `/proc/PID/status`, in MiB.
+pub fn memory_mib(pid: i32, key: &str) -> Option<f64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find(|line| line.starts_with(key))?;
+    let kib: f64 = line.split_ascii_whitespace().nth(1)?.parse().ok()?;
+    Some(kib / 1024.0)
+}
+
+/// Process id of a server's postmaster.
+pub fn postmaster(server: &Server) -> Option<i32> {
+    let file = server.socket_dir().join("data/postmaster.pid");
+    fs::read_to_string(file).ok()?.lines().next()?.parse().ok()
+}
+
+/// Process id of a running bridge: the one that was given its configuration file.
+pub fn bridge(bridge: &Bridge) -> Option<i32> {
+    let config = bridge.config();
+    let wanted = config.to_string_lossy();
+    fs::read_dir("/proc").ok()?.flatten().find_map(|entry| {
+        let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
+        let line = fs::read(entry.path().join("cmdline")).ok()?;
+        line.split(|byte| *byte == 0)
+            .any(|argument| argument == wanted.as_bytes())
+            .then_some(pid)
+    })
+}

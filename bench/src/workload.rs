@@ -1,0 +1,98 @@
+//! What a workload is, and how much of it is done.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+
+use crate::report::Report;
+use crate::world::Stage;
+
+/// Something that both sides do, one after the other, several times.
+pub trait Workload {
+    /// As typed on the command line.
+    fn name(&self) -> &'static str;
+    /// One line for the reader of the output.
+    fn about(&self) -> &'static str;
+    /// Boots what it needs, measures, and adds figures.
+    fn run(&self, stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()>;
+}
+
+/// Sizes of everything: the full run, or one that ends within four minutes on two cores.
+pub struct Plan {
+    /// The short form.
+    pub quick: bool,
+    /// pgbench's scale factor: 100,000 accounts each.
+    pub scale: u32,
+    /// Rounds of the pgbench backlog over one hop; and more of them in which native
+    /// subscriptions flush at each commit.
+    pub hop_rounds: [usize; 2],
+    /// Rounds of the other scripts.
+    pub script_rounds: usize,
+    /// Rounds of the tree.
+    pub tree_rounds: usize,
+    /// Transactions of the pgbench backlog, one hop and tree.
+    pub backlog: [u64; 2],
+    /// Rounds and seconds of each latency measurement.
+    pub latency: (usize, u64),
+    /// Rows of 1 KiB in the large transaction.
+    pub large_rows: u64,
+    /// Rounds and seconds of each pgbench run for the tag's cost.
+    pub tag: (usize, u64),
+}
+
+impl Plan {
+    pub fn new(quick: bool) -> Plan {
+        if quick {
+            Plan {
+                quick,
+                scale: 2,
+                hop_rounds: [3, 0],
+                script_rounds: 2,
+                tree_rounds: 2,
+                backlog: [20_000, 10_000],
+                latency: (2, 2),
+                large_rows: 100 << 10,
+                tag: (6, 1),
+            }
+        } else {
+            Plan {
+                quick,
+                scale: 10,
+                hop_rounds: [5, 3],
+                script_rounds: 5,
+                tree_rounds: 5,
+                backlog: [100_000, 40_000],
+                latency: (3, 20),
+                large_rows: 1 << 20,
+                tag: (15, 5),
+            }
+        }
+    }
+}
+
+/// Nothing here may take longer, be it a copy or a drain.
+const LIMIT: Duration = Duration::from_secs(600);
+
+/// Polls every `pause` until `condition` holds.
+pub fn wait(
+    what: &str,
+    pause: Duration,
+    mut condition: impl FnMut() -> Result<bool>,
+) -> Result<()> {
+    let deadline = Instant::now() + LIMIT;
+    while !condition()? {
+        ensure!(Instant::now() < deadline, "not within {LIMIT:?}: {what}");
+        std::thread::sleep(pause);
+    }
+    Ok(())
+}
+
+/// `items` beginning with another one each round, so that nobody always goes first.
+pub fn rotated<T: Copy>(items: &[T], round: usize) -> Vec<T> {
+    let first = round % items.len();
+    items[first..]
+        .iter()
+        .chain(&items[..first])
+        .copied()
+        .collect()
+}
