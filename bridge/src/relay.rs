@@ -7,7 +7,7 @@
 //! transaction sent whole. SQL runs under a role that may read what is
 //! synchronised and report, nothing else.
 
-mod grammar;
+pub mod grammar;
 mod session;
 mod splice;
 mod stream;

@@ -4,6 +4,10 @@ use crate::lsn::Lsn;
 
 /// A command of a replication session.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(
+    missing_docs,
+    reason = "field names are those of the commands' documentation"
+)]
 pub enum Command {
     /// IDENTIFY_SYSTEM
     IdentifySystem,
