@@ -150,6 +150,25 @@ fn a_flipped_bit_in_what_was_durable_is_refused() {
     );
 }
 
+// A mark with a good checksum but without an offset, behind a damaged record,
+// used to end the bridge with a panic at its start.
+#[test]
+fn a_mark_of_another_length_covers_nothing() {
+    let dir = TempDir::new().unwrap();
+    let (queue, mut writer) = create(&dir);
+    writer.append(&transaction(110, 10)).unwrap();
+    writer.publish().unwrap();
+    drop((queue, writer));
+    let mut bytes = fs::read(last_segment(&dir)).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    bytes.extend_from_slice(&Record::new(Kind::Mark, Lsn::ZERO, &[]).bytes);
+    bytes.extend_from_slice(&[0; 8]);
+    fs::write(last_segment(&dir), bytes).unwrap();
+    let (queue, writer) = Queue::open(dir.path()).unwrap().unwrap();
+    assert_eq!(writer.end(), Lsn(100));
+    assert_eq!(all(&queue, 100), []);
+}
+
 #[test]
 fn segments_roll_carry_the_schema_and_are_trimmed() {
     let dir = TempDir::new().unwrap();
