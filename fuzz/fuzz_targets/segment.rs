@@ -165,7 +165,7 @@ fuzz_target!(|input: &[u8]| {
                 );
             }
         }
-        // Whole records of any kind and content behind the good ones.
+        // Whole records of any kind and content behind the good ones, or behind a damaged one.
         _ => {
             let mut content = sample.content.clone();
             for record in input.split(|byte| *byte == 0xff) {
@@ -177,7 +177,8 @@ fuzz_target!(|input: &[u8]| {
                 content.extend_from_slice(&record.bytes);
             }
             if how % 4 == 3 {
-                content.push(how);
+                let damaged = sample.content.len() - 1 - usize::from(how);
+                content[damaged] ^= 1;
             }
             drop(exercise(sample, &content));
         }
