@@ -200,6 +200,8 @@ impl ConnInfo {
             ("sslrootcert", "PGSSLROOTCERT"),
             ("sslcert", "PGSSLCERT"),
             ("sslkey", "PGSSLKEY"),
+            ("channel_binding", "PGCHANNELBINDING"),
+            ("connect_timeout", "PGCONNECT_TIMEOUT"),
             ("options", "PGOPTIONS"),
         ];
         let mut env: Vec<(String, String)> = names
