@@ -1,5 +1,6 @@
 //! A replication session: commands until a stream starts, and again after it.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -8,7 +9,7 @@ use bytes::BufMut;
 use postgres_protocol::message::frontend;
 
 use super::grammar::{Command, parse};
-use super::stream::{Outcome, Start, stream};
+use super::stream::{EXTENSION_SCHEMA, Outcome, Start, stream};
 use super::{Relay, splice};
 use crate::client::{Client, PgError, SessionOptions};
 use crate::conninfo::ConnInfo;
@@ -372,7 +373,7 @@ impl Session {
             }
         }
         let client = self.sql.as_mut().context("no local session")?;
-        frontend::query(text, client.buffer())?;
+        frontend::query(&without_internal(text), client.buffer())?;
         client.flush().await?;
         loop {
             let message = client.message().await?;
@@ -385,6 +386,22 @@ impl Session {
                 self.framed.flush().await?;
             }
         }
+    }
+}
+
+/// A subscriber asks which tables there are, and must have all that it is told of:
+/// leave out the extension's own. The queries are those of `fetch_table_list`, before
+/// PostgreSQL 16 and since; both end in a condition.
+fn without_internal(text: &str) -> Cow<'_, str> {
+    let column = [
+        ("SELECT DISTINCT t.schemaname,", "t.schemaname"),
+        ("SELECT DISTINCT n.nspname, c.relname,", "n.nspname"),
+    ]
+    .into_iter()
+    .find_map(|(start, column)| text.starts_with(start).then_some(column));
+    match column {
+        Some(column) => format!("{text} AND {column} <> '{EXTENSION_SCHEMA}'").into(),
+        None => text.into(),
     }
 }
 
