@@ -5,9 +5,11 @@
 //! connection before anything of that size is allocated.
 
 use std::io;
+use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::time::timeout;
 
 /// A connected byte stream: TCP, Unix socket or TLS over either.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Sync + Unpin {}
@@ -35,6 +37,7 @@ pub struct Framed {
     stream: Box<dyn Stream>,
     input: BytesMut,
     output: BytesMut,
+    patience: Option<Duration>,
 }
 
 fn invalid(what: impl Into<String>) -> io::Error {
@@ -48,7 +51,14 @@ impl Framed {
             stream,
             input: BytesMut::new(),
             output: BytesMut::new(),
+            patience: None,
         }
+    }
+
+    /// From now on a flush fails when the other end takes nothing for so long. One
+    /// that takes little, over a thin link, is waited for.
+    pub fn give_up_after(&mut self, patience: Duration) {
+        self.patience = Some(patience);
     }
 
     /// Bytes that go out with the next flush.
@@ -59,11 +69,12 @@ impl Framed {
     /// Sends what has been put out.
     pub async fn flush(&mut self) -> io::Result<()> {
         while self.output.has_remaining() {
-            if self.stream.write_buf(&mut self.output).await? == 0 {
+            let write = self.stream.write_buf(&mut self.output);
+            if patiently(self.patience, write).await? == 0 {
                 return Err(io::ErrorKind::WriteZero.into());
             }
         }
-        self.stream.flush().await
+        patiently(self.patience, self.stream.flush()).await
     }
 
     async fn fill(&mut self) -> io::Result<()> {
@@ -130,6 +141,18 @@ impl Framed {
     /// The stream and what was read ahead of it.
     pub fn into_parts(self) -> (Box<dyn Stream>, Bytes) {
         (self.stream, self.input.freeze())
+    }
+}
+
+async fn patiently<T>(
+    patience: Option<Duration>,
+    step: impl Future<Output = io::Result<T>>,
+) -> io::Result<T> {
+    match patience {
+        None => step.await,
+        Some(patience) => timeout(patience, step)
+            .await
+            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())),
     }
 }
 
@@ -287,6 +310,27 @@ mod tests {
                     .is_err()
             );
         }
+    }
+
+    // A client that stopped reading used to keep its session and its cursor for ever.
+    #[tokio::test]
+    async fn a_peer_that_takes_nothing_is_given_up() {
+        let (ours, mut theirs) = tokio::io::duplex(16);
+        let mut framed = Framed::new(Box::new(ours));
+        framed.give_up_after(Duration::from_secs(1));
+        framed.out().put_bytes(7, 100);
+        let slowly = async {
+            // Takes longer in all than our patience lasts.
+            for _ in 0..100 {
+                tokio::time::sleep(Duration::from_millis(12)).await;
+                theirs.read_u8().await.unwrap();
+            }
+        };
+        let (flushed, ()) = tokio::join!(framed.flush(), slowly);
+        flushed.unwrap();
+        framed.out().put_bytes(7, 100);
+        let error = framed.flush().await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }
 
     #[tokio::test]

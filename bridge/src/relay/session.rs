@@ -9,7 +9,7 @@ use bytes::BufMut;
 use postgres_protocol::message::frontend;
 
 use super::grammar::{Command, parse};
-use super::stream::{EXTENSION_SCHEMA, Outcome, Start, stream};
+use super::stream::{EXTENSION_SCHEMA, Outcome, SILENCE, Start, stream};
 use super::{Relay, splice};
 use crate::client::{Client, PgError, SessionOptions};
 use crate::conninfo::ConnInfo;
@@ -61,11 +61,12 @@ impl Session {
     /// For a client that has been let in.
     pub fn new(
         relay: Arc<Relay>,
-        framed: Framed,
+        mut framed: Framed,
         parameters: BTreeMap<String, String>,
         id: u32,
     ) -> Session {
         let bridge = parameters.contains_key(BRIDGE_PARAMETER);
+        framed.give_up_after(SILENCE);
         Session {
             relay,
             framed,
@@ -377,8 +378,16 @@ impl Session {
         client.flush().await?;
         loop {
             let message = client.message().await?;
-            if message.kind == b'Z' {
-                return Ok(Ok(()));
+            match message.kind {
+                b'Z' => return Ok(Ok(())),
+                // The rows would have to come from the client, which is not read here.
+                b'G' => {
+                    let text = "COPY FROM STDIN is not supported in replication mode";
+                    frontend::copy_fail(text, client.buffer())?;
+                    client.flush().await?;
+                    continue;
+                }
+                _ => {}
             }
             let out = self.framed.out();
             wire::put(out, message.kind, |out| out.put_slice(&message.body));

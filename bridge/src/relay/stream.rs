@@ -19,8 +19,8 @@ use crate::wire::{self, Framed, MAX_UNAUTHENTICATED};
 const FLUSH_BYTES: usize = 256 << 10;
 /// How often a bridge is told of our position when nothing changes.
 const TICK: Duration = Duration::from_millis(500);
-/// A client that says nothing for so long is gone.
-const SILENCE: Duration = Duration::from_secs(60);
+/// A client that says nothing, or takes nothing, for so long is gone.
+pub const SILENCE: Duration = Duration::from_secs(60);
 /// A stock client is asked for a sign of life at half of that.
 const ASK_AFTER: Duration = Duration::from_secs(30);
 
