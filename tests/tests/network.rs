@@ -440,12 +440,47 @@ fn psql_and_pg_dump_read_through_the_relay() {
             .contains("does not exist")
     );
 
+    // A replication session takes SQL, but no rows: it would wait for them for ever.
+    let mut copy = limited(&program("psql"));
+    copy.args(["-XAtq", "-d", &format!("{conninfo} replication=database")]);
+    copy.args([
+        "-c",
+        "CREATE TEMP TABLE x (a int)",
+        "-c",
+        "COPY x FROM STDIN",
+    ]);
+    let said = told(copy.output().expect("run psql")).expect_err("no rows");
+    assert!(said.contains("COPY FROM STDIN is not supported"), "{said}");
+
     let mut dump = limited(&program("pg_dump"));
     dump.args(["-d", &conninfo, "--table", "t"]);
     let dump = told(dump.output().expect("run pg_dump")).expect("a dump");
     for line in ["CREATE TABLE public.t (", "1\tit's\n", "2\t\\N\n"] {
         assert!(dump.contains(line), "{line:?} is not in {dump}");
     }
+}
+
+#[test]
+fn a_query_through_the_relay_can_be_cancelled() {
+    let tree = Tree::grow(TABLE, &[("region", None, 1)]);
+    let (server, bridge) = (&tree.nodes[0].server, &tree.nodes[0].bridge);
+    let said = tree.scratch.path().join("said");
+    let mut psql = command(&program("psql"), None, Signal::SIGKILL);
+    psql.args(["-X", "-d", &bridge.conninfo(), "-c", "SELECT pg_sleep(600)"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(fs::File::create(&said).expect("create"));
+    let mut psql = Process::start(psql, Signal::SIGINT).expect("start psql");
+    let asleep = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'";
+    wait_until("it sleeps", || server.value(asleep) == "1");
+    psql.signal(Signal::SIGINT);
+    wait_until("it is awake", || server.value(asleep) == "0");
+    psql.wait(terrace_tests::PATIENCE).expect("psql ends");
+    let said = fs::read_to_string(said).expect("read");
+    assert!(
+        said.contains("canceling statement due to user request"),
+        "{said}"
+    );
 }
 
 #[test]
@@ -465,6 +500,19 @@ fn pg_recvlogical_goes_on_where_it_confirmed() {
     wait_until("the row is received", || {
         place(&first, b"before the kill").is_some()
     });
+    let twin = limited(&program("pg_recvlogical"))
+        .args(["--start", "--no-loop", "-d", &conninfo, "--slot", "stock"])
+        .args([
+            "-f",
+            "-",
+            "-o",
+            "proto_version=1",
+            "-o",
+            "publication_names=terrace",
+        ])
+        .output();
+    let refused = told(twin.expect("run pg_recvlogical")).expect_err("in use");
+    assert!(refused.contains("is active for PID"), "{refused}");
     let bytes = fs::read(&first).expect("read");
     assert_eq!(bytes.first(), Some(&b'B'), "it begins with a begin");
     let at = |needle: &[u8]| place(&first, needle).expect("received");
