@@ -16,7 +16,7 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
-use crate::conninfo::{ConnInfo, SslMode};
+use crate::conninfo::{ChannelBinding, ConnInfo, SslMode};
 use crate::tls;
 use crate::wire::{Framed, MAX_MESSAGE, MAX_UNAUTHENTICATED, Message, Stream, take_cstr};
 
@@ -223,13 +223,21 @@ impl Client {
     }
 
     async fn authenticate(&mut self, info: &ConnInfo, binding: Binding) -> Result<()> {
+        let mut bound = info.channel_binding() != ChannelBinding::Require;
         loop {
             let message = self.framed.read_message(MAX_UNAUTHENTICATED).await?;
             let mut body = message.body.clone();
             match message.kind {
                 b'E' => return Err(PgError::from_error_response(&message.body)),
                 b'R' if body.len() >= 4 => match body.get_u32() {
-                    0 => return Ok(()),
+                    0 if bound => return Ok(()),
+                    // Whoever answers may be anybody: say nothing to them.
+                    0 | 3 | 5 if !bound => {
+                        return Err(PgError::Auth(
+                            "channel binding required, but the server authenticated us without it"
+                                .into(),
+                        ));
+                    }
                     3 => self.send_password(&password(info)?).await?,
                     5 if body.len() == 4 => {
                         let salt = [body[0], body[1], body[2], body[3]];
@@ -237,7 +245,10 @@ impl Client {
                         let hash = md5_hash(info.user().as_bytes(), password.as_bytes(), salt);
                         self.send_password(&hash).await?;
                     }
-                    10 => self.scram(info, &binding, &mut body).await?,
+                    10 => {
+                        self.scram(info, &binding, &mut body).await?;
+                        bound = true;
+                    }
                     code => {
                         let text = format!("method {code} requested by the server is unsupported");
                         return Err(PgError::Auth(text));
@@ -270,7 +281,7 @@ impl Client {
                     "the server offers no supported SASL mechanism".into(),
                 ));
             }
-            _ if info.get("channel_binding") == Some("require") => {
+            _ if info.channel_binding() == ChannelBinding::Require => {
                 return Err(PgError::Auth(
                     "channel binding required but not offered".into(),
                 ));
@@ -609,6 +620,7 @@ async fn secure(info: &ConnInfo) -> Result<(Framed, Binding)> {
     let hash = certificates
         .first()
         .and_then(|first| tls::certificate_hash(first));
+    let hash = hash.filter(|_| info.channel_binding() != ChannelBinding::Disable);
     Ok((
         Framed::new(Box::new(stream)),
         hash.map_or(Binding::None, Binding::Hash),
