@@ -21,7 +21,7 @@ pub enum Command {
         snapshot: Option<String>,
     },
     /// DROP_REPLICATION_SLOT
-    Drop { slot: String },
+    Drop { slot: String, wait: bool },
     /// START_REPLICATION … LOGICAL
     Start {
         slot: String,
@@ -108,9 +108,11 @@ pub fn parse(text: &str) -> Option<Command> {
         "DROP_REPLICATION_SLOT" => match rest {
             [slot] => Some(Command::Drop {
                 slot: identifier(slot)?,
+                wait: false,
             }),
             [slot, Token::Word(wait)] if wait == "WAIT" => Some(Command::Drop {
                 slot: identifier(slot)?,
+                wait: true,
             }),
             _ => None,
         },
@@ -270,6 +272,7 @@ mod tests {
         assert_eq!(parse(text), Some(start));
         let drop = Some(Command::Drop {
             slot: "a\"b".into(),
+            wait: true,
         });
         assert_eq!(parse("DROP_REPLICATION_SLOT \"a\"\"b\" WAIT"), drop);
         assert_eq!(

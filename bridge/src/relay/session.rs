@@ -3,10 +3,12 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use bytes::BufMut;
 use postgres_protocol::message::frontend;
+use tokio::time::sleep;
 
 use super::grammar::{Command, parse};
 use super::stream::{EXTENSION_SCHEMA, Outcome, SILENCE, Start, stream};
@@ -26,6 +28,20 @@ type Reply = Result<(), Refusal>;
 
 fn refuse<T>(code: &'static str, text: impl Into<String>) -> Result<T, Refusal> {
     Err(Refusal(code, text.into()))
+}
+
+fn already_exists<T>(slot: &str) -> Result<T, Refusal> {
+    refuse(
+        "42710",
+        format!("replication slot \"{slot}\" already exists"),
+    )
+}
+
+fn is_active<T>(slot: &str) -> Result<T, Refusal> {
+    refuse(
+        "55006",
+        format!("replication slot \"{slot}\" is active for PID 0"),
+    )
 }
 
 impl From<PgError> for Refusal {
@@ -174,17 +190,7 @@ impl Session {
                 logical,
                 snapshot,
             }) => self.create(slot, temporary, logical, snapshot).await,
-            Some(Command::Drop { slot }) => {
-                if self.relay.queue.drop_cursor(&slot) {
-                    wire::command_complete(self.framed.out(), "DROP_REPLICATION_SLOT");
-                    Ok(())
-                } else {
-                    refuse(
-                        "42704",
-                        format!("replication slot \"{slot}\" does not exist"),
-                    )
-                }
-            }
+            Some(Command::Drop { slot, wait }) => self.drop_slot(&slot, wait).await,
             Some(Command::Start {
                 slot,
                 from,
@@ -253,10 +259,7 @@ impl Session {
             .iter()
             .any(|(name, _, _)| *name == slot)
         {
-            return refuse(
-                "42710",
-                format!("replication slot \"{slot}\" already exists"),
-            );
+            return already_exists(&slot);
         }
         let (lsn, name) = match snapshot.as_deref() {
             Some("nothing") => (*self.relay.shared.replayed.borrow(), None),
@@ -267,9 +270,14 @@ impl Session {
             }
             _ => return refuse("0A000", "SNAPSHOT 'use' is not supported by this server"),
         };
-        self.relay.queue.set_cursor(&slot, lsn);
+        if !self.relay.queue.create_cursor(&slot, lsn, temporary) {
+            return already_exists(&slot);
+        }
         if temporary {
             self.temporary.push(slot.clone());
+        } else if let Err(refusal) = self.save_cursors().await {
+            self.relay.queue.drop_cursor(&slot);
+            return Err(refusal);
         }
         let point = lsn.to_string();
         self.row(
@@ -282,6 +290,34 @@ impl Session {
             "CREATE_REPLICATION_SLOT",
         );
         Ok(())
+    }
+
+    async fn drop_slot(&mut self, slot: &str, wait: bool) -> Reply {
+        let deadline = Instant::now() + SILENCE;
+        while lock(&self.relay).contains(slot) {
+            if !wait || Instant::now() > deadline {
+                return is_active(slot);
+            }
+            sleep(Duration::from_millis(50)).await;
+        }
+        if !self.relay.queue.drop_cursor(slot) {
+            let text = format!("replication slot \"{slot}\" does not exist");
+            return refuse("42704", text);
+        }
+        self.save_cursors().await?;
+        wire::command_complete(self.framed.out(), "DROP_REPLICATION_SLOT");
+        Ok(())
+    }
+
+    /// What a client is told of a cursor must still be so after a crash.
+    async fn save_cursors(&self) -> Reply {
+        let queue = self.relay.queue.clone();
+        let saved = tokio::task::spawn_blocking(move || queue.save_cursors()).await;
+        match saved {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => refuse("58030", error.to_string()),
+            Err(error) => refuse("58030", error.to_string()),
+        }
     }
 
     /// A snapshot of the local database with the position that it shows.
@@ -345,8 +381,7 @@ impl Session {
             Err(error) => return Ok(refuse("58P01", error.to_string())),
         };
         if !lock(&self.relay).insert(slot.clone()) {
-            let text = format!("replication slot \"{slot}\" is active for PID 0");
-            return Ok(refuse("55006", text));
+            return Ok(is_active(&slot));
         }
         let _active = ActiveCursor {
             relay: &self.relay,
