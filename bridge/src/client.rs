@@ -18,7 +18,7 @@ use tokio_rustls::TlsConnector;
 
 use crate::conninfo::{ChannelBinding, ConnInfo, SslMode};
 use crate::tls;
-use crate::wire::{Framed, MAX_MESSAGE, MAX_UNAUTHENTICATED, Message, Stream, take_cstr};
+use crate::wire::{self, Framed, MAX_MESSAGE, MAX_UNAUTHENTICATED, Message, Stream, take_cstr};
 
 const SSL_REQUEST: &[u8] = &[0, 0, 0, 8, 4, 210, 22, 47];
 
@@ -149,7 +149,7 @@ pub async fn open_stream(info: &ConnInfo) -> io::Result<Box<dyn Stream>> {
         return Ok(Box::new(UnixStream::connect(path).await?));
     }
     let stream = TcpStream::connect((info.address(), info.port())).await?;
-    stream.set_nodelay(true)?;
+    wire::tune(&stream)?;
     Ok(Box::new(stream))
 }
 

@@ -159,7 +159,7 @@ pub enum Accepted {
 
 /// Lets a client in or fails; at most 10 s.
 pub async fn accept(tcp: TcpStream, security: &Security) -> anyhow::Result<Accepted> {
-    tcp.set_nodelay(true)?;
+    wire::tune(&tcp)?;
     timeout(LIMIT, accept_untimed(tcp, security))
         .await
         .context("handshake took too long")?

@@ -8,8 +8,21 @@ use std::io;
 use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
+use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::time::timeout;
+
+/// Settings of every TCP connection, either way: nothing waits to be sent, and a
+/// host that is gone without a word is noticed in about a minute.
+pub fn tune(tcp: &TcpStream) -> io::Result<()> {
+    tcp.set_nodelay(true)?;
+    let keepalive = TcpKeepalive::new()
+        .with_time(Duration::from_secs(30))
+        .with_interval(Duration::from_secs(10))
+        .with_retries(3);
+    SockRef::from(tcp).set_tcp_keepalive(&keepalive)
+}
 
 /// A connected byte stream: TCP, Unix socket or TLS over either.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Sync + Unpin {}
