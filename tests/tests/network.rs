@@ -440,6 +440,9 @@ fn psql_and_pg_dump_read_through_the_relay() {
             .contains("does not exist")
     );
 
+    let bound = format!("{conninfo} channel_binding=require");
+    both(&tree.scratch, &bound).expect_err("there is no TLS to bind to");
+
     // A replication session takes SQL, but no rows: it would wait for them for ever.
     let mut copy = limited(&program("psql"));
     copy.args(["-XAtq", "-d", &format!("{conninfo} replication=database")]);
@@ -458,6 +461,25 @@ fn psql_and_pg_dump_read_through_the_relay() {
     for line in ["CREATE TABLE public.t (", "1\tit's\n", "2\t\\N\n"] {
         assert!(dump.contains(line), "{line:?} is not in {dump}");
     }
+}
+
+// A slot used to be promised before it was on disk.
+#[test]
+fn a_slot_is_there_once_it_was_promised() {
+    let mut tree = Tree::grow(TABLE, &[("region", None, 1)]);
+    let conninfo = tree.nodes[0].bridge.conninfo();
+    let again = |tree: &mut Tree| {
+        tree.nodes[0].bridge.kill9();
+        tree.nodes[0].bridge.restart().expect("start the bridge");
+        wait_until("the relay answers", || psql(&conninfo, "SELECT 1").is_ok());
+    };
+    manage_slot(&conninfo, "stock", "--create-slot").expect("create the slot");
+    again(&mut tree);
+    let said = manage_slot(&conninfo, "stock", "--create-slot").expect_err("it is there");
+    assert!(said.contains("already exists"), "{said}");
+    manage_slot(&conninfo, "stock", "--drop-slot").expect("drop the slot");
+    again(&mut tree);
+    manage_slot(&conninfo, "stock", "--create-slot").expect("it is gone");
 }
 
 #[test]
@@ -532,8 +554,8 @@ fn pg_recvlogical_goes_on_where_it_confirmed() {
         place(&second, b"while away").is_some() && place(&second, b"afterwards").is_some()
     });
     assert_eq!(place(&second, b"before the kill"), None, "not again");
-    let said = manage_slot(&conninfo, "stock", "--start").expect_err("wrong usage");
-    assert!(!said.is_empty());
+    let said = manage_slot(&conninfo, "stock", "--drop-slot").expect_err("in use");
+    assert!(said.contains("is active for PID"), "{said}");
 }
 
 #[test]
@@ -592,6 +614,24 @@ fn a_client_that_never_reads_holds_back_nobody() {
             .all(|file| place(file, b"all are here").is_some())
     });
     stuck.signal(Signal::SIGSTOP);
+
+    // The kernel asks after hosts that have gone silent (timer 2 is the keepalive).
+    let port = format!(":{:04X}", tree.nodes[0].bridge.port);
+    let sockets = fs::read_to_string("/proc/net/tcp").expect("read");
+    let timers: Vec<&str> = sockets
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>())
+        .filter(|line| line[3] == "01" && (line[1].ends_with(&port) || line[2].ends_with(&port)))
+        .map(|line| line[5])
+        .collect();
+    assert!(
+        timers
+            .iter()
+            .filter(|timer| timer.starts_with("02"))
+            .count()
+            >= 4,
+        "{timers:?}"
+    );
 
     // More than all socket buffers on the way hold.
     for _ in 0..4 {
