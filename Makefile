@@ -58,3 +58,22 @@ bench: install
 	cargo build --locked --release -p terrace-bridge -p terrace-bench
 	TERRACE_BRIDGE=$(abspath $(TARGET))/release/terrace-bridge \
 	  $(TARGET)/release/terrace-bench $(if $(filter 1,$(QUICK)),--quick) $(ONLY)
+
+# Runs each fuzz target for so many seconds. Stable Rust does: coverage is a pass of LLVM.
+SECONDS ?= 60
+FUZZ_TARGETS = pgoutput frames segment record text
+FUZZ_HOST = $(shell rustc -vV | sed -n 's/^host: //p')
+FUZZ_FLAGS = --cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+	-Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+	-Cllvm-args=-sanitizer-coverage-trace-compares
+
+.PHONY: fuzz
+fuzz:
+	cd fuzz && RUSTFLAGS="$(FUZZ_FLAGS)" cargo build --release --target $(FUZZ_HOST) --target-dir target
+	@set -e; scratch=$$(mktemp -d -p /dev/shm 2>/dev/null || mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
+	for target in $(FUZZ_TARGETS); do \
+	  mkdir -p fuzz/corpus/$$target fuzz/artifacts/$$target; \
+	  echo "fuzzing $$target for $(SECONDS) s"; \
+	  TMPDIR=$$scratch fuzz/target/$(FUZZ_HOST)/release/$$target -max_total_time=$(SECONDS) \
+	    -print_final_stats=1 -artifact_prefix=fuzz/artifacts/$$target/ fuzz/corpus/$$target; \
+	done

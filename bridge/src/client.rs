@@ -16,9 +16,9 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
-use crate::conninfo::{ConnInfo, SslMode};
+use crate::conninfo::{ChannelBinding, ConnInfo, SslMode};
 use crate::tls;
-use crate::wire::{Framed, MAX_MESSAGE, MAX_UNAUTHENTICATED, Message, Stream, take_cstr};
+use crate::wire::{self, Framed, MAX_MESSAGE, MAX_UNAUTHENTICATED, Message, Stream, take_cstr};
 
 const SSL_REQUEST: &[u8] = &[0, 0, 0, 8, 4, 210, 22, 47];
 
@@ -157,7 +157,7 @@ pub async fn open_stream(info: &ConnInfo) -> io::Result<Box<dyn Stream>> {
         return Ok(Box::new(UnixStream::connect(path).await?));
     }
     let stream = TcpStream::connect((info.address(), info.port())).await?;
-    stream.set_nodelay(true)?;
+    wire::tune(&stream)?;
     Ok(Box::new(stream))
 }
 
@@ -231,13 +231,21 @@ impl Client {
     }
 
     async fn authenticate(&mut self, info: &ConnInfo, binding: Binding) -> Result<()> {
+        let mut bound = info.channel_binding() != ChannelBinding::Require;
         loop {
             let message = self.framed.read_message(MAX_UNAUTHENTICATED).await?;
             let mut body = message.body.clone();
             match message.kind {
                 b'E' => return Err(PgError::from_error_response(&message.body)),
                 b'R' if body.len() >= 4 => match body.get_u32() {
-                    0 => return Ok(()),
+                    0 if bound => return Ok(()),
+                    // Whoever answers may be anybody: say nothing to them.
+                    0 | 3 | 5 if !bound => {
+                        return Err(PgError::Auth(
+                            "channel binding required, but the server authenticated us without it"
+                                .into(),
+                        ));
+                    }
                     3 => self.send_password(&password(info)?).await?,
                     5 if body.len() == 4 => {
                         let salt = [body[0], body[1], body[2], body[3]];
@@ -245,7 +253,10 @@ impl Client {
                         let hash = md5_hash(info.user().as_bytes(), password.as_bytes(), salt);
                         self.send_password(&hash).await?;
                     }
-                    10 => self.scram(info, &binding, &mut body).await?,
+                    10 => {
+                        self.scram(info, &binding, &mut body).await?;
+                        bound = true;
+                    }
                     code => {
                         let text = format!("method {code} requested by the server is unsupported");
                         return Err(PgError::Auth(text));
@@ -278,7 +289,7 @@ impl Client {
                     "the server offers no supported SASL mechanism".into(),
                 ));
             }
-            _ if info.get("channel_binding") == Some("require") => {
+            _ if info.channel_binding() == ChannelBinding::Require => {
                 return Err(PgError::Auth(
                     "channel binding required but not offered".into(),
                 ));
@@ -623,6 +634,7 @@ async fn secure(info: &ConnInfo) -> Result<(Framed, Binding)> {
     let hash = certificates
         .first()
         .and_then(|first| tls::certificate_hash(first));
+    let hash = hash.filter(|_| info.channel_binding() != ChannelBinding::Disable);
     Ok((
         Framed::new(Box::new(stream)),
         hash.map_or(Binding::None, Binding::Hash),

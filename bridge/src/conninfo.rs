@@ -45,12 +45,24 @@ const KEYS: &[&str] = &[
     "channel_binding",
 ];
 
+/// Whether the password exchange must be tied to the TLS session (libpq's `channel_binding`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChannelBinding {
+    /// Never.
+    Disable,
+    /// When both sides can.
+    Prefer,
+    /// Always; without it there is no session.
+    Require,
+}
+
 /// Where and as whom to connect.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ConnInfo {
     values: BTreeMap<String, String>,
     port: u16,
     ssl_mode: SslMode,
+    channel_binding: ChannelBinding,
 }
 
 impl ConnInfo {
@@ -81,6 +93,15 @@ impl ConnInfo {
             Some("verify-full") => SslMode::VerifyFull,
             Some(mode) => return Err(ConnInfoError(format!("invalid sslmode \"{mode}\""))),
         };
+        let channel_binding = match values.get("channel_binding").map(String::as_str) {
+            None | Some("prefer") => ChannelBinding::Prefer,
+            Some("disable") => ChannelBinding::Disable,
+            Some("require") => ChannelBinding::Require,
+            Some(value) => {
+                let text = format!("invalid channel_binding \"{value}\"");
+                return Err(ConnInfoError(text));
+            }
+        };
         for required in ["user", "dbname"] {
             if !values.contains_key(required) {
                 return Err(ConnInfoError(format!("missing option \"{required}\"")));
@@ -95,6 +116,7 @@ impl ConnInfo {
             values,
             port,
             ssl_mode,
+            channel_binding,
         })
     }
 
@@ -150,6 +172,11 @@ impl ConnInfo {
         self.ssl_mode
     }
 
+    /// Channel binding wanted.
+    pub fn channel_binding(&self) -> ChannelBinding {
+        self.channel_binding
+    }
+
     /// Longest time to get a session.
     pub fn connect_timeout(&self) -> Duration {
         let seconds = self
@@ -200,6 +227,8 @@ impl ConnInfo {
             ("sslrootcert", "PGSSLROOTCERT"),
             ("sslcert", "PGSSLCERT"),
             ("sslkey", "PGSSLKEY"),
+            ("channel_binding", "PGCHANNELBINDING"),
+            ("connect_timeout", "PGCONNECT_TIMEOUT"),
             ("options", "PGOPTIONS"),
         ];
         let mut env: Vec<(String, String)> = names
@@ -396,6 +425,10 @@ mod tests {
             (
                 "host=a user=u dbname=d sslmode=yes password=secret",
                 "invalid sslmode \"yes\"",
+            ),
+            (
+                "host=a user=u dbname=d channel_binding=yes password=secret",
+                "invalid channel_binding \"yes\"",
             ),
             (
                 "host=a user=u dbname='d password=secret",

@@ -376,6 +376,10 @@ mod tests {
         let path = dir.path().join("users");
         fs::write(&path, format!("# users\n\"anna\" \"{verifier}\"\n")).unwrap();
         let security = Security::load(Some(&path), None, None, None).unwrap();
+        log_in_to(security, &format!("user={user} password={password}")).await
+    }
+
+    async fn log_in_to(security: Security, login: &str) -> Result<(), String> {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let server = tokio::spawn(async move {
@@ -386,7 +390,7 @@ mod tests {
                 framed.flush().await.unwrap();
             }
         });
-        let info = format!("host=127.0.0.1 port={port} user={user} dbname=d password={password}");
+        let info = format!("host=127.0.0.1 port={port} dbname=d {login}");
         let info = ConnInfo::parse(&info).unwrap();
         let result = Client::connect(&info, &SessionOptions::default()).await;
         server.await.unwrap();
@@ -400,6 +404,16 @@ mod tests {
             let error = log_in(password, user).await.unwrap_err();
             assert!(error.contains("password authentication failed"), "{error}");
         }
+    }
+
+    // A server that asks for no password used to be believed.
+    #[tokio::test]
+    async fn a_required_channel_binding_is_not_left_out() {
+        let security = || Security::load(None, None, None, None).unwrap();
+        log_in_to(security(), "user=anna").await.unwrap();
+        let login = "user=anna password=pencil channel_binding=require";
+        let error = log_in_to(security(), login).await.unwrap_err();
+        assert!(error.contains("channel binding required"), "{error}");
     }
 
     #[test]

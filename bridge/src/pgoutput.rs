@@ -265,9 +265,18 @@ impl<'a> Reader<'a> {
         })
     }
 
+    /// A byte of flags that has one.
+    fn flag(&mut self) -> Result<bool> {
+        match self.u8()? {
+            0 => Ok(false),
+            1 => Ok(true),
+            _ => Err(DecodeError::Malformed("flags")),
+        }
+    }
+
     fn column(&mut self) -> Result<Column<'a>> {
         Ok(Column {
-            key: self.u8()? & 1 != 0,
+            key: self.flag()?,
             name: self.text()?,
             type_oid: self.u32()?,
             typmod: self.u32()? as i32,
@@ -292,6 +301,9 @@ impl<'a> Reader<'a> {
 
     fn truncate(&mut self) -> Result<Message<'a>> {
         let (count, options) = (self.u32()?, self.u8()?);
+        if options & !(TRUNCATE_CASCADE | TRUNCATE_RESTART_IDENTITY) != 0 {
+            return Err(DecodeError::Malformed("options of a truncate"));
+        }
         if self.0.len() != count as usize * 4 {
             return Err(DecodeError::Malformed("number of truncated tables"));
         }
@@ -307,7 +319,9 @@ impl<'a> Reader<'a> {
                 xid: self.u32()?,
             },
             b'C' => {
-                self.u8()?;
+                if self.u8()? != 0 {
+                    return Err(DecodeError::Malformed("flags of a commit"));
+                }
                 Message::Commit {
                     commit_lsn: self.lsn()?,
                     end_lsn: self.lsn()?,
@@ -338,7 +352,7 @@ impl<'a> Reader<'a> {
             }
             b'T' => self.truncate()?,
             b'M' => Message::Logical {
-                transactional: self.u8()? & 1 != 0,
+                transactional: self.flag()?,
                 lsn: self.lsn()?,
                 prefix: self.text()?,
                 content: self.sized()?,
@@ -406,6 +420,13 @@ mod tests {
         // A binary value, which the session never asks for.
         assert!(decode(&hex("49 00004001 4e 0001 62 00000001 31")).is_err());
         assert!(decode(&hex("54 ffffffff 00 00000001")).is_err());
+        // Flags that mean what we do not know.
+        assert!(decode(&hex("54 00000001 00 00000001")).is_ok());
+        assert!(decode(&hex("54 00000001 04 00000001")).is_err());
+        assert!(decode(&hex("4d 02 0000000000000001 00 00000000")).is_err());
+        let commit = [0; 24];
+        assert!(decode(&[b"C\0", &commit[..]].concat()).is_ok());
+        assert!(decode(&[b"C\x01", &commit[..]].concat()).is_err());
     }
 
     proptest! {

@@ -97,6 +97,9 @@ struct Cursor {
     lsn: u64,
     /// Retention passed it by; the consumer must copy anew.
     lost: bool,
+    /// Of one session, which does not outlive this process.
+    #[serde(skip)]
+    temporary: bool,
 }
 
 #[derive(Default)]
@@ -111,6 +114,8 @@ struct Inner {
     /// In order of position; the last one is being written.
     segments: Mutex<Vec<Arc<Segment>>>,
     cursors: Mutex<Cursors>,
+    /// Held while the cursors are written to disk.
+    saving: Mutex<()>,
     written: watch::Sender<Lsn>,
     durable: watch::Sender<Lsn>,
 }
@@ -192,6 +197,7 @@ impl Queue {
                     by_name,
                     dirty: false,
                 }),
+                saving: Mutex::default(),
                 written: watch::Sender::new(end),
                 durable: watch::Sender::new(end),
             }),
@@ -285,6 +291,22 @@ impl Queue {
         }
     }
 
+    /// Registers a consumer; false when there is one of that name.
+    pub fn create_cursor(&self, name: &str, lsn: Lsn, temporary: bool) -> bool {
+        let mut cursors = lock(&self.inner.cursors);
+        if cursors.by_name.contains_key(name) {
+            return false;
+        }
+        let cursor = Cursor {
+            lsn: lsn.0,
+            lost: false,
+            temporary,
+        };
+        cursors.by_name.insert(name.to_owned(), cursor);
+        cursors.dirty = true;
+        true
+    }
+
     /// Sets a consumer's position; it never goes back.
     pub fn set_cursor(&self, name: &str, lsn: Lsn) {
         let mut cursors = lock(&self.inner.cursors);
@@ -292,6 +314,7 @@ impl Queue {
         let cursor = entry.or_insert(Cursor {
             lsn: lsn.0,
             lost: false,
+            temporary: false,
         });
         cursor.lsn = cursor.lsn.max(lsn.0);
         cursor.lost &= Lsn(cursor.lsn) < self.first();
@@ -325,14 +348,17 @@ impl Queue {
             .collect()
     }
 
-    /// Writes the cursors to disk if they have changed.
+    /// Writes the cursors to disk if they have changed; when it returns, every
+    /// change before the call is there.
     pub fn save_cursors(&self) -> Result<(), QueueError> {
-        let by_name = {
+        let _saving = lock(&self.inner.saving);
+        let by_name: BTreeMap<String, Cursor> = {
             let mut cursors = lock(&self.inner.cursors);
             if !std::mem::take(&mut cursors.dirty) {
                 return Ok(());
             }
-            cursors.by_name.clone()
+            let kept = cursors.by_name.iter().filter(|(_, c)| !c.temporary);
+            kept.map(|(name, cursor)| (name.clone(), *cursor)).collect()
         };
         let text = serde_json::to_vec(&by_name)
             .map_err(|error| QueueError::io("encode", &self.inner.dir)(io::Error::other(error)))?;

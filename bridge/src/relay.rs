@@ -7,7 +7,7 @@
 //! transaction sent whole. SQL runs under a role that may read what is
 //! synchronised and report, nothing else.
 
-mod grammar;
+pub mod grammar;
 mod session;
 mod splice;
 mod stream;
@@ -28,7 +28,7 @@ use crate::report::RELAY_ROLE;
 use crate::roles::Ordered;
 use crate::status::Shared;
 use crate::upstream::BRIDGE_PARAMETER;
-use crate::wire::Stream;
+use crate::wire::{self, Stream};
 
 /// More connections than this wait.
 const MAX_CONNECTIONS: usize = 600;
@@ -113,7 +113,7 @@ pub async fn run(
 
 async fn accept_tcp(listener: &TcpListener) -> io::Result<Box<dyn Stream>> {
     let (tcp, peer) = listener.accept().await?;
-    tcp.set_nodelay(true)?;
+    wire::tune(&tcp)?;
     tracing::debug!(%peer, "connection");
     Ok(Box::new(tcp))
 }

@@ -5,9 +5,24 @@
 //! connection before anything of that size is allocated.
 
 use std::io;
+use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
+use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+/// Settings of every TCP connection, either way: nothing waits to be sent, and a
+/// host that is gone without a word is noticed in about a minute.
+pub fn tune(tcp: &TcpStream) -> io::Result<()> {
+    tcp.set_nodelay(true)?;
+    let keepalive = TcpKeepalive::new()
+        .with_time(Duration::from_secs(30))
+        .with_interval(Duration::from_secs(10))
+        .with_retries(3);
+    SockRef::from(tcp).set_tcp_keepalive(&keepalive)
+}
 
 /// A connected byte stream: TCP, Unix socket or TLS over either.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Sync + Unpin {}
@@ -35,6 +50,7 @@ pub struct Framed {
     stream: Box<dyn Stream>,
     input: BytesMut,
     output: BytesMut,
+    patience: Option<Duration>,
 }
 
 fn invalid(what: impl Into<String>) -> io::Error {
@@ -48,7 +64,14 @@ impl Framed {
             stream,
             input: BytesMut::new(),
             output: BytesMut::new(),
+            patience: None,
         }
+    }
+
+    /// From now on a flush fails when the other end takes nothing for so long. One
+    /// that takes little, over a thin link, is waited for.
+    pub fn give_up_after(&mut self, patience: Duration) {
+        self.patience = Some(patience);
     }
 
     /// Bytes that go out with the next flush.
@@ -59,11 +82,12 @@ impl Framed {
     /// Sends what has been put out.
     pub async fn flush(&mut self) -> io::Result<()> {
         while self.output.has_remaining() {
-            if self.stream.write_buf(&mut self.output).await? == 0 {
+            let write = self.stream.write_buf(&mut self.output);
+            if patiently(self.patience, write).await? == 0 {
                 return Err(io::ErrorKind::WriteZero.into());
             }
         }
-        self.stream.flush().await
+        patiently(self.patience, self.stream.flush()).await
     }
 
     async fn fill(&mut self) -> io::Result<()> {
@@ -130,6 +154,18 @@ impl Framed {
     /// The stream and what was read ahead of it.
     pub fn into_parts(self) -> (Box<dyn Stream>, Bytes) {
         (self.stream, self.input.freeze())
+    }
+}
+
+async fn patiently<T>(
+    patience: Option<Duration>,
+    step: impl Future<Output = io::Result<T>>,
+) -> io::Result<T> {
+    match patience {
+        None => step.await,
+        Some(patience) => timeout(patience, step)
+            .await
+            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())),
     }
 }
 
@@ -287,6 +323,27 @@ mod tests {
                     .is_err()
             );
         }
+    }
+
+    // A client that stopped reading used to keep its session and its cursor for ever.
+    #[tokio::test]
+    async fn a_peer_that_takes_nothing_is_given_up() {
+        let (ours, mut theirs) = tokio::io::duplex(16);
+        let mut framed = Framed::new(Box::new(ours));
+        framed.give_up_after(Duration::from_secs(1));
+        framed.out().put_bytes(7, 100);
+        let slowly = async {
+            // Takes longer in all than our patience lasts.
+            for _ in 0..100 {
+                tokio::time::sleep(Duration::from_millis(12)).await;
+                theirs.read_u8().await.unwrap();
+            }
+        };
+        let (flushed, ()) = tokio::join!(framed.flush(), slowly);
+        flushed.unwrap();
+        framed.out().put_bytes(7, 100);
+        let error = framed.flush().await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }
 
     #[tokio::test]

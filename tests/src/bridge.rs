@@ -33,6 +33,8 @@ pub struct BridgeOptions {
     pub extra: String,
     /// Lines put in the section `[node]`.
     pub extra_node: String,
+    /// Lines put in the section `[relay]`.
+    pub extra_relay: String,
 }
 
 /// A bridge; stopped when dropped.
@@ -112,10 +114,11 @@ impl Bridge {
             }
         }
         text += &format!(
-            "\n[relay]\nlisten = \"127.0.0.1:{}\"\nauth_file = {}\n\
+            "\n[relay]\nlisten = \"127.0.0.1:{}\"\nauth_file = {}\n{}\n\
              \n[http]\nlisten = \"127.0.0.1:{}\"\n{}\n",
             self.port,
             quoted(&users.to_string_lossy()),
+            options.extra_relay,
             self.http_port,
             options.extra
         );

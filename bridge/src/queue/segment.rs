@@ -326,7 +326,7 @@ fn covered_by_mark(segment: &Segment, bad: u64, len: u64) -> Result<bool, QueueE
         for at in 0..=block.len() - MARK_LEN {
             if block[at..].starts_with(&magic)
                 && let Ok(record) = Record::take(&mut block.slice(at..at + MARK_LEN))
-                && record.body().get_u64() > bad
+                && record.body().try_get_u64().is_ok_and(|offset| offset > bad)
             {
                 return Ok(true);
             }

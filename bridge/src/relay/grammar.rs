@@ -5,6 +5,10 @@ use crate::roles::Order;
 
 /// A command of a replication session.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(
+    missing_docs,
+    reason = "field names are those of the commands' documentation"
+)]
 pub enum Command {
     /// IDENTIFY_SYSTEM
     IdentifySystem,
@@ -18,7 +22,7 @@ pub enum Command {
         snapshot: Option<String>,
     },
     /// DROP_REPLICATION_SLOT
-    Drop { slot: String },
+    Drop { slot: String, wait: bool },
     /// START_REPLICATION … LOGICAL
     Start {
         slot: String,
@@ -107,9 +111,11 @@ pub fn parse(text: &str) -> Option<Command> {
         "DROP_REPLICATION_SLOT" => match rest {
             [slot] => Some(Command::Drop {
                 slot: identifier(slot)?,
+                wait: false,
             }),
             [slot, Token::Word(wait)] if wait == "WAIT" => Some(Command::Drop {
                 slot: identifier(slot)?,
+                wait: true,
             }),
             _ => None,
         },
@@ -281,6 +287,7 @@ mod tests {
         assert_eq!(parse(text), Some(start));
         let drop = Some(Command::Drop {
             slot: "a\"b".into(),
+            wait: true,
         });
         assert_eq!(parse("DROP_REPLICATION_SLOT \"a\"\"b\" WAIT"), drop);
         assert_eq!(

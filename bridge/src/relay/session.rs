@@ -1,5 +1,6 @@
 //! A replication session: commands until a stream starts, and again after it.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,12 +13,12 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::grammar::{Command, parse};
-use super::stream::{Outcome, Start, stream};
+use super::stream::{EXTENSION_SCHEMA, Outcome, SILENCE, Start, stream};
 use super::{Holder, Relay, splice};
 use crate::client::{Client, PgError, SessionOptions};
 use crate::conninfo::ConnInfo;
 use crate::lsn::Lsn;
-use crate::queue::Reader;
+use crate::queue::{Queue, Reader};
 use crate::roles::Order;
 use crate::status::OpenQueue;
 use crate::upstream::{BRIDGE_PARAMETER, PUBLICATION, connect, create_snapshot};
@@ -34,6 +35,31 @@ type Reply = Result<(), Refusal>;
 
 fn refuse<T>(code: &'static str, text: impl Into<String>) -> Result<T, Refusal> {
     Err(Refusal(code, text.into()))
+}
+
+fn already_exists<T>(slot: &str) -> Result<T, Refusal> {
+    refuse(
+        "42710",
+        format!("replication slot \"{slot}\" already exists"),
+    )
+}
+
+fn is_active<T>(slot: &str, pid: u32) -> Result<T, Refusal> {
+    refuse(
+        "55006",
+        format!("replication slot \"{slot}\" is active for PID {pid}"),
+    )
+}
+
+/// What a client is told of a cursor must still be so after a crash.
+async fn save_cursors(queue: &Queue) -> Reply {
+    let queue = queue.clone();
+    let saved = tokio::task::spawn_blocking(move || queue.save_cursors()).await;
+    match saved {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => refuse("58030", error.to_string()),
+        Err(error) => refuse("58030", error.to_string()),
+    }
 }
 
 impl From<PgError> for Refusal {
@@ -72,11 +98,12 @@ impl Session {
     /// For a client that has been let in.
     pub fn new(
         relay: Arc<Relay>,
-        framed: Framed,
+        mut framed: Framed,
         parameters: BTreeMap<String, String>,
         id: u32,
     ) -> Session {
         let bridge = parameters.contains_key(BRIDGE_PARAMETER);
+        framed.give_up_after(SILENCE);
         Session {
             relay,
             framed,
@@ -184,7 +211,7 @@ impl Session {
                 logical,
                 snapshot,
             }) => self.create(slot, temporary, logical, snapshot).await,
-            Some(Command::Drop { slot }) => self.drop_slot(&slot),
+            Some(Command::Drop { slot, wait }) => self.drop_slot(&slot, wait).await,
             Some(Command::Order(order)) if self.bridge => self.order(order).await,
             Some(Command::Order(_)) => refuse("42501", "only another bridge may order that"),
             Some(Command::Start {
@@ -210,17 +237,6 @@ impl Session {
     fn open_queue(&self) -> Result<OpenQueue, Refusal> {
         let open = self.relay.shared.queue.borrow().clone();
         open.ok_or_else(|| Refusal("57P03", "this server has no data yet".into()))
-    }
-
-    fn drop_slot(&mut self, slot: &str) -> Reply {
-        if !self.open_queue()?.queue.drop_cursor(slot) {
-            return refuse(
-                "42704",
-                format!("replication slot \"{slot}\" does not exist"),
-            );
-        }
-        wire::command_complete(self.framed.out(), "DROP_REPLICATION_SLOT");
-        Ok(())
     }
 
     /// Hands an order to the node and waits for what comes of it.
@@ -282,10 +298,7 @@ impl Session {
         }
         let queue = self.open_queue()?.queue;
         if queue.cursors().iter().any(|(name, _, _)| *name == slot) {
-            return refuse(
-                "42710",
-                format!("replication slot \"{slot}\" already exists"),
-            );
+            return already_exists(&slot);
         }
         let (lsn, name) = match snapshot.as_deref() {
             Some("nothing") => (*self.relay.shared.replayed.borrow(), None),
@@ -296,9 +309,14 @@ impl Session {
             }
             _ => return refuse("0A000", "SNAPSHOT 'use' is not supported by this server"),
         };
-        queue.set_cursor(&slot, lsn);
+        if !queue.create_cursor(&slot, lsn, temporary) {
+            return already_exists(&slot);
+        }
         if temporary {
             self.temporary.push(slot.clone());
+        } else if let Err(refusal) = save_cursors(&queue).await {
+            queue.drop_cursor(&slot);
+            return Err(refusal);
         }
         let point = lsn.to_string();
         self.row(
@@ -311,6 +329,28 @@ impl Session {
             "CREATE_REPLICATION_SLOT",
         );
         Ok(())
+    }
+
+    async fn drop_slot(&mut self, slot: &str, wait: bool) -> Reply {
+        let deadline = Instant::now() + SILENCE;
+        while let Some(holder) = self.holder(slot) {
+            if !wait || Instant::now() > deadline {
+                return is_active(slot, holder.session);
+            }
+            sleep(Duration::from_millis(50)).await;
+        }
+        let queue = self.open_queue()?.queue;
+        if !queue.drop_cursor(slot) {
+            let text = format!("replication slot \"{slot}\" does not exist");
+            return refuse("42704", text);
+        }
+        save_cursors(&queue).await?;
+        wire::command_complete(self.framed.out(), "DROP_REPLICATION_SLOT");
+        Ok(())
+    }
+
+    fn holder(&self, slot: &str) -> Option<Holder> {
+        lock(&self.relay).get(slot).cloned()
     }
 
     /// A snapshot of the local database with the position that it shows.
@@ -438,9 +478,7 @@ impl Session {
             };
             let replaces = self.bridge && (depose || other.application == holder.application);
             if !replaces || Instant::now() > deadline {
-                let pid = other.session;
-                let text = format!("replication slot \"{slot}\" is active for PID {pid}");
-                return refuse("55006", text);
+                return is_active(slot, other.session);
             }
             other.end.cancel();
             sleep(Duration::from_millis(5)).await;
@@ -456,12 +494,20 @@ impl Session {
             }
         }
         let client = self.sql.as_mut().context("no local session")?;
-        frontend::query(text, client.buffer())?;
+        frontend::query(&without_internal(text), client.buffer())?;
         client.flush().await?;
         loop {
             let message = client.message().await?;
-            if message.kind == b'Z' {
-                return Ok(Ok(()));
+            match message.kind {
+                b'Z' => return Ok(Ok(())),
+                // The rows would have to come from the client, which is not read here.
+                b'G' => {
+                    let text = "COPY FROM STDIN is not supported in replication mode";
+                    frontend::copy_fail(text, client.buffer())?;
+                    client.flush().await?;
+                    continue;
+                }
+                _ => {}
             }
             let out = self.framed.out();
             wire::put(out, message.kind, |out| out.put_slice(&message.body));
@@ -469,6 +515,22 @@ impl Session {
                 self.framed.flush().await?;
             }
         }
+    }
+}
+
+/// A subscriber asks which tables there are, and must have all that it is told of:
+/// leave out the extension's own. The queries are those of `fetch_table_list`, before
+/// PostgreSQL 16 and since; both end in a condition.
+fn without_internal(text: &str) -> Cow<'_, str> {
+    let column = [
+        ("SELECT DISTINCT t.schemaname,", "t.schemaname"),
+        ("SELECT DISTINCT n.nspname, c.relname,", "n.nspname"),
+    ]
+    .into_iter()
+    .find_map(|(start, column)| text.starts_with(start).then_some(column));
+    match column {
+        Some(column) => format!("{text} AND {column} <> '{EXTENSION_SCHEMA}'").into(),
+        None => text.into(),
     }
 }
 

@@ -1,6 +1,6 @@
 //! The stream itself: records to bridges, pgoutput to stock clients.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -21,10 +21,13 @@ const FLUSH_BYTES: usize = 256 << 10;
 const TICK: Duration = Duration::from_millis(500);
 /// A bridge tells its positions every second; after this its cursor is free.
 const LEASE: Duration = Duration::from_secs(10);
-/// A client that says nothing for so long is gone.
-const SILENCE: Duration = Duration::from_secs(60);
+/// A client that says nothing, or takes nothing, for so long is gone.
+pub const SILENCE: Duration = Duration::from_secs(60);
 /// A stock client is asked for a sign of life at half of that.
 const ASK_AFTER: Duration = Duration::from_secs(30);
+
+/// Where the extension has its tables, some of which flow down with the users'.
+pub const EXTENSION_SCHEMA: &str = "terrace";
 
 /// How a stream ended.
 pub enum Outcome {
@@ -58,6 +61,7 @@ pub async fn stream(
         told_replayed: Lsn::ZERO,
         asked: Instant::now(),
         schema: HashMap::new(),
+        internal: HashSet::new(),
         waiting: None,
         reader,
     };
@@ -75,8 +79,10 @@ struct Sender<'a> {
     sent: Lsn,
     told_replayed: Lsn,
     asked: Instant,
-    /// Definitions of a stock client's session, and whether it has them.
-    schema: HashMap<u32, (Bytes, bool)>,
+    /// Definitions of a stock client's session by kind and OID, and whether it has them.
+    schema: HashMap<(u8, u32), (Bytes, bool)>,
+    /// Tables of the extension: the tree's own affair.
+    internal: HashSet<u32>,
 }
 
 impl Sender<'_> {
@@ -227,15 +233,25 @@ impl Sender<'_> {
         match record.kind {
             Kind::Schema => {
                 let body = record.body();
-                let oid = body.get(1..5).map_or(0, |mut bytes| bytes.get_u32());
-                self.schema.insert(oid, (body, false));
+                let key = match pgoutput::decode(&body)? {
+                    Message::Relation(relation) => {
+                        if relation.namespace == EXTENSION_SCHEMA {
+                            self.internal.insert(relation.relid);
+                        }
+                        (b'R', relation.relid)
+                    }
+                    Message::Type { oid, .. } => (b'Y', oid),
+                    _ => bail!("schema record without a definition"),
+                };
+                self.schema.insert(key, (body, false));
             }
             Kind::Watermark => self.sent = record.lsn,
             Kind::Part | Kind::Commit => {
                 for frame in record.frames() {
                     let frame = frame?;
-                    self.define_for(&frame.payload)?;
-                    if frame.payload.first() != Some(&b'M') || self.start.messages {
+                    let tables = changed_tables(&frame.payload)?;
+                    if self.is_for_stock(&frame.payload, &tables) {
+                        self.define(tables)?;
                         self.frame(frame.lsn, &frame.payload);
                     }
                 }
@@ -246,22 +262,20 @@ impl Sender<'_> {
         Ok(())
     }
 
-    /// Sends the definitions that a change refers to, once.
-    fn define_for(&mut self, payload: &Bytes) -> anyhow::Result<()> {
-        let relids = match payload.first() {
-            Some(b'I' | b'U' | b'D') => payload
-                .get(1..5)
-                .map(|mut bytes| bytes.get_u32())
-                .into_iter()
-                .collect(),
-            Some(b'T') => match pgoutput::decode(payload)? {
-                Message::Truncate { relids, .. } => relids,
-                _ => Vec::new(),
-            },
-            _ => return Ok(()),
-        };
-        for relid in relids {
-            let Some((definition, sent)) = self.schema.get_mut(&relid) else {
+    /// Messages only when asked for, and nothing of the extension's own tables,
+    /// which a subscriber does not have.
+    fn is_for_stock(&self, payload: &[u8], tables: &[u32]) -> bool {
+        let own = |table| self.internal.contains(table);
+        match payload.first() {
+            Some(b'M') => self.start.messages,
+            _ => tables.is_empty() || !tables.iter().all(own),
+        }
+    }
+
+    /// Sends the definitions of these tables, each once.
+    fn define(&mut self, tables: Vec<u32>) -> anyhow::Result<()> {
+        for relid in tables {
+            let Some((definition, sent)) = self.schema.get_mut(&(b'R', relid)) else {
                 continue;
             };
             if std::mem::replace(sent, true) {
@@ -273,8 +287,7 @@ impl Sender<'_> {
                 types.extend(relation.columns.iter().map(|column| column.type_oid));
             }
             for oid in types {
-                if let Some((body, sent)) = self.schema.get_mut(&oid)
-                    && body.first() == Some(&b'Y')
+                if let Some((body, sent)) = self.schema.get_mut(&(b'Y', oid))
                     && !std::mem::replace(sent, true)
                 {
                     let body = body.clone();
@@ -295,4 +308,20 @@ impl Sender<'_> {
             out.put_slice(payload);
         });
     }
+}
+
+/// OIDs of the tables that a message changes.
+fn changed_tables(payload: &[u8]) -> anyhow::Result<Vec<u32>> {
+    Ok(match payload {
+        [b'I' | b'U' | b'D', rest @ ..] => rest
+            .first_chunk()
+            .map(|oid| u32::from_be_bytes(*oid))
+            .into_iter()
+            .collect(),
+        [b'T', ..] => match pgoutput::decode(payload)? {
+            Message::Truncate { relids, .. } => relids,
+            _ => Vec::new(),
+        },
+        _ => Vec::new(),
+    })
 }
