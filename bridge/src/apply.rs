@@ -159,7 +159,7 @@ impl<'a> Session<'a> {
             bail!("terrace.progress is empty");
         };
         let identity: Identity = identity.parse()?;
-        if !identity.same_origin(queue.identity()) {
+        if !queue.identity().continues(&identity) {
             bail!(
                 "the database holds history {identity}, the queue {}",
                 queue.identity()
@@ -438,11 +438,12 @@ impl<'a> Session<'a> {
             .map_or(self.shared.top_time(), |info| info.commit_time);
         Step {
             name: String::new(),
-            sql: "UPDATE terrace.progress SET lsn = $1, commit_time = $2".into(),
+            sql: "UPDATE terrace.progress SET lsn = $1, commit_time = $2, identity = $3".into(),
             parse: true,
             values: vec![
                 Some(Bytes::from(batch.end.to_string())),
                 Some(Bytes::from(timestamp(time + PG_EPOCH_MICROS))),
+                Some(Bytes::from(self.queue.identity().to_string())),
             ],
             expect: Expect::One,
             notify: None,

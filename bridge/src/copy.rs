@@ -20,7 +20,10 @@ use crate::conninfo::ConnInfo;
 use crate::lsn::{Identity, Lsn};
 use crate::queue::write_atomically;
 use crate::status::Shared;
-use crate::upstream::{BRIDGE_PARAMETER, connect, create_snapshot, pinned_settings};
+use crate::timeline;
+use crate::upstream::{
+    BRIDGE_PARAMETER, connect, create_snapshot, pinned_settings, timeline_history,
+};
 
 /// Tables copied at the same time.
 const WORKERS: usize = 4;
@@ -107,6 +110,13 @@ pub async fn initial_copy(shared: &Arc<Shared>, source: &ConnInfo) -> anyhow::Re
     // others copy from it, so that its queue holds what they need next.
     if sibling {
         temporary = format!("terracecopy_{}.{}", node.domain, node.name);
+    }
+    if identity.timeline > 1 {
+        // The servers below may come from an older one and ask.
+        match timeline_history(&mut holder, identity.timeline).await {
+            Ok(history) => timeline::save(&node.data_dir, identity.timeline, &history)?,
+            Err(error) => tracing::warn!("history of timeline {}: {error}", identity.timeline),
+        }
     }
     if !bridge {
         check_slot(shared, &mut holder, &slot).await?;

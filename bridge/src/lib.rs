@@ -28,6 +28,7 @@ pub mod relay;
 pub mod report;
 pub mod roles;
 pub mod status;
+pub mod timeline;
 pub mod tls;
 pub mod upstream;
 pub mod wire;

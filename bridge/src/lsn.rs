@@ -88,6 +88,12 @@ pub struct Identity {
 }
 
 impl Identity {
+    /// Same history, on the same timeline or a later one. Whether that branched off
+    /// after a given position its own history file tells.
+    pub fn continues(&self, older: &Identity) -> bool {
+        self.same_origin(older) && self.timeline >= older.timeline
+    }
+
     /// Same history but for the timeline, which a promoted standby raises.
     pub fn same_origin(&self, other: &Identity) -> bool {
         self.system_id == other.system_id

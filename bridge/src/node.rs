@@ -120,7 +120,7 @@ async fn serve(
     shared.flushed.send_replace(queue.end());
     shared.queue.send_replace(Some(OpenQueue {
         queue: queue.clone(),
-        closed: closed.clone(),
+        closed: closed.child_token(),
     }));
     let mut tasks = JoinSet::new();
     if shared.config.parent.is_some() {
@@ -153,8 +153,10 @@ async fn serve(
         }
     };
     closed.cancel();
+    if let Some(open) = shared.queue.send_replace(None) {
+        open.closed.cancel();
+    }
     first_end(tasks, &closed).await?;
-    shared.queue.send_replace(None);
     Ok(end)
 }
 

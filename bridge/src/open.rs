@@ -105,14 +105,15 @@ fn resume(
     lsn: Lsn,
 ) -> anyhow::Result<Opened> {
     let (queue, writer) = match opened {
-        Some((queue, writer)) if queue.identity() == &identity && queue.first() <= lsn => {
+        // The queue may be of a later timeline than what has been applied yet.
+        Some((queue, writer)) if queue.identity().continues(&identity) && queue.first() <= lsn => {
             (queue, writer)
         }
         // No queue, or one that cannot continue what the database holds. The
         // database is the truth about how far we are.
         _ => Queue::create(dir, identity.clone(), lsn)?,
     };
-    shared.set_identity(identity, true);
+    shared.set_identity(queue.identity(), true);
     shared.replayed.send_replace(lsn);
     Ok(Opened {
         queue,
@@ -153,7 +154,7 @@ async fn open_at_top(
     opened: Option<(Queue, Writer)>,
 ) -> anyhow::Result<Opened> {
     if let Some((queue, writer)) = opened {
-        shared.set_identity(queue.identity().clone(), true);
+        shared.set_identity(queue.identity(), true);
         return Ok(Opened {
             queue,
             writer,

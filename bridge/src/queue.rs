@@ -110,7 +110,8 @@ struct Cursors {
 
 struct Inner {
     dir: PathBuf,
-    identity: Identity,
+    /// Of the segment that is being written; a promoted top raises its timeline.
+    identity: Mutex<Identity>,
     /// In order of position; the last one is being written.
     segments: Mutex<Vec<Arc<Segment>>>,
     cursors: Mutex<Cursors>,
@@ -191,7 +192,7 @@ impl Queue {
         Ok(Queue {
             inner: Arc::new(Inner {
                 dir: dir.to_owned(),
-                identity,
+                identity: Mutex::new(identity),
                 segments: Mutex::new(segments),
                 cursors: Mutex::new(Cursors {
                     by_name,
@@ -205,8 +206,8 @@ impl Queue {
     }
 
     /// The history that this queue holds a part of.
-    pub fn identity(&self) -> &Identity {
-        &self.inner.identity
+    pub fn identity(&self) -> Identity {
+        lock(&self.inner.identity).clone()
     }
 
     /// End of what readers can see.

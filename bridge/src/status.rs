@@ -155,6 +155,7 @@ struct Inner {
     identity: Option<Identity>,
     has_data: bool,
     disk_failed: bool,
+    diverged: Option<String>,
 }
 
 /// What the node sees around it, and where it stands in the tree.
@@ -287,6 +288,9 @@ impl Shared {
     pub fn set_role(&self, role: Role, upstream: Option<(String, ConnInfo)>, reason: &str) {
         let before = self.change(|inner| {
             let before = std::mem::replace(&mut inner.role, role);
+            if role == Role::Master {
+                inner.diverged = None;
+            }
             let (name, conninfo) = upstream.unzip();
             inner.upstream_name = name;
             inner.upstream = conninfo;
@@ -313,6 +317,16 @@ impl Shared {
             self.changed.notify_one();
         }
         new
+    }
+
+    /// The top tells another history than the one here, so none is to be served.
+    pub fn has_diverged(&self) -> bool {
+        self.inner().diverged.is_some()
+    }
+
+    /// Says that it does, until a link to the parent shows otherwise.
+    pub fn set_diverged(&self, problem: String) {
+        self.change(|inner| inner.diverged = Some(problem));
     }
 
     /// Sets what the node sees around it.
@@ -416,6 +430,7 @@ impl Shared {
     pub fn set_no_data(&self) {
         self.change(|inner| {
             inner.has_data = false;
+            inner.diverged = None;
             inner.received = Lsn::ZERO;
             inner.apply_problem = None;
             inner.apply_failing_since = None;
@@ -633,6 +648,9 @@ impl Shared {
 }
 
 fn state_of(inner: &Inner, replayed: Lsn) -> (State, Option<String>) {
+    if let Some(problem) = &inner.diverged {
+        return (State::Diverged, Some(problem.clone()));
+    }
     if let Some(problem) = &inner.apply_problem {
         return (State::Stalled, Some(problem.clone()));
     }

@@ -26,6 +26,7 @@ use crate::lsn::{Identity, Lsn};
 use crate::queue::{QueueError, Writer};
 use crate::record::{FORMAT, Kind, Record, RecordError};
 use crate::status::{PG_EPOCH_MICROS, Role, Shared, State, unix_micros};
+use crate::timeline;
 
 /// Name of the publication at the top.
 pub const PUBLICATION: &str = "terrace";
@@ -247,17 +248,13 @@ enum Never {}
 impl<'a> Link<'a> {
     async fn open(
         shared: &'a Arc<Shared>,
-        writer: &Writer,
+        writer: &mut Writer,
         target: &'a Target,
     ) -> Result<Link<'a>, LinkEnd> {
         let node = &shared.config.node;
         let (mut client, theirs) = connect(&target.conninfo, &node.name).await?;
-        let ours = writer.queue().identity();
-        if theirs != *ours {
-            return Err(LinkEnd::Diverged {
-                theirs: theirs.to_string(),
-                ours: ours.to_string(),
-            });
+        if theirs != writer.queue().identity() {
+            adopt_timeline(shared, &mut client, &theirs, writer).await?;
         }
         let bridge = client.extension_accepted(BRIDGE_PARAMETER);
         let end = writer.end();
@@ -469,6 +466,57 @@ impl<'a> Link<'a> {
         (self.told, self.told_at) = (positions, Instant::now());
         Ok(())
     }
+}
+
+/// Rule B: a later timeline of the same history is followed when it branched off at
+/// or after our end; else we hold what it never had.
+async fn adopt_timeline(
+    shared: &Shared,
+    client: &mut Client,
+    theirs: &Identity,
+    writer: &mut Writer,
+) -> Result<(), LinkEnd> {
+    let ours = writer.queue().identity();
+    let diverged = || LinkEnd::Diverged {
+        theirs: theirs.to_string(),
+        ours: ours.to_string(),
+    };
+    if !theirs.same_origin(&ours) {
+        return Err(diverged());
+    }
+    if theirs.timeline < ours.timeline {
+        return Err(LinkEnd::Refused(format!(
+            "the upstream is still on timeline {}, this server is on {}: it has been replaced",
+            theirs.timeline, ours.timeline
+        )));
+    }
+    let history = timeline_history(client, theirs.timeline).await?;
+    match timeline::switch_point(&history, ours.timeline) {
+        Some(switch) if writer.end() <= switch => {}
+        _ => return Err(diverged()),
+    }
+    let end = writer.end();
+    timeline::save(&shared.config.node.data_dir, theirs.timeline, &history)?;
+    writer.adopt(theirs)?;
+    shared.set_identity(theirs.clone(), true);
+    let reason = format!(
+        "goes on at {end} with timeline {} of the top",
+        theirs.timeline
+    );
+    shared.event("timeline", &reason);
+    Ok(())
+}
+
+/// The history file of a timeline as the server has it.
+pub async fn timeline_history(client: &mut Client, timeline: u32) -> Result<String, PgError> {
+    let rows = client
+        .simple(&format!("TIMELINE_HISTORY {timeline}"))
+        .await?;
+    let content = rows
+        .into_iter()
+        .next()
+        .and_then(|row| row.into_iter().nth(1)?);
+    content.ok_or_else(|| PgError::Protocol("TIMELINE_HISTORY gave no content".into()))
 }
 
 /// Ends the walsender that holds the slot. Sessions of one role may end each other.

@@ -197,6 +197,7 @@ impl Server {
             data.join("pg_hba.conf"),
             "local all postgres trust\nlocal all all scram-sha-256\n\
              host all all 127.0.0.1/32 scram-sha-256\n\
+             local replication postgres trust\n\
              local replication all scram-sha-256\n\
              host replication all 127.0.0.1/32 scram-sha-256\n",
         )?;
@@ -214,6 +215,56 @@ impl Server {
             }
         }
         Ok(server)
+    }
+
+    /// Makes a physical standby of this server, as it is now, and starts it.
+    pub fn standby(&self, scratch: &Scratch, name: &str) -> Result<Server> {
+        let directory = scratch.path().join(name);
+        fs::create_dir(&directory)?;
+        hand_over(&directory)?;
+        let mut backup = command(&program("pg_basebackup"), user(), Signal::SIGTERM);
+        backup
+            .arg("-h")
+            .arg(&self.directory)
+            .args([
+                "-p",
+                &self.port.to_string(),
+                "-U",
+                "postgres",
+                "-c",
+                "fast",
+                "-R",
+                "-D",
+            ])
+            .arg(directory.join("data"))
+            .current_dir(&directory);
+        run(backup, "pg_basebackup")?;
+        let port = free_port();
+        let conf = directory.join("data/postgresql.conf");
+        let settings = format!(
+            "\nport = {port}\nunix_socket_directories = '{}'\n",
+            directory.display()
+        );
+        fs::write(&conf, fs::read_to_string(&conf)? + &settings)?;
+        let mut server = Server {
+            name: name.into(),
+            port,
+            directory,
+            process: None,
+        };
+        server.restart()?;
+        Ok(server)
+    }
+
+    /// Gives this stopped server a replication slot of another, as it is there now.
+    pub fn take_slot(&self, from: &Server, slot: &str) -> Result<()> {
+        let path = |server: &Server| server.directory.join("data/pg_replslot").join(slot);
+        let mut copy = command("cp", user(), Signal::SIGTERM);
+        copy.arg("-a")
+            .arg(path(from))
+            .arg(path(self))
+            .current_dir("/");
+        run(copy, "copy a replication slot")
     }
 
     /// Starts it again after [`Server::stop`] or [`Server::kill9`].

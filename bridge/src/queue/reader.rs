@@ -20,6 +20,9 @@ pub struct Reader {
     schema: VecDeque<Record>,
     /// What ends at or below this is passed over.
     from: Lsn,
+    /// Nothing above `from` has been come to yet. The queue may end below it: a
+    /// downstream can be ahead of a server that it has gone to.
+    seeking: bool,
 }
 
 impl Reader {
@@ -32,12 +35,14 @@ impl Reader {
             queue,
             schema: VecDeque::new(),
             from,
+            seeking: true,
         };
         reader.seek()?;
         Ok(reader)
     }
 
-    /// Passes over what ends at or below `from`, collecting the definitions.
+    /// Passes over what ends at or below `from`, collecting the definitions. Only the
+    /// end of a transaction tells whether the parts before it are to be passed over.
     fn seek(&mut self) -> Result<(), QueueError> {
         let limit = self.segment.visible();
         let mut schema = Schema::new();
@@ -63,6 +68,7 @@ impl Reader {
                 }
                 Kind::Commit | Kind::Watermark => {
                     self.scan = Scan::at(transaction_start.unwrap_or(at));
+                    self.seeking = false;
                     break;
                 }
             }
@@ -90,9 +96,17 @@ impl Reader {
             // Look for the next segment before the end of this one: once there
             // is a next one, this one does not grow.
             let next = self.queue.segment_after(&self.segment);
+            if self.seeking {
+                self.seek()?;
+                match next {
+                    _ if !self.seeking || !self.schema.is_empty() => {}
+                    Some(next) => self.enter(next)?,
+                    None => return Ok(None),
+                }
+                continue;
+            }
             match self.scan.next(&self.segment, self.segment.visible())? {
                 Some(record) if record.kind == Kind::Mark => {}
-                Some(record) if record.lsn != Lsn::ZERO && record.lsn <= self.from => {}
                 Some(record) => {
                     self.from = self.from.max(record.lsn);
                     return Ok(Some(record));

@@ -73,6 +73,28 @@ fn a_reader_gets_what_is_above_its_start_with_definitions_first() {
     ));
 }
 
+/// A downstream that is ahead of the server that it went to got the parts of
+/// transactions that it had, as if they belonged to the next one.
+#[test]
+fn a_reader_that_is_ahead_gets_no_part_of_what_it_has() {
+    let dir = TempDir::new().unwrap();
+    let (queue, mut writer) = create(&dir);
+    let part = Record::new(Kind::Part, Lsn::ZERO, &[0; 40]);
+    let mut reader = queue.reader(Lsn(120)).unwrap();
+    assert!(reader.try_next().unwrap().is_none());
+    for end in [110, 120, 130] {
+        writer.append(&part).unwrap();
+        writer.append(&schema(end, 0)).unwrap();
+        writer.append(&transaction(end.into(), 10)).unwrap();
+        writer.publish().unwrap();
+    }
+    let read: Vec<_> = std::iter::from_fn(|| reader.try_next().unwrap())
+        .map(|record| (record.kind, record.lsn.0))
+        .collect();
+    let (s, p, c) = (Kind::Schema, Kind::Part, Kind::Commit);
+    assert_eq!(read, [(s, 0), (s, 0), (p, 0), (s, 0), (c, 130)]);
+}
+
 #[test]
 fn an_unfinished_transaction_is_never_seen_and_can_be_cut() {
     let dir = TempDir::new().unwrap();

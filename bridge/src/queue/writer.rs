@@ -6,7 +6,7 @@ use bytes::{BufMut, BytesMut};
 
 use super::segment::{Scan, Schema, Segment, schema_key};
 use super::{Queue, QueueError, SEGMENT_BYTES, lock};
-use crate::lsn::Lsn;
+use crate::lsn::{Identity, Lsn};
 use crate::record::{Kind, Record};
 
 /// Buffered bytes are written at the latest when there are as many.
@@ -68,7 +68,8 @@ impl Writer {
                 self.in_transaction = true;
                 self.put(record);
             }
-            Kind::Commit if record.lsn <= self.end => self.cut()?,
+            // What it defined is defined all the same.
+            Kind::Commit if record.lsn <= self.end => self.cut_data()?,
             Kind::Commit => self.finish(record)?,
             Kind::Watermark if self.in_transaction => {
                 return Err(QueueError::Order("watermark inside a transaction"));
@@ -200,11 +201,37 @@ impl Writer {
         }
     }
 
+    /// Goes on with a history that has the same past: what comes is stored under its
+    /// identity, in a segment of its own.
+    pub fn adopt(&mut self, identity: &Identity) -> Result<(), QueueError> {
+        self.cut()?;
+        *lock(&self.queue.inner.identity) = identity.clone();
+        // An empty segment has the name that the next one would get.
+        if self.segment.start < self.end {
+            self.roll()
+        } else {
+            self.segment = Arc::new(self.replace_empty(identity)?);
+            if let Some(last) = lock(&self.queue.inner.segments).last_mut() {
+                *last = Arc::clone(&self.segment);
+            }
+            Ok(())
+        }
+    }
+
+    fn replace_empty(&mut self, identity: &Identity) -> Result<Segment, QueueError> {
+        let inner = &self.queue.inner;
+        let segment = Segment::create(&inner.dir, identity, self.end, &self.schema)?;
+        self.offset = segment.visible();
+        (self.whole, self.marked) = (self.offset, self.offset);
+        Ok(segment)
+    }
+
     fn roll(&mut self) -> Result<(), QueueError> {
         self.publish()?;
         self.segment.sync()?;
         let inner = &self.queue.inner;
-        let next = Segment::create(&inner.dir, &inner.identity, self.end, &self.schema)?;
+        let identity = self.queue.identity();
+        let next = Segment::create(&inner.dir, &identity, self.end, &self.schema)?;
         self.segment = Arc::new(next);
         self.offset = self.segment.visible();
         self.whole = self.offset;

@@ -12,6 +12,8 @@ use crate::roles::Order;
 pub enum Command {
     /// IDENTIFY_SYSTEM
     IdentifySystem,
+    /// TIMELINE_HISTORY
+    TimelineHistory(u32),
     /// SHOW of this setting
     Show(String),
     /// CREATE_REPLICATION_SLOT
@@ -132,7 +134,10 @@ pub fn parse(text: &str) -> Option<Command> {
             _ => None,
         },
         "RESYNC" => rest.is_empty().then_some(Command::Order(Order::Resync)),
-        "TIMELINE_HISTORY" => Some(Command::Unsupported("TIMELINE_HISTORY")),
+        "TIMELINE_HISTORY" => match rest {
+            [Token::Word(number)] => Some(Command::TimelineHistory(number.parse().ok()?)),
+            _ => None,
+        },
         "BASE_BACKUP" => Some(Command::Unsupported("BASE_BACKUP")),
         "READ_REPLICATION_SLOT" => Some(Command::Unsupported("READ_REPLICATION_SLOT")),
         "ALTER_REPLICATION_SLOT" => Some(Command::Unsupported("ALTER_REPLICATION_SLOT")),

@@ -21,6 +21,7 @@ use crate::lsn::Lsn;
 use crate::queue::{Queue, Reader};
 use crate::roles::Order;
 use crate::status::OpenQueue;
+use crate::timeline;
 use crate::upstream::{BRIDGE_PARAMETER, PUBLICATION, connect, create_snapshot};
 use crate::wire::{self, Framed, MAX_UNAUTHENTICATED};
 
@@ -200,6 +201,7 @@ impl Session {
         let reply = match parse(text) {
             None => refuse("42601", "syntax error in replication command"),
             Some(Command::IdentifySystem) => self.identify(),
+            Some(Command::TimelineHistory(number)) => self.timeline_history(number),
             Some(Command::Show(name)) if name.eq_ignore_ascii_case("terrace.status") => {
                 let status = self.relay.shared.status_json().to_string();
                 self.row(&[("terrace.status", Some(&status))], "SHOW");
@@ -235,6 +237,9 @@ impl Session {
     }
 
     fn open_queue(&self) -> Result<OpenQueue, Refusal> {
+        if self.relay.shared.has_diverged() {
+            return refuse("55000", "this server's history has diverged from the top's");
+        }
         let open = self.relay.shared.queue.borrow().clone();
         open.ok_or_else(|| Refusal("57P03", "this server has no data yet".into()))
     }
@@ -265,7 +270,7 @@ impl Session {
 
     fn identify(&mut self) -> Reply {
         let queue = self.open_queue()?.queue;
-        let identity = queue.identity().clone();
+        let identity = queue.identity();
         let (system_id, timeline) = (
             identity.system_id.to_string(),
             identity.timeline.to_string(),
@@ -280,6 +285,23 @@ impl Session {
             ],
             "IDENTIFY_SYSTEM",
         );
+        Ok(())
+    }
+
+    fn timeline_history(&mut self, number: u32) -> Reply {
+        let dir = &self.relay.shared.config.node.data_dir;
+        let Some(history) = timeline::load(dir, number) else {
+            return refuse(
+                "58P01",
+                format!("no history file of timeline {number} is kept here"),
+            );
+        };
+        let name = format!("{number:08X}.history");
+        let columns = [
+            ("filename", Some(name.as_str())),
+            ("content", Some(history.as_str())),
+        ];
+        self.row(&columns, "TIMELINE_HISTORY");
         Ok(())
     }
 

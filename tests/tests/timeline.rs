@@ -1,0 +1,159 @@
+//! The top is replaced by a standby of it.
+
+use terrace_tests::bridge::options;
+use terrace_tests::load::{GAPLESS, STEPS, count_up};
+use terrace_tests::{Bridge, Scratch, Server, ServerOptions, wait_until};
+
+const SLOT: &str = "terrace_region";
+
+struct Story {
+    bridges: Vec<Bridge>,
+    region: Server,
+    site: Server,
+    standby: Server,
+    top: Server,
+    _scratch: Scratch,
+}
+
+/// A top with a standby, a domain that knows both, and a domain below that.
+fn begin() -> Story {
+    let scratch = Scratch::new("terrace-").expect("scratch");
+    let top_options = ServerOptions {
+        top: true,
+        settings: "wal_keep_size = 1GB".into(),
+        ..Default::default()
+    };
+    let top = Server::start(&scratch, "top", &top_options).expect("boot the top");
+    let [region, site] = ["region-1", "site-1"]
+        .map(|name| Server::start(&scratch, name, &ServerOptions::default()).expect("boot"));
+    top.sql(STEPS);
+    top.sql("SELECT terrace.create_domain('region'), terrace.create_domain('site', 'region')");
+    let standby = top.standby(&scratch, "standby").expect("make a standby");
+    let above = [top.conninfo(), standby.conninfo()];
+    let mut bridges =
+        vec![Bridge::start(&scratch, &options(&region, "region", &above)).expect("start")];
+    let above = [bridges[0].conninfo()];
+    bridges.push(Bridge::start(&scratch, &options(&site, "site", &above)).expect("start"));
+    let story = Story {
+        bridges,
+        region,
+        site,
+        standby,
+        top,
+        _scratch: scratch,
+    };
+    let counting = count_up(&story.top);
+    counting.go_on(50);
+    let last = counting.stop();
+    story.wait_for(last);
+    story
+}
+
+impl Story {
+    fn wait_for(&self, last: i64) {
+        for server in [&self.region, &self.site] {
+            wait_until("all rows are there", || {
+                server.value("SELECT coalesce(max(n), 0) FROM steps") == last.to_string()
+            });
+            assert_eq!(server.value(GAPLESS), "t", "numbers on {}", server.name);
+        }
+    }
+
+    /// The top is gone; the standby takes its place, with the slot as the top had it.
+    fn promote(&mut self) {
+        self.standby.restart().expect("start the standby");
+        self.standby.sql("SELECT pg_promote()");
+    }
+
+    fn reason(&self) -> String {
+        let sql =
+            "SELECT state || ': ' || coalesce(reason, '') FROM terrace.lag WHERE node = 'region-1'";
+        self.region.value(sql)
+    }
+}
+
+#[test]
+fn a_standby_that_has_more_is_followed() {
+    let mut story = begin();
+    // The domain stops; the top and its standby go on, and hold what it lacks.
+    story.bridges[0].stop();
+    let counting = count_up(&story.top);
+    counting.go_on(30);
+    counting.stop();
+    let last = story.top.value("SELECT max(n) FROM steps");
+    wait_until("the standby has it too", || {
+        story.standby.value("SELECT max(n) FROM steps") == last
+    });
+    story.top.sql("CHECKPOINT");
+    story.standby.stop();
+    story
+        .standby
+        .take_slot(&story.top, SLOT)
+        .expect("copy the slot");
+    story.top.stop();
+    story.promote();
+    story.bridges[0].restart().expect("start the bridge");
+    story.wait_for(last.parse().expect("number"));
+    let counting = count_up(&story.standby);
+    counting.go_on(30);
+    counting.stop();
+    let last = story.standby.value("SELECT max(n) FROM steps");
+    story.wait_for(last.parse().expect("number"));
+    let told = "SELECT count(*) FROM terrace.progress WHERE split_part(identity, '/', 2) = '2'";
+    for server in [&story.region, &story.site] {
+        wait_until("the database says so", || server.value(told) == "1");
+    }
+}
+
+#[test]
+fn a_standby_that_has_less_is_not_followed_and_nothing_is_served() {
+    let mut story = begin();
+    // The standby stops; the domain gets what the standby never will.
+    story.top.sql("CHECKPOINT");
+    story.standby.stop();
+    story
+        .standby
+        .take_slot(&story.top, SLOT)
+        .expect("copy the slot");
+    let counting = count_up(&story.top);
+    counting.go_on(30);
+    counting.stop();
+    let last: i64 = story
+        .top
+        .value("SELECT max(n) FROM steps")
+        .parse()
+        .expect("number");
+    story.wait_for(last);
+    story.top.kill9();
+    story.promote();
+    wait_until("it says that it has diverged", || {
+        story.reason().starts_with("diverged") && story.reason().contains("resync")
+    });
+    let events = "SELECT count(*) FROM terrace.events WHERE kind = 'diverged'";
+    wait_until("an event tells", || story.region.value(events) == "1");
+    story
+        .standby
+        .sql("INSERT INTO steps VALUES (1000000); INSERT INTO trail VALUES (1000000)");
+    // It keeps what it has, and gives it to nobody.
+    let relay = story.bridges[0].conninfo() + " replication=database";
+    let refused = std::process::Command::new(terrace_tests::server::program("psql"))
+        .args([&relay, "-c", "IDENTIFY_SYSTEM"])
+        .output()
+        .expect("run psql");
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(said.contains("has diverged"), "{said}");
+    assert_eq!(
+        story.region.value("SELECT max(n) FROM steps"),
+        last.to_string()
+    );
+    // The operator decides for the new top.
+    let output = story.bridges[0].run("resync").expect("run resync");
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    wait_until("the new top's rows are there", || {
+        story.region.value("SELECT max(n) FROM steps") == "1000000"
+    });
+}
