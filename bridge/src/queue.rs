@@ -255,11 +255,13 @@ impl Queue {
         })
     }
 
-    fn segment_after(&self, segment: &Segment) -> Option<Arc<Segment>> {
-        lock(&self.inner.segments)
-            .iter()
-            .find(|next| next.start > segment.start)
-            .cloned()
+    fn segment_after(&self, segment: &Arc<Segment>) -> Option<Arc<Segment>> {
+        let follows = |next: &&Arc<Segment>| {
+            // An empty one may have been put in the place of another.
+            let replaces = next.start == segment.start && !Arc::ptr_eq(next, segment);
+            next.start > segment.start || replaces
+        };
+        lock(&self.inner.segments).iter().find(follows).cloned()
     }
 
     fn active(&self) -> Arc<Segment> {

@@ -53,7 +53,8 @@ impl Story {
     fn wait_for(&self, last: i64) {
         for server in [&self.region, &self.site] {
             wait_until("all rows are there", || {
-                server.value("SELECT coalesce(max(n), 0) FROM steps") == last.to_string()
+                server.value("SELECT count(*) FROM terrace.progress") == "1"
+                    && server.value("SELECT coalesce(max(n), 0) FROM steps") == last.to_string()
             });
             assert_eq!(server.value(GAPLESS), "t", "numbers on {}", server.name);
         }

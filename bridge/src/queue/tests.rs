@@ -96,6 +96,30 @@ fn a_reader_that_is_ahead_gets_no_part_of_what_it_has() {
 }
 
 #[test]
+fn another_timeline_is_gone_on_with() {
+    let dir = TempDir::new().unwrap();
+    let (queue, mut writer) = create(&dir);
+    let mut reader = queue.reader(Lsn(100)).unwrap();
+    let timeline = |timeline| Identity {
+        timeline,
+        ..identity()
+    };
+    // In an empty segment that is being read, and in one that is not empty.
+    for (number, end) in [(2, 110), (3, 120)] {
+        assert!(reader.try_next().unwrap().is_none());
+        writer.adopt(&timeline(number)).unwrap();
+        writer.append(&transaction(end, 10)).unwrap();
+        writer.publish().unwrap();
+        assert_eq!(reader.try_next().unwrap().unwrap().lsn, Lsn(end));
+        assert_eq!(queue.identity(), timeline(number));
+    }
+    drop((reader, queue, writer));
+    let (queue, _writer) = Queue::open(dir.path()).unwrap().unwrap();
+    assert_eq!(queue.identity(), timeline(3));
+    assert_eq!(all(&queue, 100), [(Kind::Commit, 110), (Kind::Commit, 120)]);
+}
+
+#[test]
 fn an_unfinished_transaction_is_never_seen_and_can_be_cut() {
     let dir = TempDir::new().unwrap();
     let (queue, mut writer) = create(&dir);
