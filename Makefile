@@ -7,7 +7,7 @@ export PGRX_PG_CONFIG_PATH = $(PG_CONFIG)
 PG_MAJOR = $(shell $(PG_CONFIG) --version | sed 's/[^0-9]*\([0-9]*\).*/\1/')
 TARGET = $(or $(CARGO_TARGET_DIR),target)
 
-.PHONY: deps build install demo test
+.PHONY: deps build install demo torture test
 
 # Installs what is missing of: PostgreSQL, its headers, libclang (for pgrx's bindings).
 deps:
@@ -40,6 +40,12 @@ install-files:
 demo: install
 	@cargo build --quiet --locked -p terrace-tests --bin terrace-demo
 	@exec $(TARGET)/debug/terrace-demo
+
+# Random faults on seven servers under load.
+SEED ?= 1
+torture: install
+	@cargo build --quiet --locked -p terrace-tests --bin terrace-torture
+	@$(TARGET)/debug/terrace-torture $(SECONDS) $(SEED)
 
 test: install
 	$(MAKE) --no-print-directory check

@@ -1,98 +1,11 @@
 //! A tree of real servers: what is written at the top is everywhere below, whole
 //! and in order, whatever dies meanwhile.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::thread::JoinHandle;
-use std::time::Duration;
-
-use terrace_tests::load::{Background, GAPLESS, STEPS, count_up};
-use terrace_tests::{Server, Tree, wait_until};
+use terrace_tests::load::{ACCOUNTS, GAPLESS, Observer, STEPS, count_up, transfers};
+use terrace_tests::{Tree, wait_until};
 
 const DOMAINS: [(&str, Option<&str>, usize); 2] =
     [("region", None, 3), ("branch", Some("region"), 3)];
-
-const ACCOUNTS: &str = "
-    CREATE TABLE account (id int PRIMARY KEY, balance bigint NOT NULL, note text);
-    INSERT INTO account SELECT g, 1000, NULL FROM generate_series(1, 100) g;
-    SELECT terrace.add_table('account');";
-
-const TRANSFER: &str = "
-    WITH pair AS (SELECT 1 + (random() * 99)::int AS src, 1 + (random() * 99)::int AS dst)
-    UPDATE account SET balance = balance
-        + CASE WHEN id = dst AND src <> dst THEN 7 ELSE 0 END
-        - CASE WHEN id = src AND src <> dst THEN 7 ELSE 0 END
-    FROM pair WHERE id IN (src, dst)";
-
-fn transfers(top: &Server) -> Background {
-    Background::start(top, |client, _| client.batch_execute(TRANSFER))
-}
-
-/// Reads a server over and over: the sum of all accounts never changes, and the
-/// numbers of `steps` and `trail` have no gap and never go back.
-struct Observer {
-    stop: Arc<AtomicBool>,
-    reads: Arc<AtomicUsize>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Observer {
-    fn start(server: &Server) -> Observer {
-        let (stop, reads) = (
-            Arc::new(AtomicBool::new(false)),
-            Arc::new(AtomicUsize::new(0)),
-        );
-        let (stopped, counter) = (stop.clone(), reads.clone());
-        let (config, name) = (server.config(), server.name.clone());
-        let thread = std::thread::spawn(move || {
-            let (mut client, mut seen) = (None, 0);
-            while !stopped.load(Ordering::Relaxed) {
-                if client.is_none() {
-                    client = config.connect(postgres::NoTls).ok();
-                }
-                let sql = "SELECT (SELECT sum(balance)::bigint FROM account), \
-                           (SELECT coalesce(max(n), 0) FROM steps), \
-                           (SELECT count(*) FROM steps), (SELECT count(*) FROM trail)";
-                match client.as_mut().map(|client| client.query_one(sql, &[])) {
-                    Some(Ok(row)) => {
-                        let sum: Option<i64> = row.get(0);
-                        let [last, steps, trail] = [1, 2, 3].map(|i| row.get::<_, i64>(i));
-                        assert_eq!(sum, Some(100_000), "sum on {name}");
-                        assert_eq!((last, last), (steps, trail), "gap on {name}");
-                        assert!(last >= seen, "{name} went back from {seen} to {last}");
-                        seen = last;
-                        counter.fetch_add(1, Ordering::Relaxed);
-                    }
-                    // After a crash the server may know less: it commits asynchronously.
-                    _ => (client, seen) = (None, 0),
-                }
-                std::thread::sleep(Duration::from_millis(5));
-            }
-        });
-        let thread = Some(thread);
-        Observer {
-            stop,
-            reads,
-            thread,
-        }
-    }
-
-    /// Ends it; what it saw and must not see fails the test.
-    fn stop(mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        let joined = self.thread.take().map(JoinHandle::join);
-        if let Some(Err(panic)) = joined {
-            std::panic::resume_unwind(panic);
-        }
-        assert!(self.reads.load(Ordering::Relaxed) > 10, "hardly any reads");
-    }
-}
-
-impl Drop for Observer {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-    }
-}
 
 #[test]
 fn two_levels_hold_what_the_top_holds() {
