@@ -8,21 +8,25 @@
 //! - A row that is missing or already there is resolved for the top and counted.
 //!   Whatever cannot be applied stalls here, with its reason, and is tried again.
 //!
-//! Two ways through a batch. The fast way sends many transactions as one
-//! pipeline and looks only at whether each statement did what it should; if one
-//! did not, all is rolled back and the careful way does one transaction and one
-//! statement at a time. A set-wise way can stand beside them: all three take
-//! the same [`Change`]s.
+//! Three ways through a batch. What has piled up goes set-wise, folded to its net
+//! effect ([`setwise`]); what is little, or cannot be folded, goes in order as one
+//! pipeline. Either looks only at whether each statement did what it should; if one
+//! did not, all is rolled back and the careful way ([`careful`]) does one transaction
+//! and one statement at a time.
 
+mod careful;
+mod fold;
 mod plan;
+mod setwise;
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use bytes::Bytes;
 use postgres_protocol::message::frontend;
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::client::{Client, DbError, PgError, SessionOptions, affected, bind};
@@ -117,11 +121,13 @@ struct Session<'a> {
     reader: Reader,
     planner: Planner,
     /// Read but not yet begun with.
-    ahead: Option<Record>,
+    ahead: VecDeque<Record>,
+    /// End of the batch that is under way.
+    attempted: Lsn,
     committed: Lsn,
     progress_written: Instant,
     /// What each unanswered statement should do.
-    expected: std::collections::VecDeque<Expect>,
+    expected: VecDeque<Expect>,
     unflushed: usize,
 }
 
@@ -174,7 +180,8 @@ impl<'a> Session<'a> {
             reader: queue.reader(committed)?,
             client,
             planner,
-            ahead: None,
+            ahead: VecDeque::new(),
+            attempted: committed,
             committed,
             progress_written: Instant::now(),
             expected: Default::default(),
@@ -184,7 +191,11 @@ impl<'a> Session<'a> {
 
     async fn run(&mut self) -> anyhow::Result<Never> {
         loop {
-            match self.fast_batch().await {
+            let applied = match self.set_wise_batch().await {
+                Ok(false) => self.fast_batch().await,
+                applied => applied.map(drop),
+            };
+            match applied {
                 Ok(()) => self.shared.set_apply_problem(None),
                 Err(Failed::Fatal(error)) => return Err(error),
                 Err(Failed::Unexpected(problem)) => {
@@ -199,17 +210,17 @@ impl<'a> Session<'a> {
     // ----- reading ----------------------------------------------------------
 
     async fn next_record(&mut self) -> anyhow::Result<Record> {
-        match self.ahead.take() {
+        match self.ahead.pop_front() {
             Some(record) => Ok(record),
             None => Ok(self.reader.next().await?),
         }
     }
 
     fn peek(&mut self) -> anyhow::Result<Option<&Record>> {
-        if self.ahead.is_none() {
-            self.ahead = self.reader.try_next()?;
+        if self.ahead.is_empty() {
+            self.ahead.extend(self.reader.try_next()?);
         }
-        Ok(self.ahead.as_ref())
+        Ok(self.ahead.front())
     }
 
     /// Waits until the upstream shows what is next here.
@@ -229,7 +240,7 @@ impl<'a> Session<'a> {
 
     /// Starts again after the last commit.
     fn rewind(&mut self) -> anyhow::Result<()> {
-        self.ahead = None;
+        self.ahead.clear();
         self.expected.clear();
         self.unflushed = 0;
         self.planner.forget_relations();
@@ -375,6 +386,11 @@ impl<'a> Session<'a> {
                         Expect::One => {
                             return Err(Failed::Unexpected("a row to update is missing".into()));
                         }
+                        Expect::Rows(rows) if count == *rows => {}
+                        Expect::Rows(rows) => {
+                            let text = format!("{count} rows changed in place of {rows}");
+                            return Err(Failed::Unexpected(text));
+                        }
                         Expect::Delete(table) if count == 0 => {
                             count_missing(&mut batch.missing_deletes, table);
                         }
@@ -412,6 +428,7 @@ impl<'a> Session<'a> {
             frontend::query("BEGIN", self.client.buffer()).context("BEGIN")?;
             self.expected.push_back(Expect::Simple);
         }
+        self.attempted = batch.end;
         let step = self.progress_step(&batch);
         self.send(&step)?;
         frontend::sync(self.client.buffer());
@@ -481,147 +498,6 @@ impl<'a> Session<'a> {
                 }
             }
         });
-    }
-
-    // ----- the careful way --------------------------------------------------
-
-    /// Applies what the fast way could not, one transaction and one statement at
-    /// a time, up to where the queue ends now.
-    async fn careful(&mut self) -> anyhow::Result<()> {
-        // Leave the failed transaction and the rest of its pipeline behind.
-        frontend::sync(self.client.buffer());
-        self.client.flush().await?;
-        let due = self
-            .expected
-            .iter()
-            .filter(|e| matches!(e, Expect::Simple))
-            .count()
-            + 1;
-        timeout(Duration::from_secs(60), self.skip_to_ready(due))
-            .await
-            .context("resynchronise")??;
-        self.client.simple("ROLLBACK").await?;
-        self.client.simple("DEALLOCATE ALL").await?;
-        self.rewind()?;
-        let until = self.queue.end();
-        while self.committed < until {
-            if let Err(error) = self.careful_transaction().await {
-                self.client.simple("ROLLBACK").await.ok();
-                return Err(error);
-            }
-        }
-        // What was planned here was run without being prepared.
-        self.planner.forget_statements();
-        Ok(())
-    }
-
-    async fn skip_to_ready(&mut self, mut due: usize) -> anyhow::Result<()> {
-        while due > 0 {
-            let message = self.client.message().await?;
-            due -= usize::from(message.kind == b'Z');
-        }
-        Ok(())
-    }
-
-    async fn careful_transaction(&mut self) -> anyhow::Result<()> {
-        let mut batch = Batch::default();
-        let mut open = false;
-        loop {
-            let record = self.next_record().await?;
-            match record.kind {
-                Kind::Schema => self.planner.define(&record)?,
-                Kind::Mark => {}
-                Kind::Watermark => {
-                    self.wait_for_gate(record.lsn).await?;
-                    batch.end = record.lsn;
-                }
-                Kind::Part | Kind::Commit => {
-                    if !open {
-                        self.client.simple("BEGIN").await?;
-                        open = true;
-                    }
-                    for frame in record.frames() {
-                        self.careful_change(&frame?.payload).await?;
-                    }
-                    if record.kind == Kind::Commit {
-                        self.wait_for_gate(record.lsn).await?;
-                        batch.transactions = 1;
-                        batch.end = record.lsn;
-                        batch.last = Some(record.commit()?);
-                    }
-                }
-            }
-            if batch.end > Lsn::ZERO {
-                break;
-            }
-        }
-        let step = self.progress_step(&batch);
-        if !open {
-            self.client.simple("BEGIN").await?;
-        }
-        self.run_step(&step).await?;
-        self.client.simple("COMMIT").await?;
-        self.committed = batch.end;
-        self.announce(&batch);
-        if self.planner.routing_changed() {
-            self.planner.reload_routing(&mut self.client).await?;
-        }
-        Ok(())
-    }
-
-    async fn careful_change(&mut self, payload: &Bytes) -> anyhow::Result<()> {
-        let planned = match self.planner.plan(payload)? {
-            plan::Planned::Lookup(relid) => {
-                self.planner.lookup(&mut self.client, relid).await?;
-                self.planner.plan(payload)?
-            }
-            planned => planned,
-        };
-        let plan::Planned::Steps(steps) = planned else {
-            return Ok(());
-        };
-        for step in steps {
-            self.careful_step(payload, &step).await?;
-        }
-        Ok(())
-    }
-
-    async fn careful_step(&mut self, payload: &Bytes, step: &Step) -> anyhow::Result<()> {
-        // An existing row makes way for the top's.
-        if let Some((clear, table)) = self.planner.clear_way(payload)? {
-            let gone = self.run_step(&clear).await?;
-            if gone > 0 {
-                self.bump(&table, "insert_exists", gone)
-                    .await
-                    .map_err(fatal)?;
-            }
-        }
-        let count = self.run_step(step).await?;
-        match &step.expect {
-            Expect::One if count == 0 => {
-                let table = self.planner.table_of(payload)?;
-                if let Some(insert) = self.planner.insert_instead(payload)? {
-                    self.run_step(&insert).await?;
-                }
-                self.bump(&table, "update_missing", 1)
-                    .await
-                    .map_err(fatal)?;
-            }
-            Expect::Delete(table) if count == 0 => {
-                self.bump(table, "delete_missing", 1).await.map_err(fatal)?;
-            }
-            _ => {}
-        }
-        Ok(())
-    }
-
-    async fn run_step(&mut self, step: &Step) -> anyhow::Result<u64> {
-        let values: Vec<Option<&str>> = step
-            .values
-            .iter()
-            .map(|value| value.as_deref().map(std::str::from_utf8).transpose())
-            .collect::<Result<_, _>>()?;
-        Ok(self.client.execute(&step.sql, &values).await?)
     }
 }
 

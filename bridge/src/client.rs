@@ -565,6 +565,23 @@ pub fn bind<'a>(
     })
 }
 
+/// Binds parameters in their binary form.
+pub fn bind_binary<'a>(
+    out: &mut BytesMut,
+    statement: &str,
+    parameters: impl Iterator<Item = &'a Bytes>,
+) -> io::Result<()> {
+    let put = |value: &Bytes, out: &mut BytesMut| {
+        out.extend_from_slice(value);
+        Ok(IsNull::No)
+    };
+    let bound = frontend::bind("", statement, [1], parameters, put, [], out);
+    bound.map_err(|error| match error {
+        frontend::BindError::Conversion(error) => io::Error::other(error),
+        frontend::BindError::Serialization(error) => error,
+    })
+}
+
 /// Rows that a CommandComplete counts.
 pub fn affected(body: &Bytes) -> u64 {
     let text = body.strip_suffix(b"\0").unwrap_or(body);

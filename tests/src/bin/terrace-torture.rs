@@ -145,7 +145,7 @@ fn torture(time: Duration, seed: u64) -> Result<()> {
 
 fn wide_rows(top: &Server) -> Background {
     Background::start(top, |client, n| {
-        let sql = "INSERT INTO wide VALUES ($1, repeat(md5($1::text), 3000)) \
+        let sql = "INSERT INTO wide VALUES ($1, repeat(md5(($1::bigint)::text), 3000)) \
                    ON CONFLICT (id) DO UPDATE SET body = wide.body || 'x'";
         client.execute(sql, &[&(n % 500)])?;
         std::thread::sleep(Duration::from_millis(20));

@@ -1,0 +1,154 @@
+//! The careful way: one transaction and one statement at a time, so that a row that
+//! is missing or already there can be resolved for the top, and counted.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use bytes::Bytes;
+use postgres_protocol::message::frontend;
+use tokio::time::timeout;
+
+use super::plan::{Expect, Planned, Step};
+use super::{Batch, Session, fatal};
+use crate::lsn::Lsn;
+use crate::record::Kind;
+
+impl Session<'_> {
+    /// Applies what the fast way could not, one transaction and one statement at
+    /// a time, to the end of the batch that failed.
+    pub(super) async fn careful(&mut self) -> anyhow::Result<()> {
+        let until = self.attempted.max(Lsn(self.committed.0 + 1));
+        // Leave the failed transaction and the rest of its pipeline behind.
+        frontend::sync(self.client.buffer());
+        self.client.flush().await?;
+        let due = self
+            .expected
+            .iter()
+            .filter(|e| matches!(e, Expect::Simple))
+            .count()
+            + 1;
+        timeout(Duration::from_secs(60), self.skip_to_ready(due))
+            .await
+            .context("resynchronise")??;
+        self.client.simple("ROLLBACK").await?;
+        self.client.simple("DEALLOCATE ALL").await?;
+        self.rewind()?;
+        while self.committed < until {
+            if let Err(error) = self.careful_transaction().await {
+                self.client.simple("ROLLBACK").await.ok();
+                return Err(error);
+            }
+        }
+        // What was planned here was run without being prepared.
+        self.planner.forget_statements();
+        Ok(())
+    }
+
+    async fn skip_to_ready(&mut self, mut due: usize) -> anyhow::Result<()> {
+        while due > 0 {
+            let message = self.client.message().await?;
+            due -= usize::from(message.kind == b'Z');
+        }
+        Ok(())
+    }
+
+    async fn careful_transaction(&mut self) -> anyhow::Result<()> {
+        let mut batch = Batch::default();
+        let mut open = false;
+        loop {
+            let record = self.next_record().await?;
+            match record.kind {
+                Kind::Schema => self.planner.define(&record)?,
+                Kind::Mark => {}
+                Kind::Watermark => {
+                    self.wait_for_gate(record.lsn).await?;
+                    batch.end = record.lsn;
+                }
+                Kind::Part | Kind::Commit => {
+                    if !open {
+                        self.client.simple("BEGIN").await?;
+                        open = true;
+                    }
+                    for frame in record.frames() {
+                        self.careful_change(&frame?.payload).await?;
+                    }
+                    if record.kind == Kind::Commit {
+                        self.wait_for_gate(record.lsn).await?;
+                        batch.transactions = 1;
+                        batch.end = record.lsn;
+                        batch.last = Some(record.commit()?);
+                    }
+                }
+            }
+            if batch.end > Lsn::ZERO {
+                break;
+            }
+        }
+        let step = self.progress_step(&batch);
+        if !open {
+            self.client.simple("BEGIN").await?;
+        }
+        self.run_step(&step).await?;
+        self.client.simple("COMMIT").await?;
+        self.committed = batch.end;
+        self.announce(&batch);
+        if self.planner.routing_changed() {
+            self.planner.reload_routing(&mut self.client).await?;
+        }
+        Ok(())
+    }
+
+    async fn careful_change(&mut self, payload: &Bytes) -> anyhow::Result<()> {
+        let planned = match self.planner.plan(payload)? {
+            Planned::Lookup(relid) => {
+                self.planner.lookup(&mut self.client, relid).await?;
+                self.planner.plan(payload)?
+            }
+            planned => planned,
+        };
+        let Planned::Steps(steps) = planned else {
+            return Ok(());
+        };
+        for step in steps {
+            self.careful_step(payload, &step).await?;
+        }
+        Ok(())
+    }
+
+    async fn careful_step(&mut self, payload: &Bytes, step: &Step) -> anyhow::Result<()> {
+        // An existing row makes way for the top's.
+        if let Some((clear, kind)) = self.planner.clear_way(payload)? {
+            let gone = self.run_step(&clear).await?;
+            if gone > 0 {
+                let table = self.planner.table_of(payload)?;
+                self.bump(&table, kind, gone).await.map_err(fatal)?;
+            }
+        }
+        let count = self.run_step(step).await?;
+        match &step.expect {
+            Expect::One if count == 0 => {
+                let table = self.planner.table_of(payload)?;
+                if let Some(insert) = self.planner.insert_instead(payload)? {
+                    self.run_step(&insert).await?;
+                }
+                self.bump(&table, "update_missing", 1)
+                    .await
+                    .map_err(fatal)?;
+            }
+            Expect::Delete(table) if count == 0 => {
+                self.bump(table, "delete_missing", 1).await.map_err(fatal)?;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    async fn run_step(&mut self, step: &Step) -> anyhow::Result<u64> {
+        let values: Vec<Option<&str>> = step
+            .values
+            .iter()
+            .map(|value| value.as_deref().map(std::str::from_utf8).transpose())
+            .collect::<Result<_, _>>()?;
+        Ok(self.client.execute(&step.sql, &values).await?)
+    }
+}

@@ -1,0 +1,114 @@
+//! What has piled up is applied set-wise: whatever the history, the rows are those
+//! of the top.
+
+use std::fmt::Write;
+
+use terrace_tests::{Tree, wait_until};
+
+/// Tables that can be folded, and some that cannot.
+const SCHEMA: &str = "
+    CREATE TYPE mood AS ENUM ('sad', 'ok', 'happy');
+    CREATE TABLE plain (id int PRIMARY KEY, a text, b numeric(12,3), c timestamptz, d mood[]);
+    CREATE TABLE pair (x varchar(9), y bigint, doc jsonb, big text, PRIMARY KEY (x, y));
+    CREATE TABLE made (id int PRIMARY KEY, twice int GENERATED ALWAYS AS (id * 2) STORED,
+                       n int GENERATED ALWAYS AS IDENTITY, note bpchar(5));
+    CREATE TABLE only_key (id uuid PRIMARY KEY);
+    CREATE TABLE second (id int PRIMARY KEY, u int UNIQUE DEFERRABLE INITIALLY DEFERRED);
+    CREATE TABLE keyless (a int, b text);
+    SELECT terrace.add_table(t) FROM unnest(ARRAY['plain', 'pair', 'made', 'only_key', 'second',
+                                                  'keyless']::regclass[]) t;";
+const TABLES: [&str; 6] = ["plain", "pair", "made", "only_key", "second", "keyless"];
+
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 16) % n
+    }
+}
+
+/// One statement on few keys, so that each row lives through much.
+fn statement(random: &mut Random, foldable: bool) -> String {
+    let (k, v) = (random.below(12), random.below(1_000_000));
+    let other = random.below(12);
+    match random.below(if foldable { 13 } else { 17 }) {
+        0 | 1 => format!(
+            "INSERT INTO plain VALUES ({k}, 'it''s {{\"{v}\\\\}}', {v}.1, now(), '{{sad,NULL,ok}}') ON CONFLICT DO NOTHING"
+        ),
+        2 => format!("UPDATE plain SET a = NULL, b = {v} WHERE id = {k}"),
+        3 => format!("UPDATE plain SET d = '{{happy}}', c = 'infinity' WHERE id = {k}"),
+        4 => format!("DELETE FROM plain WHERE id = {k}"),
+        5 => format!(
+            "UPDATE plain SET id = {k} WHERE id = {other} AND NOT EXISTS (SELECT FROM plain WHERE id = {k})"
+        ),
+        6 => format!(
+            "INSERT INTO pair VALUES ('k{k}', {other}, '{{\"v\": {v}}}', repeat(md5('{v}'), 400)) ON CONFLICT (x, y) DO UPDATE SET doc = EXCLUDED.doc"
+        ),
+        7 => format!("UPDATE pair SET doc = NULL WHERE x = 'k{k}'"),
+        8 => format!("UPDATE pair SET y = y + 100 WHERE x = 'k{k}' AND y < 12"),
+        9 => format!("DELETE FROM pair WHERE y % 5 = {}", v % 5),
+        10 => format!(
+            "INSERT INTO made (id, note) VALUES ({k}, 'n{}') ON CONFLICT (id) DO UPDATE SET note = 'u'",
+            v % 99
+        ),
+        11 => format!("DELETE FROM made WHERE id = {k}"),
+        12 => format!(
+            "INSERT INTO only_key VALUES (md5('{k}')::uuid) ON CONFLICT DO NOTHING; UPDATE only_key SET id = id; DELETE FROM only_key WHERE id = md5('{other}')::uuid"
+        ),
+        13 => format!("INSERT INTO second VALUES ({k}, {other}) ON CONFLICT (id) DO NOTHING"),
+        14 => "UPDATE second SET u = u + 1".into(),
+        15 => format!("INSERT INTO keyless VALUES ({k}, 'v'), ({k}, 'v')"),
+        _ => format!(
+            "UPDATE keyless SET b = b || '.' WHERE a = {k}; DELETE FROM keyless WHERE a = {other}"
+        ),
+    }
+}
+
+#[test]
+fn whatever_piles_up_the_rows_are_those_of_the_top() {
+    let mut tree = Tree::grow(SCHEMA, &[("region", None, 1)]);
+    for seed in 1..=8_u64 {
+        let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        tree.nodes[0].bridge.stop();
+        // Rows that do not fit here are resolved for the top, and only then counted.
+        if seed == 7 {
+            tree.nodes[0].server.sql(
+                "SET session_replication_role = replica; DELETE FROM plain WHERE id = 3;
+                 DELETE FROM pair; INSERT INTO plain SELECT g, 'stray' FROM generate_series(0, 11) g
+                 ON CONFLICT DO NOTHING",
+            );
+        }
+        let mut client = tree.top.connect();
+        for _ in 0..400 {
+            let mut sql = String::from("BEGIN;");
+            for _ in 0..=random.below(4) {
+                let foldable = seed % 2 == 1;
+                write!(sql, "{};", statement(&mut random, foldable)).expect("write");
+            }
+            sql.push_str("COMMIT");
+            // A deferred constraint may refuse some: then they are no history.
+            if client.batch_execute(&sql).is_err() {
+                client.batch_execute("ROLLBACK").expect("rollback");
+            }
+        }
+        tree.start_bridges().expect("start the bridge");
+        if seed == 7 {
+            // What the top changes is as at the top again; the rest is a stray's own.
+            tree.top
+                .sql("UPDATE plain SET a = 'end'; UPDATE pair SET big = 'end'");
+            tree.wait_streaming();
+            let missing =
+                "SELECT count(*) > 0 FROM terrace.conflicts WHERE kind = 'update_missing'";
+            wait_until("conflicts are counted", || tree.top.value(missing) == "t");
+            tree.nodes[0]
+                .server
+                .sql("SET session_replication_role = replica; DELETE FROM plain WHERE a = 'stray'");
+        }
+        tree.wait_for_equal(&TABLES);
+    }
+    let log = tree.nodes[0].bridge.logged();
+    assert!(log.matches("set-wise").count() > 4, "it was hardly tried");
+}
