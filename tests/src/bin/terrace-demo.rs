@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use terrace_tests::process::end_all;
 use terrace_tests::server::program;
-use terrace_tests::{Server, Tree};
+use terrace_tests::{Server, Tree, wait_until};
 
 const TABLES: [&str; 4] = [
     "pgbench_accounts",
@@ -166,12 +166,73 @@ fn run(tree: &mut Tree) -> Result<()> {
         end.elapsed().as_secs_f32()
     );
     show(tree);
+    compare(tree)?;
+    failover(tree)?;
+    compare(tree)
+}
+
+fn compare(tree: &Tree) -> Result<()> {
     if let Some(difference) = tree.difference(&TABLES) {
         bail!("the servers differ: {difference}");
     }
     println!("\nthe same rows on all seven servers:");
     for table in TABLES {
         println!("  {table:<17} {}", tree.top.checksum(table)?);
+    }
+    Ok(())
+}
+
+/// Kills a master, and shows who goes on and when the level below hears of it.
+fn failover(tree: &mut Tree) -> Result<()> {
+    let old = tree.with_role("region", "master");
+    println!("\nkilling the bridge of {old}, master of region");
+    let killed = Instant::now();
+    tree.node(&old).bridge.kill9();
+    tree.top.sql(
+        "INSERT INTO pgbench_history (tid, bid, aid, delta, mtime) VALUES (0, 0, 0, 0, now())",
+    );
+    let below = tree.domain("branch").next().context("a server of branch")?;
+    let arrived = "SELECT count(*) FROM pgbench_history WHERE tid = 0";
+    wait_until("the row written after that is on the level below", || {
+        below.server.value(arrived) == "1"
+    });
+    println!(
+        "a row written after that is on {} {:.2} s later",
+        below.server.name,
+        killed.elapsed().as_secs_f32()
+    );
+    let role_of = |tree: &Tree, role: &str| {
+        let sql = format!(
+            "SELECT node FROM terrace.lag WHERE domain = 'region' AND role = '{role}' \
+             AND state = 'streaming' AND node <> '{old}'"
+        );
+        tree.top.value(&sql)
+    };
+    wait_until("another server is master", || {
+        !role_of(tree, "master").is_empty()
+    });
+    println!(
+        "{} is master now; starting {old} again",
+        role_of(tree, "master")
+    );
+    tree.node(&old).bridge.restart()?;
+    let back = format!(
+        "SELECT count(*) FROM terrace.lag WHERE node = '{old}' AND role = 'slave' \
+         AND state = 'streaming'"
+    );
+    wait_until("it is back as a slave", || tree.top.value(&back) == "1");
+    let sql = "SELECT terrace.wait_for(pg_current_wal_lsn(), timeout => '60s')";
+    ensure!(
+        tree.top.value(sql) == "t",
+        "not every server has replayed all"
+    );
+    show(tree);
+    println!();
+    for row in tree
+        .top
+        .rows("SELECT node, kind, reason FROM terrace.events WHERE domain = 'region'")
+    {
+        println!("{:<10} {:<10} {}", row[0], row[1], row[2]);
     }
     Ok(())
 }
