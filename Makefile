@@ -43,6 +43,7 @@ check:
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets --no-default-features --features terrace/pg$(PG_MAJOR) -- -D warnings
 	cargo test --locked -p terrace-bridge
+	cargo test --locked -p terrace-bench
 	cargo test --locked -p terrace-tests
 
 # Terrace and native subscriptions side by side. QUICK=1 for the short form; ONLY="drain tree" for
