@@ -55,14 +55,18 @@ check:
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets --no-default-features --features terrace/pg$(PG_MAJOR) -- -D warnings
 	cargo test --locked -p terrace-bridge
+	cargo test --locked -p terrace-bench
 	cargo test --locked -p terrace-tests
 
 # Terrace and native subscriptions side by side. QUICK=1 for the short form; ONLY="drain tree" for
-# some of: drain, tree, latency, memory, tag. Results in target/bench/.
+# some of: drain, tree, latency, memory, tag. Results in target/bench/. The top loads the
+# release build of the extension's library, without it being installed.
 .PHONY: bench
 bench: install
 	cargo build --locked --release -p terrace-bridge -p terrace-bench
+	cargo build --locked --release -p terrace --no-default-features --features pg$(PG_MAJOR)
 	TERRACE_BRIDGE=$(abspath $(TARGET))/release/terrace-bridge \
+	TERRACE_LIBRARY=$(abspath $(TARGET))/release/libterrace.so \
 	  $(TARGET)/release/terrace-bench $(if $(filter 1,$(QUICK)),--quick) $(ONLY)
 
 # Runs each fuzz target for so many seconds. Stable Rust does: coverage is a pass of LLVM.

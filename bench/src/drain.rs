@@ -183,7 +183,7 @@ impl Drain {
         }
         fill(top, script, transactions)?;
         let marker = mark(top)?;
-        world.checkpoint();
+        world.checkpoint()?;
         let turns: &[Turn] = if self.is_tree() {
             &[Turn::Terrace, Turn::Native]
         } else {

@@ -38,7 +38,7 @@ impl Workload for Memory {
             plan.large_rows
         ));
         let marker = mark(world.top())?;
-        world.checkpoint();
+        world.checkpoint()?;
         let top = world.top_pid()?;
 
         let drained = drain(&mut world.terrace, top, marker, |_| ());

@@ -12,7 +12,7 @@ use terrace_tests::{Server, ServerOptions, Tree};
 use crate::pgbench::{SCHEMA, TABLES, create_tables};
 use crate::side::Side;
 use crate::workload::{Plan, wait};
-use crate::world::{Shape, settle};
+use crate::world::{Shape, at_once, settings};
 
 pub struct Native {
     servers: Vec<Server>,
@@ -27,38 +27,36 @@ pub fn publish(server: &Server) {
 impl Native {
     /// Boots the servers and waits until all have their initial copy.
     pub fn boot(tree: &Tree, shape: Shape, plan: &Plan) -> Result<Native> {
-        let mut native = Native {
-            servers: Vec::new(),
-        };
-        for i in 0..shape.region + shape.branch {
-            let name = if i < shape.region {
-                format!("native-region-{}", i + 1)
-            } else {
-                format!("native-branch-{}", i - shape.region + 1)
-            };
+        let names: Vec<String> = (1..=shape.region)
+            .map(|i| format!("native-region-{i}"))
+            .chain((1..=shape.branch).map(|i| format!("native-branch-{i}")))
+            .collect();
+        let mut servers = Vec::new();
+        for name in &names {
             let options = ServerOptions {
                 extension: false,
+                settings: settings(),
                 ..Default::default()
             };
-            let mut server = Server::start(&tree.scratch, &name, &options)?;
-            settle(&mut server)?;
-            create_tables(&server, plan.scale, "", false)?;
-            server.sql(SCHEMA);
-            publish(&server);
-            let above = match i.checked_sub(shape.region) {
-                None => &tree.top,
-                Some(branch) => &native.servers[branch % shape.region],
-            };
-            server.sql(&format!(
-                "CREATE SUBSCRIPTION bench CONNECTION '{}' PUBLICATION native \
-                 WITH (slot_name = {})",
-                above.conninfo(),
-                name.replace('-', "_")
-            ));
-            wait_for(&server, COPIED)?;
-            native.servers.push(server);
+            servers.push(Server::start(&tree.scratch, name, &options)?);
         }
-        Ok(native)
+        at_once(servers.iter(), |server| {
+            create_tables(server, plan.scale, "", false)?;
+            server.sql(SCHEMA);
+            publish(server);
+            Ok(())
+        })?;
+        let (regions, branches) = servers.split_at(shape.region);
+        // One after the other: PostgreSQL names a copy's slot after the subscriber's system
+        // identifier, and the harness makes all servers from one template.
+        for region in regions {
+            subscribe(region, &tree.top)?;
+        }
+        at_once(
+            branches.iter().zip(regions.iter().cycle()),
+            |(branch, region)| subscribe(branch, region),
+        )?;
+        Ok(Native { servers })
     }
 
     /// Sets `synchronous_commit` of every subscription; `off` is PostgreSQL's default.
@@ -66,6 +64,16 @@ impl Native {
         let sql = format!("ALTER SUBSCRIPTION bench SET (synchronous_commit = {value})");
         self.servers.iter().for_each(|server| server.sql(&sql));
     }
+}
+
+/// Subscribes and waits for the initial copy.
+fn subscribe(server: &Server, above: &Server) -> Result<()> {
+    server.sql(&format!(
+        "CREATE SUBSCRIPTION bench CONNECTION '{}' PUBLICATION native WITH (slot_name = {})",
+        above.conninfo(),
+        server.name.replace('-', "_")
+    ));
+    wait_for(server, COPIED)
 }
 
 const COPIED: &str = "SELECT bool_and(srsubstate = 'r') FROM pg_subscription_rel";

@@ -120,10 +120,14 @@ pub fn fill(top: &Server, script: Script, transactions: u64) -> Result<()> {
     pgbench(top, "-c synchronous_commit=off", &arguments).map(drop)
 }
 
-/// Transactions per second as pgbench tells them.
-pub fn rate(output: &Output) -> Result<f64> {
+/// Transactions in all, and per second, as pgbench tells them.
+pub fn processed(output: &Output) -> Result<(f64, f64)> {
     let said = String::from_utf8_lossy(&output.stdout);
-    said.lines()
-        .find_map(|line| line.strip_prefix("tps = ")?.split(' ').next()?.parse().ok())
-        .with_context(|| format!("no rate in what pgbench said: {said}"))
+    let after = |label: &str| -> Option<f64> {
+        let rest = said.lines().find_map(|line| line.strip_prefix(label))?;
+        rest.split([' ', '/']).next()?.parse().ok()
+    };
+    let number = after("number of transactions actually processed: ");
+    let both = number.zip(after("tps = "));
+    both.with_context(|| format!("no rate in what pgbench said: {said}"))
 }

@@ -58,7 +58,7 @@ impl Plan {
             Plan {
                 quick,
                 scale: 10,
-                hop_rounds: [5, 3],
+                hop_rounds: [5, 2],
                 script_rounds: 5,
                 tree_rounds: 5,
                 backlog: [100_000, 40_000],
@@ -71,7 +71,7 @@ impl Plan {
 }
 
 /// Nothing here may take longer, be it a copy or a drain.
-const LIMIT: Duration = Duration::from_secs(600);
+const LIMIT: Duration = Duration::from_secs(180);
 
 /// Polls every `pause` until `condition` holds.
 pub fn wait(

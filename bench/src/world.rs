@@ -1,9 +1,10 @@
 //! One top, and below it both sides in the same shape.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use terrace_tests::{Server, Tree};
 
 use crate::native::{Native, publish};
@@ -69,7 +70,24 @@ pub fn plant() -> Result<Tree> {
     let mut paths = SCRATCH.lock().unwrap_or_else(PoisonError::into_inner);
     paths.push(path);
     settle(&mut tree.top)?;
+    if let Some(library) = std::env::var_os("TERRACE_LIBRARY") {
+        load_from(&tree.top, Path::new(&library))?;
+    }
     Ok(tree)
+}
+
+/// Has a server load this build of the extension's library instead of the installed one. A copy is
+/// taken to where the server may read it.
+fn load_from(server: &Server, library: &Path) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let copy = server.socket_dir().join("terrace.so");
+    std::fs::copy(library, &copy).with_context(|| format!("copy {}", library.display()))?;
+    std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o755))?;
+    server.sql(&format!(
+        "UPDATE pg_proc SET probin = '{}' WHERE probin = '$libdir/terrace'",
+        copy.display()
+    ));
+    Ok(())
 }
 
 /// Removes what an interrupted run would leave behind.
@@ -80,8 +98,14 @@ pub fn remove_scratch() {
     }
 }
 
-/// Gives a server the settings of the benchmark.
-pub fn settle(server: &mut Server) -> Result<()> {
+/// The settings as lines for `postgresql.conf`.
+pub fn settings() -> String {
+    let lines = SETTINGS.map(|(name, value)| format!("{name} = '{value}'\n"));
+    lines.concat()
+}
+
+/// Gives the settings to a server that the harness has started with its own.
+fn settle(server: &mut Server) -> Result<()> {
     for (name, value) in SETTINGS {
         server.sql(&format!("ALTER SYSTEM SET {name} = '{value}'"));
     }
@@ -89,9 +113,25 @@ pub fn settle(server: &mut Server) -> Result<()> {
     server.restart()
 }
 
+/// Does the same for many, each in a thread of its own.
+pub fn at_once<T: Send>(
+    items: impl Iterator<Item = T>,
+    step: impl Fn(T) -> Result<()> + Sync,
+) -> Result<()> {
+    let step = &step;
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = items.map(|item| scope.spawn(move || step(item))).collect();
+        threads.into_iter().try_for_each(|thread| {
+            let result = thread.join();
+            result.unwrap_or_else(|_| Err(anyhow!("a thread panicked")))
+        })
+    })
+}
+
 impl World {
     /// Boots everything, waits until everybody has a copy of the tables, and pauses both sides.
     pub fn boot(shape: Shape, plan: &Plan) -> Result<World> {
+        let start = Instant::now();
         let mut tree = plant()?;
         create_tables(&tree.top, plan.scale, "", true)?;
         tree.top.sql(SCHEMA);
@@ -106,9 +146,8 @@ impl World {
             domains.push(("branch", Some("region"), shape.branch));
         }
         tree.boot(&domains)?;
-        for node in &mut tree.nodes {
-            settle(&mut node.server)?;
-        }
+        let servers = tree.nodes.iter_mut().map(|node| &mut node.server);
+        at_once(servers, settle)?;
         let mut native = Native::boot(&tree, shape, plan)?;
         native.pause()?;
         let mut terrace = Terrace { tree };
@@ -116,7 +155,8 @@ impl World {
         let ready = terrace.wait_streaming().and_then(|()| terrace.pause());
         let mut world = World { native, terrace };
         world.explain(ready)?;
-        world.checkpoint();
+        world.checkpoint()?;
+        println!("    booted in {:.0} s", start.elapsed().as_secs_f64());
         Ok(world)
     }
 
@@ -137,17 +177,19 @@ impl World {
     }
 
     /// Checkpoints everywhere, so that none is due in what is measured next.
-    pub fn checkpoint(&self) {
+    pub fn checkpoint(&self) -> Result<()> {
         let below = self.native.servers().into_iter();
         let servers = below.chain(self.terrace.servers()).chain([self.top()]);
-        servers.for_each(|server| server.sql("CHECKPOINT"));
+        at_once(servers, |server| {
+            Ok(server.try_connect()?.batch_execute("CHECKPOINT")?)
+        })
     }
 
     /// Adds to an error what the bridges logged.
     pub fn explain<T>(&mut self, result: Result<T>) -> Result<T> {
         result.map_err(|error| {
             let lag = self.terrace.tree.show_lag();
-            anyhow::anyhow!("{error:#}\n{lag}\n{}", self.terrace.logs())
+            anyhow!("{error:#}\n{lag}\n{}", self.terrace.logs())
         })
     }
 }
