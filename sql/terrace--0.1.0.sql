@@ -127,7 +127,7 @@ BEGIN
     END IF;
     FOR part IN SELECT relid FROM pg_partition_tree(rel) UNION SELECT rel LOOP
         IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = part AND tgname = 'terrace_tag') THEN
-            EXECUTE format('CREATE TRIGGER terrace_tag AFTER INSERT OR UPDATE OR DELETE OR TRUNCATE '
+            EXECUTE format('CREATE TRIGGER terrace_tag BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE '
                 'ON %s FOR EACH STATEMENT EXECUTE FUNCTION terrace.arm_tag()', part);
             EXECUTE format('ALTER TRIGGER terrace_tag ON %s DEPENDS ON EXTENSION terrace', part);
         END IF;
@@ -159,9 +159,9 @@ CREATE TRIGGER follow AFTER INSERT OR UPDATE OR DELETE ON sync_table
     FOR EACH ROW EXECUTE FUNCTION follow_sync_table();
 ALTER TABLE sync_table ENABLE ALWAYS TRIGGER follow;
 
-CREATE TRIGGER terrace_tag AFTER INSERT OR UPDATE OR DELETE OR TRUNCATE ON domain
+CREATE TRIGGER terrace_tag BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON domain
     FOR EACH STATEMENT EXECUTE FUNCTION arm_tag();
-CREATE TRIGGER terrace_tag AFTER INSERT OR UPDATE OR DELETE OR TRUNCATE ON sync_table
+CREATE TRIGGER terrace_tag BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON sync_table
     FOR EACH STATEMENT EXECUTE FUNCTION arm_tag();
 
 -- ----- the receiving side ----------------------------------------------------

@@ -58,13 +58,29 @@ pub extern "C-unwind" fn _PG_init() {
     unsafe { pg_sys::RegisterXactCallback(Some(on_transaction_end), std::ptr::null_mut()) };
 }
 
+/// Tells PostgreSQL how [`arm_tag_wrapper`] is called (`fmgr.h`, PG_FUNCTION_INFO_V1).
+#[unsafe(no_mangle)]
+pub extern "C-unwind" fn pg_finfo_arm_tag_wrapper() -> &'static pg_sys::Pg_finfo_record {
+    const V1: pg_sys::Pg_finfo_record = pg_sys::Pg_finfo_record { api_version: 1 };
+    &V1
+}
+
 /// Trigger on each synchronised table: the current transaction is to be tagged.
-#[pg_trigger]
-fn arm_tag<'a>(
-    _trigger: &'a pgrx::PgTrigger<'a>,
-) -> Result<Option<PgHeapTuple<'a, impl WhoAllocated>>, spi::Error> {
-    arm()?;
-    Ok(None::<PgHeapTuple<'a, pgrx::AllocatedByRust>>)
+///
+/// It runs for every statement at the top, so it looks at nothing of the trigger:
+/// a BEFORE STATEMENT trigger has no row, and its result is not read.
+///
+/// # Safety
+/// Called by PostgreSQL's trigger manager alone.
+#[unsafe(no_mangle)]
+#[pg_guard]
+pub unsafe extern "C-unwind" fn arm_tag_wrapper(
+    _fcinfo: pg_sys::FunctionCallInfo,
+) -> pg_sys::Datum {
+    if let Err(error) = arm() {
+        pgrx::error!("terrace: {error}");
+    }
+    pg_sys::Datum::from(0)
 }
 
 /// Does what the trigger does, for changes that are no rows.
@@ -97,7 +113,13 @@ fn arm() -> Result<(), spi::Error> {
 unsafe extern "C-unwind" fn on_transaction_end(event: pg_sys::XactEvent::Type, _arg: *mut c_void) {
     match event {
         pg_sys::XactEvent::XACT_EVENT_PRE_COMMIT | pg_sys::XactEvent::XACT_EVENT_PRE_PREPARE => {
-            if let Some(domains) = ARMED.take() {
+            // The trigger runs before the statement; one that changed nothing has no id.
+            // SAFETY: inside a transaction.
+            let changed =
+                unsafe { pg_sys::GetTopTransactionIdIfAny() } != pg_sys::InvalidTransactionId;
+            if let Some(domains) = ARMED.take()
+                && changed
+            {
                 write_tag(&domains);
             }
         }
