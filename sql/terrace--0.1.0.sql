@@ -78,7 +78,7 @@ CREATE FUNCTION current_tag() RETURNS text
 CREATE FUNCTION send(channel text, payload text) RETURNS void
     LANGUAGE plpgsql AS $$
 BEGIN
-    IF pg_catalog.octet_length(channel) NOT BETWEEN 1 AND 63 THEN
+    IF channel IS NULL OR pg_catalog.octet_length(channel) NOT BETWEEN 1 AND 63 THEN
         RAISE EXCEPTION 'channel name must have 1 to 63 bytes'
             USING ERRCODE = 'invalid_parameter_value';
     END IF;
@@ -88,7 +88,7 @@ BEGIN
     END IF;
     PERFORM terrace.arm_now();
     PERFORM pg_catalog.pg_logical_emit_message(true, 'terrace.send',
-        pg_catalog.json_build_object('channel', channel, 'payload', payload)::text);
+        pg_catalog.json_build_object('channel', channel, 'payload', coalesce(payload, ''))::text);
 END $$;
 
 -- ----- table by table: publication, trigger, grant ---------------------------
@@ -262,6 +262,7 @@ CREATE FUNCTION add_table(rel regclass, domains text[] DEFAULT NULL, filter text
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     class record;
+    part regclass;
 BEGIN
     PERFORM terrace.must_be_top();
     SELECT n.nspname, c.relname, c.relkind, c.relpersistence, c.relreplident INTO class
@@ -288,7 +289,9 @@ BEGIN
     IF class.relreplident = 'n' OR class.relreplident = 'd'
        AND NOT EXISTS (SELECT FROM pg_index WHERE indrelid = rel AND indisprimary) THEN
         RAISE NOTICE 'table "%" has no usable replica identity, setting REPLICA IDENTITY FULL', rel;
-        EXECUTE format('ALTER TABLE %s REPLICA IDENTITY FULL', rel);
+        FOR part IN SELECT relid FROM pg_partition_tree(rel) UNION SELECT rel LOOP
+            EXECUTE format('ALTER TABLE %s REPLICA IDENTITY FULL', part);
+        END LOOP;
     END IF;
     INSERT INTO terrace.sync_table VALUES (class.nspname, class.relname, domains, columns, filter);
 END $$;
@@ -375,17 +378,17 @@ BEGIN
     FOR n IN SELECT jsonb_array_elements(report -> 'nodes') LOOP
         BEGIN
             PERFORM terrace.check_reporter(n);
-        EXCEPTION WHEN undefined_object OR duplicate_object THEN
+        EXCEPTION WHEN undefined_object OR duplicate_object OR data_exception THEN
             IF first THEN
                 RAISE;
             END IF;
             CONTINUE;
         END;
         first := false;
-        heard := clock_timestamp() - make_interval(secs => coalesce((n ->> 'age_ms')::float8, 0) / 1000);
+        heard := clock_timestamp() - make_interval(secs => greatest((n ->> 'age_ms')::float8, 0) / 1000);
         INSERT INTO terrace.status AS s
         VALUES (n ->> 'node', n ->> 'instance', n ->> 'domain', heard,
-                coalesce((n ->> 'self')::boolean, false), n - 'age_ms' - 'self')
+                terrace.is_own_report(n), n - 'age_ms' - 'self')
         ON CONFLICT (node) DO UPDATE
         SET instance = EXCLUDED.instance, domain = EXCLUDED.domain,
             reply_time = EXCLUDED.reply_time, self = EXCLUDED.self, report = EXCLUDED.report
@@ -406,7 +409,7 @@ CREATE FUNCTION check_reporter(n jsonb) RETURNS void
 BEGIN
     IF n ->> 'domain' <> 'top'
        AND NOT EXISTS (SELECT FROM terrace.domain d WHERE d.name = n ->> 'domain')
-       AND (n ->> 'self')::boolean IS NOT TRUE THEN
+       AND NOT terrace.is_own_report(n) THEN
         RAISE EXCEPTION 'domain "%" does not exist', n ->> 'domain'
             USING ERRCODE = 'undefined_object',
                   HINT = 'Create it at the top with terrace.create_domain.';
@@ -417,7 +420,19 @@ BEGIN
         RAISE EXCEPTION 'node name "%" is already in use by another bridge', n ->> 'node'
             USING ERRCODE = 'duplicate_object', HINT = 'Give each server its own node.name.';
     END IF;
+    -- The views cast these: what cannot be cast must not get in.
+    PERFORM r.* FROM jsonb_to_record(n) AS r(received_lsn pg_lsn, flush_lsn pg_lsn, replay_lsn pg_lsn,
+        replay_time timestamptz, caught_up boolean, apply_rate float8, catchup_seconds float8, age_ms float8);
+    PERFORM c.* FROM jsonb_to_recordset(nullif(n -> 'conflicts', 'null'))
+        AS c("table" text, kind text, count bigint, last_seen timestamptz);
 END $$;
+
+-- Only the bridge beside this server, a superuser, tells of the server itself.
+CREATE FUNCTION is_own_report(n jsonb) RETURNS boolean
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT (n ->> 'self')::boolean IS TRUE
+       AND (SELECT rolsuper FROM pg_roles WHERE rolname = session_user)
+$$;
 
 -- What the bridge beside this server tells its upstream: conflicts here, the
 -- servers below, and the events that came after number "after".

@@ -122,6 +122,8 @@ struct Session<'a> {
     planner: Planner,
     /// Read but not yet begun with.
     ahead: VecDeque<Record>,
+    /// Transactions that go in order before the next look whether all can go set-wise.
+    in_order: usize,
     /// End of the batch that is under way.
     attempted: Lsn,
     committed: Lsn,
@@ -181,6 +183,7 @@ impl<'a> Session<'a> {
             client,
             planner,
             ahead: VecDeque::new(),
+            in_order: MAX_TRANSACTIONS,
             attempted: committed,
             committed,
             progress_written: Instant::now(),
@@ -257,7 +260,7 @@ impl<'a> Session<'a> {
         loop {
             if batch.transactions > 0 || batch.end > self.committed {
                 // Something is complete: take only what is there and may be shown.
-                let full = batch.transactions >= MAX_TRANSACTIONS
+                let full = batch.transactions >= self.in_order
                     || batch.bytes >= MAX_BYTES
                     || self.planner.routing_changed();
                 let gate = *self.shared.upstream_replayed.borrow();

@@ -377,8 +377,9 @@ async fn prepare_schema(
     if !present.is_empty() && !ours.is_empty() {
         let names: Vec<String> = present.iter().map(|table| table.qualified()).collect();
         local
-            .simple(&format!("TRUNCATE {} CASCADE", names.join(", ")))
-            .await?;
+            .simple(&format!("TRUNCATE {}", names.join(", ")))
+            .await
+            .context("empty the tables of an interrupted copy")?;
     }
     if !missing.is_empty() && !present.is_empty() {
         bail!(
@@ -397,7 +398,14 @@ async fn prepare_schema(
         let pre = dump(source, snapshot, reader, "pre-data").await?;
         restore(local, &pre).await.context("create the tables")?;
     }
-    Ok(fresh)
+    // They are made as one transaction: where there is one of them, all are.
+    let names: Vec<String> = present.iter().map(|table| table.qualified()).collect();
+    let sql = "SELECT 1 FROM pg_catalog.unnest(pg_catalog.string_to_array($1, E'\\x01')) t \
+               WHERE EXISTS (SELECT FROM pg_catalog.pg_index WHERE indrelid = to_regclass(t)) \
+                  OR EXISTS (SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = to_regclass(t) \
+                             AND NOT tgisinternal AND tgname NOT LIKE 'terrace\\_%')";
+    let made = local.query(sql, &[Some(&names.join("\u{1}"))]).await?;
+    Ok(fresh && made.is_empty())
 }
 
 fn marker_of(fresh: bool) -> &'static str {

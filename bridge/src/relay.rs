@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use crate::conninfo::ConnInfo;
@@ -86,14 +86,14 @@ pub async fn run(
     }
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
-        let place = Arc::clone(&places).acquire_owned().await?;
-        let accepted: io::Result<(Box<dyn Stream>, _)> = tokio::select! {
-            accepted = accept_tcp(&listener) => accepted.map(|tcp| (tcp, &security)),
-            accepted = accept_control(&control) => accepted.map(|unix| (unix, &trusting)),
+        let accepted = tokio::select! {
+            accepted = accept_tcp(&listener, &places) => accepted,
+            // Whoever fills the places keeps nobody of this machine out.
+            accepted = accept_control(&control) => accepted.map(|stream| (stream, None)),
             () = cancel.cancelled() => return Ok(()),
         };
-        let (stream, security) = match accepted {
-            Ok((stream, security)) => (stream, Arc::clone(security)),
+        let (stream, place) = match accepted {
+            Ok(accepted) => accepted,
             Err(error) => {
                 // Out of file descriptors, most likely: others will end.
                 tracing::warn!("accept on the relay port: {error}");
@@ -101,9 +101,10 @@ pub async fn run(
                 continue;
             }
         };
-        let relay = Arc::clone(&relay);
+        let (relay, local) = (Arc::clone(&relay), place.is_none());
+        let security = Arc::clone(if local { &trusting } else { &security });
         tokio::spawn(async move {
-            if let Err(error) = serve(relay, &security, stream).await {
+            if let Err(error) = serve(relay, &security, stream, local).await {
                 tracing::debug!("relay session ended: {error:#}");
             }
             drop(place);
@@ -111,11 +112,15 @@ pub async fn run(
     }
 }
 
-async fn accept_tcp(listener: &TcpListener) -> io::Result<Box<dyn Stream>> {
+type Accept = io::Result<(Box<dyn Stream>, Option<OwnedSemaphorePermit>)>;
+
+async fn accept_tcp(listener: &TcpListener, places: &Arc<Semaphore>) -> Accept {
+    let place = Arc::clone(places).acquire_owned().await;
+    let place = place.map_err(io::Error::other)?;
     let (tcp, peer) = listener.accept().await?;
     wire::tune(&tcp)?;
     tracing::debug!(%peer, "connection");
-    Ok(Box::new(tcp))
+    Ok((Box::new(tcp), Some(place)))
 }
 
 async fn accept_control(listener: &anyhow::Result<UnixListener>) -> io::Result<Box<dyn Stream>> {
@@ -129,6 +134,7 @@ async fn serve(
     relay: Arc<Relay>,
     security: &Security,
     stream: Box<dyn Stream>,
+    local: bool,
 ) -> anyhow::Result<()> {
     match accept(stream, security).await? {
         Accepted::Cancel(packet) => splice::cancel(&relay.local()?, &packet).await,
@@ -139,7 +145,7 @@ async fn serve(
                 return splice::run(&relay, framed, parameters).await;
             }
             let id = relay.sessions.fetch_add(1, Ordering::Relaxed);
-            session::Session::new(relay, framed, parameters, id)
+            session::Session::new(relay, framed, parameters, id, local)
                 .run()
                 .await
         }

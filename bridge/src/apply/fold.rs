@@ -7,7 +7,8 @@
 //!
 //! Why the order may change: a row is known by its primary key, the only unique
 //! constraint of a table that is folded ([`Shape`]), so changes of different rows
-//! do not meet. Of one row only the last state counts. Rows are deleted before
+//! do not meet; a table without a unique constraint is only added to. Of one row
+//! only the last state counts. Rows are deleted before
 //! others are updated and inserted, so that a key is free when it is taken anew.
 
 use std::collections::{BTreeMap, HashMap};
@@ -166,6 +167,11 @@ impl Table {
         Ok(key)
     }
 
+    /// Without a key rows can only be added.
+    fn is_keyless(&self) -> bool {
+        !self.shape.columns.iter().any(|column| column.key)
+    }
+
     fn put(&mut self, key: Vec<u8>, row: Row) {
         self.index.insert(key, self.rows.len());
         self.rows.push(row);
@@ -175,6 +181,10 @@ impl Table {
         let key = self.key(&new)?;
         if new.iter().any(|cell| matches!(cell, Cell::Unchanged)) {
             return Err(NotFoldable);
+        }
+        if self.is_keyless() {
+            self.rows.push(Row::Inserted(new));
+            return Ok(());
         }
         let Some(&at) = self.index.get(&key) else {
             self.put(key, Row::Inserted(new));
@@ -189,6 +199,9 @@ impl Table {
     }
 
     fn update(&mut self, old: Option<Vec<Cell>>, new: &mut Vec<Cell>) -> Result<(), NotFoldable> {
+        if self.is_keyless() {
+            return Err(NotFoldable);
+        }
         if let Some(old) = old {
             // An old key is sent when it changes, or when it is stored out of line.
             for (column, (new, old)) in self.shape.columns.iter().zip(new.iter_mut().zip(&old)) {
@@ -236,6 +249,9 @@ impl Table {
     }
 
     fn delete(&mut self, old: Vec<Cell>) -> Result<(), NotFoldable> {
+        if self.is_keyless() {
+            return Err(NotFoldable);
+        }
         let key = self.key(&old)?;
         let Some(&at) = self.index.get(&key) else {
             self.put(key, Row::Deleted(old));
@@ -282,7 +298,7 @@ impl Shape {
     fn delete(&self, rows: &[&[Cell]]) -> Option<Statement> {
         let keys: Vec<usize> = self.keys().collect();
         let sql = format!(
-            "DELETE FROM {} t USING {} WHERE {}",
+            "DELETE FROM ONLY {} t USING {} WHERE {}",
             self.table,
             self.source(&keys),
             self.same_key()
@@ -303,7 +319,7 @@ impl Shape {
         let assignments: Vec<String> = set.iter().map(assign).collect();
         let all: Vec<usize> = self.keys().chain(set).collect();
         let sql = format!(
-            "UPDATE {} t SET {} FROM {} WHERE {}",
+            "UPDATE ONLY {} t SET {} FROM {} WHERE {}",
             self.table,
             assignments.join(", "),
             self.source(&all),
@@ -347,11 +363,14 @@ impl Shape {
                 "c{index}::{} AS c{index}",
                 self.columns[*index].type_name
             ));
-            arrays.push(format!("${}::pg_catalog.text[]", place + 1));
+            arrays.push(format!(
+                "pg_catalog.unnest(${}::pg_catalog.text[])",
+                place + 1
+            ));
             names.push(format!("c{index}"));
         }
         format!(
-            "(SELECT {} FROM ROWS FROM (pg_catalog.unnest({})) AS x ({})) AS u",
+            "(SELECT {} FROM ROWS FROM ({}) AS x ({})) AS u",
             casts.join(", "),
             arrays.join(", "),
             names.join(", ")

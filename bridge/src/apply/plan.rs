@@ -81,6 +81,8 @@ struct Relation {
     columns: Vec<Column>,
     looked_up: bool,
     routed: bool,
+    /// Rows of tables that inherit from it are not its own.
+    only: bool,
     /// `pg_class.relreplident` at the top.
     identity: u8,
     /// How to change it set-wise; known once looked up.
@@ -94,6 +96,12 @@ impl Relation {
             quote_ident(&self.namespace),
             quote_ident(&self.name)
         )
+    }
+
+    /// For statements that would touch inheriting tables as well.
+    fn rows(&self) -> String {
+        let only = if self.only { "ONLY " } else { "" };
+        format!("{only}{}", self.qualified())
     }
 
     fn table(&self) -> String {
@@ -237,6 +245,7 @@ impl Planner {
             columns,
             looked_up: false,
             routed,
+            only: false,
             identity: relation.identity,
             shape: None,
         };
@@ -252,9 +261,10 @@ impl Planner {
             .context("undefined relation")?;
         let sql = "SELECT a.attname, a.attgenerated <> '', \
                  EXISTS (SELECT FROM pg_index i WHERE i.indrelid = a.attrelid AND i.indisprimary \
-                         AND a.attnum = ANY (i.indkey)), \
+                         AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])), \
                  EXISTS (SELECT FROM pg_opclass o JOIN pg_am m ON m.oid = o.opcmethod \
-                         WHERE m.amname = 'btree' AND o.opcdefault AND o.opcintype = \
+                         WHERE m.amname = 'btree' AND o.opcdefault \
+                           AND o.opcnamespace = 'pg_catalog'::regnamespace AND o.opcintype = \
                            CASE WHEN t.typtype = 'e' THEN 'anyenum'::regtype \
                                 WHEN t.typtype = 'd' THEN t.typbasetype \
                                 WHEN t.typcategory = 'A' THEN 'anyarray'::regtype \
@@ -265,7 +275,8 @@ impl Planner {
                     AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid \
                       AND (i.indisunique OR i.indisexclusion) AND NOT i.indisprimary) \
                   FROM pg_class c WHERE c.oid = a.attrelid), \
-                 a.attidentity = 'a' \
+                 a.attidentity = 'a', \
+                 (SELECT c.relkind = 'r' FROM pg_class c WHERE c.oid = a.attrelid) \
              FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid \
              WHERE a.attrelid = pg_catalog.to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped";
         let rows = client.query(sql, &[Some(&relation.qualified())]).await?;
@@ -288,6 +299,7 @@ impl Planner {
                 .await
                 .context("make the identity column writable")?;
         }
+        relation.only = rows.iter().all(|row| row[7].as_deref() == Some("t"));
         let mut plain = true;
         let locals: HashMap<String, LocalColumn> = rows
             .into_iter()
@@ -336,7 +348,14 @@ impl Planner {
                 content,
                 ..
             } => {
-                return Ok(Planned::Steps(vec![notify(payload.slice_ref(content))?]));
+                return Ok(match notify(payload.slice_ref(content)) {
+                    Some(step) => Planned::Steps(vec![step]),
+                    None => {
+                        // Anybody at the top may write such a message; it is no data.
+                        tracing::warn!("a message that is no notification is left out");
+                        Planned::Nothing
+                    }
+                });
             }
             _ => return Ok(Planned::Nothing),
         };
@@ -365,7 +384,7 @@ impl Planner {
                     .iter()
                     .filter_map(|relid| self.relations.get(relid))
                     .filter(|relation| relation.routed)
-                    .map(Relation::qualified)
+                    .map(Relation::rows)
                     .collect();
                 if tables.is_empty() {
                     return Ok(Planned::Nothing);
@@ -380,6 +399,9 @@ impl Planner {
             }
             _ => return Ok(Planned::Nothing),
         };
+        if sql.is_empty() {
+            return Ok(Planned::Nothing);
+        }
         Ok(Planned::Steps(vec![self.step(sql, values, expect)]))
     }
 
@@ -483,8 +505,17 @@ impl Planner {
             return Ok(None);
         }
         let mut values = Vec::new();
-        let clause = primary_clause(relation, *new, payload, &mut values);
-        let sql = format!("DELETE FROM {} WHERE {clause}", relation.qualified());
+        let mut clause = primary_clause(relation, *new, payload, &mut values);
+        if let Message::Update {
+            old: Some((_, old)),
+            ..
+        } = &message
+        {
+            // Two texts may be one value: the row itself is in nobody's way.
+            let itself = primary_clause(relation, *old, payload, &mut values);
+            clause = format!("{clause} AND NOT ({itself})");
+        }
+        let sql = format!("DELETE FROM {} WHERE {clause}", relation.rows());
         Ok(Some((unnamed(sql, values, Expect::Done), kind)))
     }
 
@@ -513,24 +544,25 @@ fn moves(relation: &Relation, old: Tuple<'_>, new: Tuple<'_>) -> bool {
 }
 
 /// Only a table whose one unique constraint is the primary key, the same here and at
-/// the top, can be changed row by row in any order.
+/// the top, can be changed row by row in any order; one without any can be added to.
 fn shape(relation: &Relation, primaries: usize) -> Option<Shape> {
     let mut columns = Vec::new();
     for column in &relation.columns {
         let local = column.local.as_ref()?;
-        if column.key != local.primary || local.primary && local.generated {
+        // With REPLICA IDENTITY FULL every column is key at the top.
+        let key = column.key && relation.identity != b'f';
+        if key != local.primary || key && (local.generated || !local.comparable) {
             return None;
         }
         columns.push(ShapeColumn {
             name: quote_ident(&column.name),
             type_name: local.type_name.clone(),
-            key: column.key,
+            key,
             generated: local.generated,
         });
     }
     let keys = columns.iter().filter(|column| column.key).count();
-    let usable = keys > 0 && keys == primaries && matches!(relation.identity, b'd' | b'i');
-    usable.then(|| Shape {
+    (keys == primaries).then(|| Shape {
         table: relation.qualified(),
         columns,
     })
@@ -547,22 +579,25 @@ fn unnamed(sql: String, values: Vec<Option<Bytes>>, expect: Expect) -> Step {
     }
 }
 
-fn notify(content: Bytes) -> anyhow::Result<Step> {
-    let message: serde_json::Value =
-        serde_json::from_slice(&content).context("malformed terrace.send message")?;
-    let field = |name: &str| {
-        message[name]
-            .as_str()
-            .map(|text| Bytes::from(text.to_owned()))
+/// The notification that a message asks for, if Postgres would take it.
+fn notify(content: Bytes) -> Option<Step> {
+    let message: serde_json::Value = serde_json::from_slice(&content).ok()?;
+    let field = |name: &str, lengths: std::ops::RangeInclusive<usize>| {
+        let text = message[name].as_str()?;
+        let fits = lengths.contains(&text.len()) && !text.contains('\0');
+        fits.then(|| Bytes::from(text.to_owned()))
     };
-    let values = vec![field("channel"), field("payload")];
+    let values = vec![
+        Some(field("channel", 1..=63)?),
+        Some(field("payload", 0..=7999)?),
+    ];
     let mut step = unnamed(
         "SELECT pg_catalog.pg_notify($1, $2)".into(),
         values,
         Expect::Done,
     );
     step.notify = Some(content);
-    Ok(step)
+    Some(step)
 }
 
 type Statement = (String, Vec<Option<Bytes>>, Expect);
@@ -611,11 +646,14 @@ fn update(
             sets.push(format!("{} = ${}", quote_ident(&column.name), values.len()));
         }
     }
+    if sets.is_empty() {
+        return Ok((String::new(), values, Expect::Done));
+    }
     let (kind, identity) = old.unwrap_or((OldKind::Key, new));
     let clause = row_clause(relation, kind, identity, payload, &mut values)?;
     let sql = format!(
         "UPDATE {} SET {} WHERE {clause}",
-        relation.qualified(),
+        relation.rows(),
         sets.join(", ")
     );
     Ok((sql, values, Expect::One))
@@ -628,7 +666,7 @@ fn delete(
 ) -> anyhow::Result<Statement> {
     let mut values = Vec::new();
     let clause = row_clause(relation, kind, old, payload, &mut values)?;
-    let sql = format!("DELETE FROM {} WHERE {clause}", relation.qualified());
+    let sql = format!("DELETE FROM {} WHERE {clause}", relation.rows());
     Ok((sql, values, Expect::Delete(relation.table())))
 }
 
@@ -647,7 +685,7 @@ fn row_clause(
         }
         // Without a key equal rows are alike: any one of them is the one.
         let clause = clause(relation, old, payload, values, |_| true);
-        let table = relation.qualified();
+        let table = relation.rows();
         return Ok(format!(
             "ctid = (SELECT ctid FROM {table} WHERE {clause} LIMIT 1)"
         ));

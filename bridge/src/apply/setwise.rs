@@ -22,6 +22,11 @@ impl Session<'_> {
             true => self.fold(&records).await?,
             false => Err(NotFoldable),
         };
+        // What stood in the way may be over soon, or all of it may be of its kind.
+        self.in_order = match records.len() < WORTHWHILE {
+            true => WORTHWHILE,
+            false => MAX_TRANSACTIONS,
+        };
         let Ok(statements) = folded else {
             // In front of what has been looked at already.
             for record in records.into_iter().rev() {
@@ -29,7 +34,6 @@ impl Session<'_> {
             }
             return Ok(false);
         };
-        tracing::debug!(transactions = records.len(), "set-wise");
         let mut batch = Batch::default();
         for record in &records {
             batch.transactions += 1;
@@ -44,6 +48,7 @@ impl Session<'_> {
             self.send_set(statement)?;
         }
         self.finish_fast(true, batch).await?;
+        tracing::debug!(transactions = records.len(), "applied set-wise");
         Ok(true)
     }
 

@@ -75,6 +75,8 @@ pub struct Session {
     framed: Framed,
     parameters: BTreeMap<String, String>,
     id: u32,
+    /// Came over the socket in `data_dir`.
+    local: bool,
     /// Speaks our own frames.
     bridge: bool,
     /// For SQL that is passed through.
@@ -102,6 +104,7 @@ impl Session {
         mut framed: Framed,
         parameters: BTreeMap<String, String>,
         id: u32,
+        local: bool,
     ) -> Session {
         let bridge = parameters.contains_key(BRIDGE_PARAMETER);
         framed.give_up_after(SILENCE);
@@ -110,6 +113,7 @@ impl Session {
             framed,
             parameters,
             id,
+            local,
             bridge,
             sql: None,
             snapshot: None,
@@ -214,6 +218,9 @@ impl Session {
                 snapshot,
             }) => self.create(slot, temporary, logical, snapshot).await,
             Some(Command::Drop { slot, wait }) => self.drop_slot(&slot, wait).await,
+            Some(Command::Order(Order::Resync)) if !self.local => {
+                refuse("42501", "only the machine of the bridge may order that")
+            }
             Some(Command::Order(order)) if self.bridge => self.order(order).await,
             Some(Command::Order(_)) => refuse("42501", "only another bridge may order that"),
             Some(Command::Start {
@@ -422,7 +429,8 @@ impl Session {
             Ok(active) => active,
             Err(refusal) => return Ok(Err(refusal)),
         };
-        open.queue.set_cursor(&slot, from);
+        // A downstream may be ahead of us; what it needs next is here none the less.
+        open.queue.set_cursor(&slot, from.min(open.queue.end()));
         wire::copy_both_response(self.framed.out());
         self.framed.flush().await?;
         let start = Start {

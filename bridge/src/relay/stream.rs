@@ -207,6 +207,8 @@ impl Sender<'_> {
         }
         let [write, flush, apply] = [(); 3].map(|()| Lsn(body.get_u64()));
         body.get_i64();
+        // Nobody holds for us what we do not have.
+        let flush = flush.min(self.start.queue.end());
         if flush > Lsn::ZERO {
             self.start
                 .queue
