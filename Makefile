@@ -24,6 +24,7 @@ build: deps
 
 .PHONY: compile
 compile:
+	@[ "$(PG_MAJOR)" -ge 15 ] || { echo "PostgreSQL 15 or newer is needed, $(PG_CONFIG) is of $(PG_MAJOR)"; exit 1; }
 	cargo build --locked -p terrace-bridge
 	cargo build --locked -p terrace --no-default-features --features pg$(PG_MAJOR)
 

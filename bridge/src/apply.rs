@@ -30,11 +30,12 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::client::{Client, DbError, PgError, SessionOptions, affected, bind};
+use crate::clock::{PG_EPOCH_MICROS, timestamp};
 use crate::conninfo::ConnInfo;
 use crate::lsn::{Identity, Lsn};
 use crate::queue::{Queue, Reader};
 use crate::record::{CommitInfo, Kind, Record};
-use crate::status::{PG_EPOCH_MICROS, Shared, timestamp};
+use crate::status::Shared;
 use plan::{Expect, Planner, Step};
 
 /// A batch takes no more transactions than this …

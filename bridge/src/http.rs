@@ -13,7 +13,8 @@ use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::status::{PG_EPOCH_MICROS, Role, Shared, State, unix_micros};
+use crate::clock::{PG_EPOCH_MICROS, unix_micros};
+use crate::status::{Role, Shared, State};
 
 /// Serves until `cancel`.
 pub async fn run(shared: Arc<Shared>, cancel: CancellationToken) -> anyhow::Result<()> {

@@ -12,8 +12,9 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::client::{Client, PgError, SessionOptions};
+use crate::clock::timestamp;
 use crate::conninfo::ConnInfo;
-use crate::status::{Shared, timestamp};
+use crate::status::Shared;
 
 /// Shortest time between two reports.
 const AT_MOST: Duration = Duration::from_millis(200);

@@ -15,14 +15,14 @@ use serde_json::{Value, json};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
+use crate::clock::{PG_EPOCH_MICROS, timestamp, unix_micros};
 use crate::config::Config;
 use crate::conninfo::ConnInfo;
 use crate::domain::Told;
 use crate::lsn::{Identity, Lsn};
 use crate::queue::Queue;
+use crate::rate::RateMeter;
 
-/// Microseconds from 1970-01-01 to PostgreSQL's epoch, 2000-01-01.
-pub const PG_EPOCH_MICROS: i64 = 946_684_800_000_000;
 /// A node this far behind, by the top's clock, is catching up.
 const CATCHUP_MICROS: i64 = 2_000_000;
 /// A database or disk that fails for so long is out of order.
@@ -180,55 +180,6 @@ pub struct OpenQueue {
     pub queue: Queue,
     /// Whoever reads it stops.
     pub closed: CancellationToken,
-}
-
-/// Rates over the last seconds.
-#[derive(Default)]
-struct RateMeter {
-    samples: VecDeque<(Instant, u64, Lsn, Lsn)>,
-}
-
-impl RateMeter {
-    const WINDOW: Duration = Duration::from_secs(5);
-
-    fn sample(&mut self, transactions: u64, replayed: Lsn, received: Lsn) {
-        let now = Instant::now();
-        if self
-            .samples
-            .back()
-            .is_some_and(|s| now - s.0 < Duration::from_millis(200))
-        {
-            return;
-        }
-        self.samples
-            .push_back((now, transactions, replayed, received));
-        while self
-            .samples
-            .front()
-            .is_some_and(|s| now - s.0 > Self::WINDOW)
-        {
-            self.samples.pop_front();
-        }
-    }
-
-    /// Transactions a second, and seconds until caught up (`None` when it does not).
-    fn rates(&self) -> (f64, Option<f64>) {
-        let (Some(first), Some(last)) = (self.samples.front(), self.samples.back()) else {
-            return (0.0, None);
-        };
-        let seconds = (last.0 - first.0).as_secs_f64();
-        if seconds < 0.1 {
-            return (0.0, None);
-        }
-        let gap = |s: &(Instant, u64, Lsn, Lsn)| s.3.0.saturating_sub(s.2.0) as f64;
-        let closing = (gap(first) - gap(last)) / seconds;
-        let catchup = match gap(last) {
-            0.0 => Some(0.0),
-            open if closing > 0.0 => Some(open / closing),
-            _ => None,
-        };
-        ((last.1 - first.1) as f64 / seconds, catchup)
-    }
 }
 
 /// The node's live state; cheap to share as `Arc<Shared>`.
@@ -689,51 +640,4 @@ fn behind(inner: &Inner) -> bool {
 /// it apart from every domain's cursor.
 pub fn cursor_name(domain: &str, node: &str) -> String {
     format!("terrace_{domain}.{node}")
-}
-
-/// The wall clock, microseconds since 1970-01-01 UTC.
-pub fn unix_micros() -> i64 {
-    std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .map_or(0, |since| since.as_micros() as i64)
-}
-
-/// `YYYY-MM-DD HH:MM:SS.ffffff+00` of microseconds since 1970-01-01 UTC.
-pub fn timestamp(unix_micros: i64) -> String {
-    let (days, micros) = (
-        unix_micros.div_euclid(86_400_000_000),
-        unix_micros.rem_euclid(86_400_000_000),
-    );
-    // Civil date from a day count, with years that start in March.
-    let shifted = days + 719_468;
-    let (era, day_of_era) = (shifted.div_euclid(146_097), shifted.rem_euclid(146_097));
-    let year_of_era =
-        (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let march_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * march_month + 2) / 5 + 1;
-    let month = if march_month < 10 {
-        march_month + 3
-    } else {
-        march_month - 9
-    };
-    let year = year_of_era + era * 400 + i64::from(month <= 2);
-    let (seconds, fraction) = (micros / 1_000_000, micros % 1_000_000);
-    let (hour, minute, second) = (seconds / 3_600, seconds / 60 % 60, seconds % 60);
-    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}.{fraction:06}+00")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn timestamps_are_civil() {
-        assert_eq!(timestamp(0), "1970-01-01 00:00:00.000000+00");
-        assert_eq!(timestamp(PG_EPOCH_MICROS), "2000-01-01 00:00:00.000000+00");
-        assert_eq!(
-            timestamp(951_782_400_000_001),
-            "2000-02-29 00:00:00.000001+00"
-        );
-    }
 }

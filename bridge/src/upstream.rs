@@ -21,11 +21,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::assemble::{AssembleError, Assembler, passes};
 use crate::client::{Client, PgError, SessionOptions, quote_ident};
+use crate::clock::{PG_EPOCH_MICROS, unix_micros};
 use crate::conninfo::ConnInfo;
 use crate::lsn::{Identity, Lsn};
 use crate::queue::{QueueError, Writer};
 use crate::record::{FORMAT, Kind, Record, RecordError};
-use crate::status::{PG_EPOCH_MICROS, Role, Shared, State, unix_micros};
+use crate::status::{Role, Shared, State};
 use crate::timeline;
 
 /// Name of the publication at the top.

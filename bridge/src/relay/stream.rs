@@ -8,11 +8,11 @@ use bytes::{Buf, BufMut, Bytes};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use super::Relay;
+use crate::clock::{PG_EPOCH_MICROS, unix_micros};
 use crate::lsn::Lsn;
 use crate::pgoutput::{self, Message};
 use crate::queue::{Queue, Reader};
 use crate::record::{Kind, Record};
-use crate::status::{PG_EPOCH_MICROS, unix_micros};
 use crate::wire::{self, Framed, MAX_UNAUTHENTICATED};
 
 /// Sent to the socket at the latest when so much is buffered.
