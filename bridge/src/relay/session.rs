@@ -26,6 +26,8 @@ use crate::upstream::{BRIDGE_PARAMETER, PUBLICATION, connect, create_snapshot};
 use crate::wire::{self, Framed, MAX_UNAUTHENTICATED};
 
 const TEXT: u32 = 25;
+/// How long a stock client waits for a queue that is being opened.
+const OPENING: Duration = Duration::from_secs(10);
 /// How long an ending session may take to do so.
 const FAREWELL: Duration = Duration::from_secs(2);
 
@@ -123,6 +125,12 @@ impl Session {
 
     /// Serves until the client goes.
     pub async fn run(mut self) -> anyhow::Result<()> {
+        if !self.bridge {
+            // A bridge that has just started opens its queue in a moment; a stock client
+            // that is told so gives up.
+            let mut queue = self.relay.shared.queue.subscribe();
+            timeout(OPENING, queue.wait_for(Option::is_some)).await.ok();
+        }
         self.greet();
         loop {
             wire::ready_for_query(self.framed.out(), b'I');
