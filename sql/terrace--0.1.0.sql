@@ -392,7 +392,9 @@ BEGIN
         ON CONFLICT (node) DO UPDATE
         SET instance = EXCLUDED.instance, domain = EXCLUDED.domain,
             reply_time = EXCLUDED.reply_time, self = EXCLUDED.self, report = EXCLUDED.report
-        WHERE s.reply_time < EXCLUDED.reply_time;
+        -- What was held up on the way says nothing of now.
+        WHERE s.instance <> EXCLUDED.instance OR s.reply_time < clock_timestamp() - interval '5 s'
+           OR coalesce((s.report ->> 'seq')::bigint, 0) < (EXCLUDED.report ->> 'seq')::bigint;
     END LOOP;
     INSERT INTO terrace.event ("id", "time", node, domain, kind, reason)
     SELECT e ->> 'id', (e ->> 'time')::timestamptz, e ->> 'node', e ->> 'domain', e ->> 'kind',
@@ -422,7 +424,8 @@ BEGIN
     END IF;
     -- The views cast these: what cannot be cast must not get in.
     PERFORM r.* FROM jsonb_to_record(n) AS r(received_lsn pg_lsn, flush_lsn pg_lsn, replay_lsn pg_lsn,
-        replay_time timestamptz, caught_up boolean, apply_rate float8, catchup_seconds float8, age_ms float8);
+        replay_time timestamptz, caught_up boolean, apply_rate float8, catchup_seconds float8,
+        age_ms float8, seq bigint);
     PERFORM c.* FROM jsonb_to_recordset(nullif(n -> 'conflicts', 'null'))
         AS c("table" text, kind text, count bigint, last_seen timestamptz);
 END $$;

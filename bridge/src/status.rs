@@ -188,6 +188,8 @@ pub struct Shared {
     pub config: Arc<Config>,
     /// Unique to the data directory; tells two bridges of one name apart.
     pub instance: String,
+    started: Instant,
+    started_micros: i64,
     /// Password of the relay's restricted role, made anew at each start.
     pub relay_password: String,
     /// End of what is committed in the local Postgres.
@@ -211,6 +213,8 @@ impl Shared {
         Arc::new(Shared {
             config,
             instance,
+            started: Instant::now(),
+            started_micros: unix_micros(),
             relay_password,
             replayed: watch::Sender::new(Lsn::ZERO),
             upstream_replayed: watch::Sender::new(Lsn::ZERO),
@@ -572,6 +576,7 @@ impl Shared {
         };
         let mut status = json!({
             "instance": self.instance,
+            "seq": self.started_micros + self.started.elapsed().as_micros() as i64,
             "cursors": children,
             "peers": peers,
             "master": inner.view.master,
