@@ -90,6 +90,9 @@ pub async fn switchover(config: &Config, domain: &str, to: Option<&str>) -> anyh
     loop {
         let after = master(&status(&mut client).await?);
         match after {
+            Some(after) if to.is_some_and(|to| to != after) && Some(&after) != before.as_ref() => {
+                bail!("{after} has become master in its place; see terrace.events")
+            }
             Some(after) if Some(&after) != before.as_ref() => {
                 println!("{after} is master of domain {domain}");
                 return Ok(());

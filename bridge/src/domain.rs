@@ -263,6 +263,11 @@ impl Decider {
         });
     }
 
+    /// The one that we hand over to cannot be told: whoever is fit goes on.
+    pub fn keep(&mut self) {
+        self.handover = None;
+    }
+
     /// Whom we hand over to.
     pub fn yields_to(&self) -> Option<String> {
         self.handover.as_ref().and_then(|h| h.to.clone())

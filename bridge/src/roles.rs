@@ -506,6 +506,7 @@ impl Roles {
         let text = format!("TAKE_OVER {}", self.shared.told().flush);
         if let Err(error) = command(info, &self.shared.config.node.name, &text).await {
             tracing::warn!("hand over to {to}: {error}");
+            self.decider.keep();
         }
     }
 }

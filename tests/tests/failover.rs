@@ -250,7 +250,9 @@ fn a_slave_that_lags_takes_the_slot_only_after_it_has_fetched_what_it_lacks() {
         .collect();
     // One slave is stopped, the two others acknowledge what it has not.
     tree.node(&slaves[0]).bridge.kill9();
-    counting.go_on(200);
+    let end = tree.top.value("SELECT pg_current_wal_lsn()");
+    let beyond = format!("SELECT confirmed_flush_lsn > '{end}' FROM pg_replication_slots");
+    wait_until("more is acknowledged", || tree.top.value(&beyond) == "t");
     // Now only it and the one that is ahead remain, and it starts first.
     tree.node(&master).bridge.kill9();
     tree.node(&slaves[1]).bridge.kill9();
