@@ -59,7 +59,7 @@ pub struct Told {
     pub has_data: bool,
     /// Whether it copies from the parent now.
     pub copying: bool,
-    /// Its database and its disk work.
+    /// Its database works.
     pub healthy: bool,
     /// The parent answers it.
     pub parent_ok: bool,

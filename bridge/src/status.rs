@@ -25,7 +25,7 @@ use crate::rate::RateMeter;
 
 /// A node this far behind, by the top's clock, is catching up.
 const CATCHUP_MICROS: i64 = 2_000_000;
-/// A database or disk that fails for so long is out of order.
+/// A database that fails for so long is out of order.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Events kept until a report has taken them.
 const MAX_EVENTS: usize = 1000;
@@ -154,7 +154,6 @@ struct Inner {
     last_once: (String, String),
     identity: Option<Identity>,
     has_data: bool,
-    disk_failed: bool,
     diverged: Option<String>,
 }
 
@@ -325,7 +324,7 @@ impl Shared {
             role: inner.role,
             has_data: inner.has_data,
             copying: view.copying,
-            healthy: failing.is_none_or(|since| since.elapsed() < PATIENCE) && !inner.disk_failed,
+            healthy: failing.is_none_or(|since| since.elapsed() < PATIENCE),
             parent_ok: view.parent_ok,
             master_ok: view.master.is_some(),
             flush,
@@ -349,11 +348,6 @@ impl Shared {
             inner.apply_problem = problem;
             self.changed.notify_one();
         }
-    }
-
-    /// Says whether the queue's disk takes what comes.
-    pub fn set_disk_failed(&self, failed: bool) {
-        self.inner().disk_failed = failed;
     }
 
     /// Says why the upstream refuses our reports, or that it takes them.
