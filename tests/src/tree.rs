@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 
 use crate::bridge::{Bridge, BridgeOptions, relay_conninfo};
+use crate::load::GAPLESS;
 use crate::proxy::Proxy;
 use crate::scratch::{Scratch, free_port};
 use crate::server::{Server, ServerOptions};
@@ -256,6 +257,17 @@ impl Tree {
                 self.show_lag()
             );
             std::thread::sleep(std::time::Duration::from_millis(100));
+        }
+    }
+
+    /// Every server holds the numbers of [`crate::load::count_up`] without a gap, each
+    /// once, and has met no conflict.
+    pub fn assert_gapless(&self) {
+        for node in &self.nodes {
+            let name = &node.server.name;
+            assert_eq!(node.server.value(GAPLESS), "t", "numbers on {name}");
+            let conflicts = node.server.rows("SELECT * FROM terrace.conflicts");
+            assert!(conflicts.is_empty(), "{name}: {conflicts:?}");
         }
     }
 

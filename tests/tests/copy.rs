@@ -22,20 +22,7 @@ fn the_initial_copy_runs_under_load() {
     counting.go_on(50);
     counting.stop();
     tree.wait_for_equal(&["wide", "steps", "trail"]);
-    for node in &tree.nodes {
-        assert_eq!(
-            node.server.value(GAPLESS),
-            "t",
-            "numbers on {}",
-            node.server.name
-        );
-        let found = node.server.rows("SELECT * FROM terrace.conflicts");
-        assert!(
-            found.is_empty(),
-            "conflicts on {}: {found:?}",
-            node.server.name
-        );
-    }
+    tree.assert_gapless();
 }
 
 #[test]

@@ -17,16 +17,7 @@ fn all_is_well(tree: &Tree, counting: Background) {
     counting.go_on(20);
     counting.stop();
     tree.wait_for_equal(&["steps", "trail"]);
-    for node in &tree.nodes {
-        assert_eq!(
-            node.server.value(GAPLESS),
-            "t",
-            "numbers on {}",
-            node.server.name
-        );
-        let conflicts = node.server.rows("SELECT * FROM terrace.conflicts");
-        assert!(conflicts.is_empty(), "{}: {conflicts:?}", node.server.name);
-    }
+    tree.assert_gapless();
 }
 
 /// Waits until another node than `old` is master of `domain`, as the top sees it.

@@ -1,7 +1,7 @@
 //! A tree of real servers: what is written at the top is everywhere below, whole
 //! and in order, whatever dies meanwhile.
 
-use terrace_tests::load::{ACCOUNTS, GAPLESS, Observer, STEPS, count_up, transfers};
+use terrace_tests::load::{ACCOUNTS, Observer, STEPS, count_up, transfers};
 use terrace_tests::{Tree, wait_until};
 
 const DOMAINS: [(&str, Option<&str>, usize); 2] =
@@ -107,16 +107,7 @@ fn whatever_is_killed_nothing_is_lost_or_doubled() {
     moving.stop();
     tree.wait_for_equal(&["account", "steps", "trail"]);
     observers.into_iter().for_each(Observer::stop);
-    for node in &tree.nodes {
-        assert_eq!(
-            node.server.value(GAPLESS),
-            "t",
-            "numbers on {}",
-            node.server.name
-        );
-        let conflicts = node.server.rows("SELECT * FROM terrace.conflicts");
-        assert!(conflicts.is_empty(), "{}: {conflicts:?}", node.server.name);
-    }
+    tree.assert_gapless();
 }
 
 #[test]
