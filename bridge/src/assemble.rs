@@ -34,7 +34,6 @@ pub enum AssembleError {
 struct Open {
     xid: u32,
     tag: Bytes,
-    frames: BytesMut,
 }
 
 /// Collects the messages of one session.
@@ -42,12 +41,18 @@ pub struct Assembler {
     /// Domain of this node; `None` takes everything (a bridge of the top).
     domain: Option<String>,
     open: Option<Open>,
+    /// Of the open transaction, since the last part.
+    frames: BytesMut,
 }
 
 impl Assembler {
     /// For a new session with the upstream.
     pub fn new(domain: Option<String>) -> Assembler {
-        Assembler { domain, open: None }
+        Assembler {
+            domain,
+            open: None,
+            frames: BytesMut::new(),
+        }
     }
 
     /// Whether a transaction has begun that is not committed yet.
@@ -71,8 +76,8 @@ impl Assembler {
                 self.open = Some(Open {
                     xid,
                     tag: Bytes::new(),
-                    frames: BytesMut::new(),
                 });
+                self.frames.clear();
                 self.add(lsn, payload, writer)?;
             }
             Message::Relation(_) | Message::Type { .. } => {
@@ -115,20 +120,18 @@ impl Assembler {
     }
 
     fn add(&mut self, lsn: Lsn, payload: &[u8], writer: &mut Writer) -> Result<(), AssembleError> {
-        let open = self.transaction()?;
-        put_frame(&mut open.frames, lsn, payload);
-        if open.frames.len() >= PART_BYTES && payload.first() != Some(&b'C') {
+        self.transaction()?;
+        put_frame(&mut self.frames, lsn, payload);
+        if self.frames.len() >= PART_BYTES && payload.first() != Some(&b'C') {
             self.end_part(writer)?;
         }
         Ok(())
     }
 
     fn end_part(&mut self, writer: &mut Writer) -> Result<(), AssembleError> {
-        if let Some(open) = &mut self.open
-            && !open.frames.is_empty()
-        {
-            writer.append(&Record::new(Kind::Part, Lsn::ZERO, &open.frames))?;
-            open.frames.clear();
+        if self.open.is_some() && !self.frames.is_empty() {
+            writer.append(&Record::new(Kind::Part, Lsn::ZERO, &self.frames))?;
+            self.frames.clear();
         }
         Ok(())
     }
@@ -140,7 +143,7 @@ impl Assembler {
         commit_time: i64,
         writer: &mut Writer,
     ) -> Result<(), AssembleError> {
-        let Some(Open { xid, tag, frames }) = self.open.take() else {
+        let Some(Open { xid, tag }) = self.open.take() else {
             return Err(AssembleError::Order("commit outside a transaction"));
         };
         if passes(&tag, self.domain.as_deref()) {
@@ -150,7 +153,7 @@ impl Assembler {
                 commit_time,
                 tag,
             };
-            writer.append(&commit_record(&info, end, &frames))?;
+            writer.append(&commit_record(&info, end, &self.frames))?;
         } else {
             writer.cut_data()?;
             writer.append(&Record::watermark(end, commit_time))?;

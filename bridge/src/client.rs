@@ -12,13 +12,15 @@ use bytes::{Buf, Bytes, BytesMut};
 use postgres_protocol::IsNull;
 use postgres_protocol::authentication::{md5_hash, sasl};
 use postgres_protocol::message::frontend;
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::UnixStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
 use crate::conninfo::{ChannelBinding, ConnInfo, SslMode};
 use crate::tls;
-use crate::wire::{self, Framed, MAX_MESSAGE, MAX_UNAUTHENTICATED, Message, Stream, take_cstr};
+use crate::wire::{
+    self, Framed, MAX_MESSAGE, MAX_UNAUTHENTICATED, Message, Stream, Way, take_cstr,
+};
 
 const SSL_REQUEST: &[u8] = &[0, 0, 0, 8, 4, 210, 22, 47];
 
@@ -152,12 +154,11 @@ pub struct Client {
 }
 
 /// A plain (later perhaps encrypted) connection to the server of `info`.
-pub async fn open_stream(info: &ConnInfo) -> io::Result<Box<dyn Stream>> {
+pub async fn open_stream(info: &ConnInfo, way: Way) -> io::Result<Box<dyn Stream>> {
     if let Some(path) = info.socket_path() {
         return Ok(Box::new(UnixStream::connect(path).await?));
     }
-    let stream = TcpStream::connect((info.address(), info.port())).await?;
-    wire::tune(&stream)?;
+    let stream = wire::connect((info.address(), info.port()), way).await?;
     Ok(Box::new(stream))
 }
 
@@ -171,7 +172,11 @@ impl Client {
     }
 
     async fn connect_untimed(info: &ConnInfo, options: &SessionOptions) -> Result<Client> {
-        let (framed, binding) = secure(info).await?;
+        let way = match options.replication {
+            true => Way::Stream,
+            false => Way::Requests,
+        };
+        let (framed, binding) = secure(info, way).await?;
         let mut client = Client {
             framed,
             parameters: BTreeMap::new(),
@@ -391,13 +396,28 @@ impl Client {
     /// The next message, but for notices and the like.
     pub async fn message(&mut self) -> Result<Message> {
         loop {
-            let message = self.framed.read_message(MAX_MESSAGE).await?;
+            if let Some(message) = self.buffered()? {
+                return Ok(message);
+            }
+            self.fill().await?;
+        }
+    }
+
+    /// The same of what has been read from the socket already.
+    pub fn buffered(&mut self) -> Result<Option<Message>> {
+        while let Some(message) = self.framed.buffered(MAX_MESSAGE)? {
             match message.kind {
                 b'S' | b'N' => self.note(&message),
                 b'A' => {}
-                _ => return Ok(message),
+                _ => return Ok(Some(message)),
             }
         }
+        Ok(None)
+    }
+
+    /// Reads from the socket once; waits for something to come.
+    pub async fn fill(&mut self) -> Result<()> {
+        Ok(self.framed.fill().await?)
     }
 
     /// Runs statements; the rows of the last one that gave any.
@@ -626,8 +646,8 @@ enum Binding {
     Hash(Vec<u8>),
 }
 
-async fn secure(info: &ConnInfo) -> Result<(Framed, Binding)> {
-    let plain = open_stream(info).await?;
+async fn secure(info: &ConnInfo, way: Way) -> Result<(Framed, Binding)> {
+    let plain = open_stream(info, way).await?;
     // As libpq: no TLS over a Unix socket; `allow` starts without.
     if info.socket_path().is_some() || info.ssl_mode() <= SslMode::Allow {
         return Ok((Framed::new(plain), Binding::None));

@@ -15,6 +15,7 @@ use anyhow::{Context, bail};
 use tokio::process::Command;
 use tokio::task::JoinSet;
 
+use crate::apply::COMPRESS_FAST;
 use crate::client::{Client, PgError, SessionOptions, quote_ident, quote_literal};
 use crate::conninfo::ConnInfo;
 use crate::lsn::{Identity, Lsn};
@@ -261,7 +262,10 @@ async fn local_session(shared: &Arc<Shared>) -> anyhow::Result<Client> {
         gucs,
         ..Default::default()
     };
-    Ok(Client::connect(&ConnInfo::parse(&shared.config.database.url)?, &options).await?)
+    let info = ConnInfo::parse(&shared.config.database.url)?;
+    let mut client = Client::connect(&info, &options).await?;
+    client.simple(COMPRESS_FAST).await?;
+    Ok(client)
 }
 
 /// The tables that `domain` gets, partitions in place of their parents.

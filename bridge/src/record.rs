@@ -84,12 +84,12 @@ pub struct Record {
 }
 
 /// One pgoutput message with the LSN that its sender gave it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Frame {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Frame<'a> {
     /// Position in the top's WAL.
     pub lsn: Lsn,
     /// The message: B, I, U, D, T, M or C.
-    pub payload: Bytes,
+    pub payload: &'a [u8],
 }
 
 /// What a commit record tells before its frames.
@@ -124,15 +124,22 @@ pub fn body_len(header: &[u8]) -> Result<usize, RecordError> {
 impl Record {
     /// Builds a record around `body`.
     pub fn new(kind: Kind, lsn: Lsn, body: &[u8]) -> Record {
-        let mut bytes = BytesMut::with_capacity(HEADER_LEN + body.len());
+        Record::of_two(kind, lsn, body, &[])
+    }
+
+    /// Builds a record around `head` and `rest`.
+    fn of_two(kind: Kind, lsn: Lsn, head: &[u8], rest: &[u8]) -> Record {
+        let len = head.len() + rest.len();
+        let mut bytes = BytesMut::with_capacity(HEADER_LEN + len);
         bytes.put_u32(MAGIC);
         bytes.put_u8(kind as u8);
         bytes.put_bytes(0, 3);
-        bytes.put_u32(body.len() as u32);
+        bytes.put_u32(len as u32);
         bytes.put_u64(lsn.0);
-        let crc = crc32c::crc32c_append(crc32c::crc32c(&bytes), body);
-        bytes.put_u32(crc);
-        bytes.put_slice(body);
+        let crc = crc32c::crc32c_append(crc32c::crc32c(&bytes), head);
+        bytes.put_u32(crc32c::crc32c_append(crc, rest));
+        bytes.put_slice(head);
+        bytes.put_slice(rest);
         Record {
             kind,
             lsn,
@@ -196,77 +203,74 @@ impl Record {
         self.split_commit().map(|(info, _)| info)
     }
 
-    fn split_commit(&self) -> Result<(CommitInfo, Bytes), RecordError> {
-        let mut body = self.body();
+    fn split_commit(&self) -> Result<(CommitInfo, &[u8]), RecordError> {
+        let mut body = &self.bytes[HEADER_LEN..];
         if self.kind != Kind::Commit || body.len() < COMMIT_HEADER_LEN {
             return Err(RecordError::Body("commit header"));
         }
         let (xid, commit_lsn) = (body.get_u32(), Lsn(body.get_u64()));
         let (commit_time, tag_len) = (body.get_i64(), body.get_u16() as usize);
-        if body.len() < tag_len {
-            return Err(RecordError::Body("tag"));
-        }
-        let tag = body.split_to(tag_len);
-        Ok((
-            CommitInfo {
-                xid,
-                commit_lsn,
-                commit_time,
-                tag,
-            },
-            body,
-        ))
+        let (tag, rest) = body
+            .split_at_checked(tag_len)
+            .ok_or(RecordError::Body("tag"))?;
+        let info = CommitInfo {
+            xid,
+            commit_lsn,
+            commit_time,
+            tag: self.bytes.slice_ref(tag),
+        };
+        Ok((info, rest))
     }
 
     /// The frames of a part or commit, in order; other kinds have none.
-    pub fn frames(&self) -> Frames {
+    pub fn frames(&self) -> Frames<'_> {
         let rest = match self.kind {
-            Kind::Part => Ok(self.body()),
+            Kind::Part => Ok(&self.bytes[HEADER_LEN..]),
             Kind::Commit => self.split_commit().map(|(_, rest)| rest),
-            _ => Ok(Bytes::new()),
+            _ => Ok(&[][..]),
         };
         Frames { rest }
     }
 }
 
 /// Iterator over a record's frames; it ends after an error.
-pub struct Frames {
-    rest: Result<Bytes, RecordError>,
+pub struct Frames<'a> {
+    rest: Result<&'a [u8], RecordError>,
 }
 
-impl Iterator for Frames {
-    type Item = Result<Frame, RecordError>;
+impl<'a> Iterator for Frames<'a> {
+    type Item = Result<Frame<'a>, RecordError>;
 
     fn next(&mut self) -> Option<Self::Item> {
         let rest = match &mut self.rest {
-            Ok(rest) if rest.is_empty() => return None,
+            Ok([]) => return None,
             Ok(rest) => rest,
             Err(error) => {
                 let error = error.clone();
-                self.rest = Ok(Bytes::new());
+                self.rest = Ok(&[]);
                 return Some(Err(error));
             }
         };
         let frame = take_frame(rest);
         if frame.is_err() {
-            rest.clear();
+            *rest = &[];
         }
         Some(frame)
     }
 }
 
-fn take_frame(rest: &mut Bytes) -> Result<Frame, RecordError> {
+fn take_frame<'a>(rest: &mut &'a [u8]) -> Result<Frame<'a>, RecordError> {
     if rest.len() < FRAME_HEADER_LEN {
         return Err(RecordError::Body("frame header"));
     }
     let (len, lsn) = (rest.get_u32() as usize, Lsn(rest.get_u64()));
-    if len == 0 || rest.len() < len {
-        return Err(RecordError::Body("frame"));
+    match rest.split_at_checked(len) {
+        Some((payload, after)) if len > 0 => {
+            *rest = after;
+            Ok(Frame { lsn, payload })
+        }
+        _ => Err(RecordError::Body("frame")),
     }
-    Ok(Frame {
-        lsn,
-        payload: rest.split_to(len),
-    })
 }
 
 /// Appends one frame to a body under construction.
@@ -284,14 +288,13 @@ pub fn commit_record(info: &CommitInfo, end: Lsn, frames: &[u8]) -> Record {
     } else {
         &info.tag[..]
     };
-    let mut body = BytesMut::with_capacity(COMMIT_HEADER_LEN + tag.len() + frames.len());
-    body.put_u32(info.xid);
-    body.put_u64(info.commit_lsn.0);
-    body.put_i64(info.commit_time);
-    body.put_u16(tag.len() as u16);
-    body.put_slice(tag);
-    body.put_slice(frames);
-    Record::new(Kind::Commit, end, &body)
+    let mut head = BytesMut::with_capacity(COMMIT_HEADER_LEN + tag.len());
+    head.put_u32(info.xid);
+    head.put_u64(info.commit_lsn.0);
+    head.put_i64(info.commit_time);
+    head.put_u16(tag.len() as u16);
+    head.put_slice(tag);
+    Record::of_two(Kind::Commit, end, &head, frames)
 }
 
 #[cfg(test)]
@@ -299,7 +302,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn sample() -> (CommitInfo, Vec<Frame>, Record) {
+    fn sample() -> (CommitInfo, Vec<Frame<'static>>, Record) {
         let info = CommitInfo {
             xid: 731,
             commit_lsn: Lsn(0x500),
@@ -311,12 +314,12 @@ mod tests {
             .enumerate()
             .map(|(i, p)| Frame {
                 lsn: Lsn(0x100 + i as u64),
-                payload: Bytes::from_static(p),
+                payload: p,
             })
             .collect();
         let mut body = BytesMut::new();
         for frame in &frames {
-            put_frame(&mut body, frame.lsn, &frame.payload);
+            put_frame(&mut body, frame.lsn, frame.payload);
         }
         let record = commit_record(&info, Lsn(0x530), &body);
         (info, frames, record)

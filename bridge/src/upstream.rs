@@ -40,7 +40,10 @@ const TICK: Duration = Duration::from_millis(100);
 /// Pause between tries to take a slot whose holder has been told to end.
 const DEPOSE_STEP: Duration = Duration::from_millis(50);
 /// Messages taken from the socket before they are made readable.
-const BATCH_MESSAGES: usize = 2_000;
+const BATCH_MESSAGES: usize = 10_000;
+/// More messages than this within [`REST`] are a burst, and rested for as long.
+const BURST_MESSAGES: usize = 60;
+const REST: Duration = Duration::from_millis(1);
 
 /// Why a link ended; most ends are not faults.
 #[derive(Debug, thiserror::Error)]
@@ -242,6 +245,10 @@ struct Link<'a> {
     enough_at: Instant,
     told: (Lsn, Lsn, Lsn),
     told_at: Instant,
+    /// End and time of what has been taken in since the last publish.
+    received: Option<(Lsn, i64)>,
+    /// Messages since the moment.
+    burst: (Instant, usize),
 }
 
 enum Never {}
@@ -306,6 +313,8 @@ impl<'a> Link<'a> {
             enough_at: Instant::now(),
             told: (Lsn::ZERO, Lsn::ZERO, Lsn::ZERO),
             told_at: Instant::now(),
+            received: None,
+            burst: (Instant::now(), 0),
         })
     }
 
@@ -313,14 +322,17 @@ impl<'a> Link<'a> {
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut heard = Instant::now();
+        // The answer to START_REPLICATION may have been read with what follows it.
+        self.drain(writer).await?;
+        self.publish(writer)?;
         loop {
             tokio::select! {
-                message = self.client.message() => {
+                filled = self.client.fill() => {
+                    filled?;
                     heard = Instant::now();
-                    let message = message?;
-                    self.take(message.kind, message.body, writer)?;
-                    self.drain(writer).await?;
-                    writer.publish()?;
+                    let taken = self.drain(writer).await?;
+                    self.publish(writer)?;
+                    self.rest_under_load(taken).await;
                 }
                 _ = tick.tick() => {
                     if heard.elapsed() > SILENCE {
@@ -335,17 +347,50 @@ impl<'a> Link<'a> {
         }
     }
 
-    /// Takes what the socket holds already, so that it is written at once.
-    async fn drain(&mut self, writer: &mut Writer) -> Result<(), LinkEnd> {
-        for _ in 0..BATCH_MESSAGES {
-            let message = tokio::select! {
+    /// Takes what has been read and what the socket holds, so that it is written at
+    /// once; the number of messages.
+    async fn drain(&mut self, writer: &mut Writer) -> Result<usize, LinkEnd> {
+        let mut taken = 0;
+        loop {
+            while let Some(message) = self.client.buffered()? {
+                self.take(message.kind, message.body, writer)?;
+                taken += 1;
+            }
+            if taken > BATCH_MESSAGES {
+                return Ok(taken);
+            }
+            tokio::select! {
                 biased;
-                message = self.client.message() => message?,
-                () = std::future::ready(()) => break,
-            };
-            self.take(message.kind, message.body, writer)?;
+                filled = self.client.fill() => filled?,
+                () = std::future::ready(()) => return Ok(taken),
+            }
+        }
+    }
+
+    fn note_received(&mut self, lsn: Lsn, time: i64) {
+        let (end, last) = self.received.unwrap_or_default();
+        self.received = Some((end.max(lsn), last.max(time)));
+    }
+
+    /// Makes what has been taken readable, and tells of it.
+    fn publish(&mut self, writer: &mut Writer) -> Result<(), LinkEnd> {
+        writer.publish()?;
+        if let Some((lsn, time)) = self.received.take() {
+            self.shared.set_received(lsn, time);
         }
         Ok(())
+    }
+
+    /// Messages that come one by one and fast cost both ends a wake-up each, which is
+    /// more than their content does: let them gather for a moment.
+    async fn rest_under_load(&mut self, taken: usize) {
+        if self.burst.0.elapsed() > REST {
+            self.burst = (Instant::now(), 0);
+        }
+        self.burst.1 += taken;
+        if self.burst.1 > BURST_MESSAGES {
+            sleep(REST).await;
+        }
     }
 
     fn take(&mut self, kind: u8, body: Bytes, writer: &mut Writer) -> Result<(), LinkEnd> {
@@ -367,8 +412,8 @@ impl<'a> Link<'a> {
         match body.get_u8() {
             b'w' if !self.bridge && body.len() >= 24 => {
                 let (start, _, _) = (Lsn(body.get_u64()), body.get_u64(), body.get_i64());
-                if let Some((end, time)) = self.assembler.push(start, &body, writer)? {
-                    self.shared.set_received(end, time);
+                if let Some(received) = self.assembler.push(start, &body, writer)? {
+                    self.note_received(received.0, received.1);
                 }
             }
             b'k' if body.len() == 17 => {
@@ -378,13 +423,13 @@ impl<'a> Link<'a> {
                 }
                 if !self.bridge && !self.assembler.in_transaction() {
                     writer.append(&Record::watermark(end, time))?;
-                    self.shared.set_received(end, time);
+                    self.note_received(end, time);
                 }
             }
             b'T' if self.bridge => self.record(Record::decode(body)?, writer)?,
             b'P' if self.bridge && body.len() == 16 => {
                 let (replayed, time) = (Lsn(body.get_u64()), body.get_i64());
-                self.shared.set_received(Lsn::ZERO, time);
+                self.note_received(Lsn::ZERO, time);
                 if self.shared.config.apply.wait_for_upstream {
                     self.shared.upstream_replayed.send_if_modified(|gate| {
                         let moves = replayed > *gate;
@@ -411,7 +456,7 @@ impl<'a> Link<'a> {
                 if !passes(&info.tag, Some(domain)) {
                     writer.cut_data()?;
                     writer.append(&Record::watermark(record.lsn, info.commit_time))?;
-                    self.shared.set_received(record.lsn, info.commit_time);
+                    self.note_received(record.lsn, info.commit_time);
                     return Ok(());
                 }
                 info.commit_time
@@ -420,7 +465,7 @@ impl<'a> Link<'a> {
             _ => 0,
         };
         writer.append(&record)?;
-        self.shared.set_received(record.lsn, time);
+        self.note_received(record.lsn, time);
         Ok(())
     }
 

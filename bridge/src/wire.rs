@@ -5,12 +5,13 @@
 //! connection before anything of that size is allocated.
 
 use std::io;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream, lookup_host};
 use tokio::time::timeout;
 
 /// Settings of every TCP connection, either way: nothing waits to be sent, and a
@@ -22,6 +23,45 @@ pub fn tune(tcp: &TcpStream) -> io::Result<()> {
         .with_interval(Duration::from_secs(10))
         .with_retries(3);
     SockRef::from(tcp).set_tcp_keepalive(&keepalive)
+}
+
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Questions and answers, or rows in bulk.
+    Requests,
+    /// Many small messages, from the other end to this one.
+    Stream,
+}
+
+/// Receive buffer of a [`Way::Stream`] over loopback, bytes.
+const LOOPBACK_BUFFER: u32 = 32 << 10;
+/// Segments must fit into it several times, or they wait for each other.
+const LOOPBACK_SEGMENT: u32 = 16 << 10;
+
+/// Connects to the first address of `host` that answers.
+///
+/// A walsender writes message by message. Over loopback each becomes a segment, which
+/// costs it more than decoding does, until the receiver's window is full: only then do
+/// messages gather. A distance that needs a larger window does not exist there, so the
+/// window is a small one.
+pub async fn connect(host: (&str, u16), way: Way) -> io::Result<TcpStream> {
+    let mut failed = io::Error::other("the host name has no address");
+    for address in lookup_host(host).await? {
+        let socket = match address {
+            SocketAddr::V4(_) => TcpSocket::new_v4()?,
+            SocketAddr::V6(_) => TcpSocket::new_v6()?,
+        };
+        if way == Way::Stream && address.ip().is_loopback() {
+            socket.set_recv_buffer_size(LOOPBACK_BUFFER)?;
+            SockRef::from(&socket).set_tcp_mss(LOOPBACK_SEGMENT)?;
+        }
+        match socket.connect(address).await {
+            Ok(stream) => return tune(&stream).map(|()| stream),
+            Err(error) => failed = error,
+        }
+    }
+    Err(failed)
 }
 
 /// A connected byte stream: TCP, Unix socket or TLS over either.
@@ -90,7 +130,13 @@ impl Framed {
         patiently(self.patience, self.stream.flush()).await
     }
 
-    async fn fill(&mut self) -> io::Result<()> {
+    /// A whole message that has been read already.
+    pub fn buffered(&mut self, limit: usize) -> io::Result<Option<Message>> {
+        take_message(&mut self.input, limit)
+    }
+
+    /// Reads what there is, once; waits for it.
+    pub async fn fill(&mut self) -> io::Result<()> {
         self.input.reserve(READ_BYTES);
         match self.stream.read_buf(&mut self.input).await? {
             0 => Err(io::ErrorKind::UnexpectedEof.into()),
@@ -101,7 +147,7 @@ impl Framed {
     /// The next message of at most `limit` bytes.
     pub async fn read_message(&mut self, limit: usize) -> io::Result<Message> {
         loop {
-            if let Some(message) = take_message(&mut self.input, limit)? {
+            if let Some(message) = self.buffered(limit)? {
                 return Ok(message);
             }
             self.fill().await?;

@@ -66,7 +66,7 @@ fuzz_target!(|input: &[u8]| {
     if body.len() <= usize::from(u16::MAX) {
         assert_eq!(record.commit().expect("a commit"), info);
     }
-    let read: Vec<Bytes> = record
+    let read: Vec<&[u8]> = record
         .frames()
         .map(|frame| frame.expect("a frame").payload)
         .collect();

@@ -70,7 +70,8 @@ impl Session<'_> {
                         open = true;
                     }
                     for frame in record.frames() {
-                        self.careful_change(&frame?.payload).await?;
+                        let payload = record.bytes.slice_ref(frame?.payload);
+                        self.careful_change(&payload).await?;
                     }
                     if record.kind == Kind::Commit {
                         self.wait_for_gate(record.lsn).await?;

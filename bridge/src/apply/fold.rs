@@ -11,10 +11,13 @@
 //! only the last state counts. Rows are deleted before
 //! others are updated and inserted, so that a key is free when it is taken anew.
 
-use std::collections::{BTreeMap, HashMap};
+use std::cmp::Ordering;
+use std::collections::BTreeMap;
+use std::hash::{BuildHasher, Hash, Hasher};
 use std::sync::Arc;
 
 use bytes::{BufMut, Bytes, BytesMut};
+use hashbrown::{DefaultHashBuilder, HashTable};
 
 use crate::pgoutput::{Datum, Message, OldKind, Tuple};
 
@@ -25,6 +28,8 @@ pub struct Shape {
     pub table: String,
     /// In the order of the stream.
     pub columns: Vec<ShapeColumn>,
+    /// Which of them are the primary key, here and at the top.
+    pub keys: Vec<usize>,
 }
 
 /// Column of a [`Shape`].
@@ -34,8 +39,6 @@ pub struct ShapeColumn {
     pub name: String,
     /// As SQL writes it, without modifier.
     pub type_name: String,
-    /// Part of the primary key, here and at the top.
-    pub key: bool,
     /// Generated here, so that it is not written.
     pub generated: bool,
 }
@@ -55,303 +58,363 @@ pub struct Statement {
     pub rows: u64,
 }
 
-#[derive(Clone, Debug)]
-enum Cell {
-    Null,
-    Unchanged,
-    Text(Bytes),
-}
-
-/// State of a row after the changes so far, against that before the batch.
-enum Row {
+/// State of a row after the changes so far, against that before the batch. Its values
+/// stand in [`Table::cells`].
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
     /// Was not there.
-    Inserted(Vec<Cell>),
+    Inserted,
     /// Was there, under this key.
-    Updated(Vec<Cell>),
-    /// Was there and is gone; its key columns.
-    Deleted(Vec<Cell>),
+    Updated,
+    /// Was there and is gone; the values are its key.
+    Deleted,
     /// Was there, was deleted, and another is there under its key.
-    Replaced(Vec<Cell>),
+    Replaced,
     /// Was not there and is not.
     Gone,
 }
 
-struct Table {
+/// Changes of one table; the values stay where they were read, in the records.
+struct Table<'a> {
     shape: Arc<Shape>,
-    rows: Vec<Row>,
-    index: HashMap<Vec<u8>, usize>,
+    states: Vec<State>,
+    /// As many a row as there are columns.
+    cells: Vec<Datum<'a>>,
+    /// Rows by the hash of their key.
+    index: HashTable<(u64, usize)>,
+    hasher: DefaultHashBuilder,
 }
 
 /// Collects changes.
 #[derive(Default)]
-pub struct Fold {
-    tables: BTreeMap<u32, Table>,
+pub struct Fold<'a> {
+    tables: BTreeMap<u32, Table<'a>>,
+    /// The row at hand.
+    new: Vec<Datum<'a>>,
+    old: Vec<Datum<'a>>,
 }
 
-impl Fold {
+impl<'a> Fold<'a> {
     /// Takes one insert, update or delete of a table.
     pub fn add(
         &mut self,
         relid: u32,
         shape: &Arc<Shape>,
-        message: &Message<'_>,
-        payload: &Bytes,
+        message: &Message<'a>,
     ) -> Result<(), NotFoldable> {
-        let table = self.tables.entry(relid).or_insert_with(|| Table {
-            shape: Arc::clone(shape),
-            rows: Vec::new(),
-            index: HashMap::new(),
-        });
+        let table = self
+            .tables
+            .entry(relid)
+            .or_insert_with(|| Table::new(shape));
         match message {
-            Message::Insert { new, .. } => table.insert(cells(shape, *new, payload)?),
+            Message::Insert { new, .. } => {
+                read_row(shape, *new, &mut self.new)?;
+                table.insert(&self.new)
+            }
             Message::Update { old, new, .. } => {
-                let mut new = cells(shape, *new, payload)?;
-                let old = match old {
-                    None => None,
-                    Some((OldKind::Key, old)) => Some(cells(shape, *old, payload)?),
-                    Some((OldKind::Full, _)) => return Err(NotFoldable),
-                };
-                table.update(old, &mut new)
+                read_row(shape, *new, &mut self.new)?;
+                match old {
+                    None => table.update(&self.new),
+                    Some((OldKind::Key, old)) => {
+                        read_row(shape, *old, &mut self.old)?;
+                        table.update_key(&self.old, &mut self.new)
+                    }
+                    Some((OldKind::Full, _)) => Err(NotFoldable),
+                }
             }
             Message::Delete {
                 old: (OldKind::Key, old),
                 ..
-            } => table.delete(cells(shape, *old, payload)?),
+            } => {
+                read_row(shape, *old, &mut self.old)?;
+                table.delete(&self.old)
+            }
             _ => Err(NotFoldable),
         }
     }
 
     /// Deletes, updates and inserts, table by table.
-    pub fn statements(self) -> Vec<Statement> {
-        self.tables
-            .into_values()
-            .flat_map(Table::statements)
-            .collect()
+    pub fn statements(&self) -> Vec<Statement> {
+        self.tables.values().flat_map(Table::statements).collect()
     }
 }
 
-fn cells(shape: &Shape, tuple: Tuple<'_>, payload: &Bytes) -> Result<Vec<Cell>, NotFoldable> {
+fn read_row<'a>(
+    shape: &Shape,
+    tuple: Tuple<'a>,
+    row: &mut Vec<Datum<'a>>,
+) -> Result<(), NotFoldable> {
     if tuple.len() != shape.columns.len() {
         return Err(NotFoldable);
     }
-    let cell = |datum| match datum {
-        Datum::Null => Cell::Null,
-        Datum::Unchanged => Cell::Unchanged,
-        Datum::Text(text) => Cell::Text(payload.slice_ref(text)),
-    };
-    Ok(tuple.iter().map(cell).collect())
+    row.clear();
+    row.extend(tuple.iter());
+    Ok(())
 }
 
-/// Fills what the newer state says nothing of from the older one.
-fn fill(newer: &mut [Cell], older: &[Cell]) {
-    for (new, old) in newer.iter_mut().zip(older) {
-        if matches!(new, Cell::Unchanged) {
-            *new = old.clone();
+/// Puts what is said of a row over what was known of it.
+fn overlay<'a>(row: &mut [Datum<'a>], newer: &[Datum<'a>]) {
+    for (old, new) in row.iter_mut().zip(newer) {
+        if *new != Datum::Unchanged {
+            *old = *new;
         }
     }
 }
 
-impl Table {
-    fn key(&self, cells: &[Cell]) -> Result<Vec<u8>, NotFoldable> {
-        let mut key = Vec::new();
-        for (column, cell) in self.shape.columns.iter().zip(cells) {
-            match cell {
-                _ if !column.key => {}
-                Cell::Text(text) => {
-                    key.extend_from_slice(&(text.len() as u64).to_be_bytes());
-                    key.extend_from_slice(text);
-                }
-                Cell::Null | Cell::Unchanged => return Err(NotFoldable),
-            }
+/// Fills what the newer state says nothing of from the older one.
+fn fill<'a>(newer: &mut [Datum<'a>], older: &[Datum<'a>]) {
+    for (new, old) in newer.iter_mut().zip(older) {
+        if *new == Datum::Unchanged {
+            *new = *old;
         }
-        Ok(key)
+    }
+}
+
+impl<'a> Table<'a> {
+    fn new(shape: &Arc<Shape>) -> Table<'a> {
+        Table {
+            shape: Arc::clone(shape),
+            states: Vec::new(),
+            cells: Vec::new(),
+            index: HashTable::new(),
+            hasher: DefaultHashBuilder::default(),
+        }
+    }
+
+    fn row(&self, at: usize) -> &[Datum<'a>] {
+        let width = self.shape.columns.len();
+        &self.cells[at * width..(at + 1) * width]
+    }
+
+    fn row_mut(&mut self, at: usize) -> &mut [Datum<'a>] {
+        let width = self.shape.columns.len();
+        &mut self.cells[at * width..(at + 1) * width]
     }
 
     /// Without a key rows can only be added.
     fn is_keyless(&self) -> bool {
-        !self.shape.columns.iter().any(|column| column.key)
+        self.shape.keys.is_empty()
     }
 
-    fn put(&mut self, key: Vec<u8>, row: Row) {
-        self.index.insert(key, self.rows.len());
-        self.rows.push(row);
+    fn hash(&self, row: &[Datum<'a>]) -> Result<u64, NotFoldable> {
+        let mut hasher = self.hasher.build_hasher();
+        for column in &self.shape.keys {
+            match row[*column] {
+                Datum::Text(text) => text.hash(&mut hasher),
+                Datum::Null | Datum::Unchanged => return Err(NotFoldable),
+            }
+        }
+        Ok(hasher.finish())
     }
 
-    fn insert(&mut self, new: Vec<Cell>) -> Result<(), NotFoldable> {
-        let key = self.key(&new)?;
-        if new.iter().any(|cell| matches!(cell, Cell::Unchanged)) {
+    /// Place of the row with this key, if it has been met, and the key's hash.
+    fn find(&self, row: &[Datum<'a>]) -> Result<(Option<usize>, u64), NotFoldable> {
+        if self.is_keyless() {
+            return Err(NotFoldable);
+        }
+        let hash = self.hash(row)?;
+        let found = self.index.find(hash, |(_, at)| {
+            let known = self.row(*at);
+            self.shape.keys.iter().all(|key| known[*key] == row[*key])
+        });
+        Ok((found.map(|(_, at)| *at), hash))
+    }
+
+    fn put(&mut self, hash: u64, row: &[Datum<'a>], state: State) {
+        let at = self.push(row, state);
+        self.index
+            .insert_unique(hash, (hash, at), |(hash, _)| *hash);
+    }
+
+    fn push(&mut self, row: &[Datum<'a>], state: State) -> usize {
+        self.states.push(state);
+        self.cells.extend_from_slice(row);
+        self.states.len() - 1
+    }
+
+    fn insert(&mut self, new: &[Datum<'a>]) -> Result<(), NotFoldable> {
+        if new.contains(&Datum::Unchanged) {
             return Err(NotFoldable);
         }
         if self.is_keyless() {
-            self.rows.push(Row::Inserted(new));
+            self.push(new, State::Inserted);
             return Ok(());
         }
-        let Some(&at) = self.index.get(&key) else {
-            self.put(key, Row::Inserted(new));
+        let (found, hash) = self.find(new)?;
+        let Some(at) = found else {
+            self.put(hash, new, State::Inserted);
             return Ok(());
         };
-        self.rows[at] = match self.rows[at] {
-            Row::Gone => Row::Inserted(new),
-            Row::Deleted(_) => Row::Replaced(new),
-            _ => return Err(NotFoldable),
+        self.states[at] = match self.states[at] {
+            State::Gone => State::Inserted,
+            State::Deleted => State::Replaced,
+            State::Inserted | State::Updated | State::Replaced => return Err(NotFoldable),
         };
+        self.row_mut(at).copy_from_slice(new);
         Ok(())
     }
 
-    fn update(&mut self, old: Option<Vec<Cell>>, new: &mut Vec<Cell>) -> Result<(), NotFoldable> {
-        if self.is_keyless() {
-            return Err(NotFoldable);
-        }
-        if let Some(old) = old {
-            // An old key is sent when it changes, or when it is stored out of line.
-            for (column, (new, old)) in self.shape.columns.iter().zip(new.iter_mut().zip(&old)) {
-                if column.key && matches!(new, Cell::Unchanged) {
-                    *new = old.clone();
-                }
-            }
-            let (before, after) = (self.key(&old)?, self.key(new)?);
-            if before != after {
-                return self.move_row(old, &before, std::mem::take(new));
-            }
-        }
-        let key = self.key(new)?;
-        let Some(&at) = self.index.get(&key) else {
-            self.put(key, Row::Updated(std::mem::take(new)));
+    fn update(&mut self, new: &[Datum<'a>]) -> Result<(), NotFoldable> {
+        let (found, hash) = self.find(new)?;
+        let Some(at) = found else {
+            self.put(hash, new, State::Updated);
             return Ok(());
         };
-        match &mut self.rows[at] {
-            Row::Inserted(row) | Row::Updated(row) | Row::Replaced(row) => {
-                fill(new, row);
-                *row = std::mem::take(new);
+        match self.states[at] {
+            State::Inserted | State::Updated | State::Replaced => {
+                overlay(self.row_mut(at), new);
                 Ok(())
             }
-            Row::Deleted(_) | Row::Gone => Err(NotFoldable),
+            State::Deleted | State::Gone => Err(NotFoldable),
         }
     }
 
-    /// Another key is another row, which must be known whole.
-    fn move_row(
-        &mut self,
-        old: Vec<Cell>,
-        before: &[u8],
-        mut new: Vec<Cell>,
-    ) -> Result<(), NotFoldable> {
-        if let Some(&at) = self.index.get(before)
-            && let Row::Inserted(row) | Row::Updated(row) | Row::Replaced(row) = &self.rows[at]
-        {
-            fill(&mut new, row);
+    /// An old key is sent when it changes, or when it is stored out of line.
+    fn update_key(&mut self, old: &[Datum<'a>], new: &mut [Datum<'a>]) -> Result<(), NotFoldable> {
+        for key in &self.shape.keys {
+            fill(&mut new[*key..=*key], &old[*key..=*key]);
         }
-        if new.iter().any(|cell| matches!(cell, Cell::Unchanged)) {
+        if self.shape.keys.iter().all(|key| old[*key] == new[*key]) {
+            return self.update(new);
+        }
+        // Another key is another row, which must be known whole.
+        if let (Some(at), _) = self.find(old)?
+            && matches!(
+                self.states[at],
+                State::Inserted | State::Updated | State::Replaced
+            )
+        {
+            fill(new, self.row(at));
+        }
+        if new.contains(&Datum::Unchanged) {
             return Err(NotFoldable);
         }
         self.delete(old)?;
         self.insert(new)
     }
 
-    fn delete(&mut self, old: Vec<Cell>) -> Result<(), NotFoldable> {
-        if self.is_keyless() {
-            return Err(NotFoldable);
-        }
-        let key = self.key(&old)?;
-        let Some(&at) = self.index.get(&key) else {
-            self.put(key, Row::Deleted(old));
+    fn delete(&mut self, old: &[Datum<'a>]) -> Result<(), NotFoldable> {
+        let (found, hash) = self.find(old)?;
+        let Some(at) = found else {
+            self.put(hash, old, State::Deleted);
             return Ok(());
         };
-        self.rows[at] = match self.rows[at] {
-            Row::Inserted(_) => Row::Gone,
-            Row::Updated(_) | Row::Replaced(_) => Row::Deleted(old),
-            Row::Deleted(_) | Row::Gone => return Err(NotFoldable),
+        self.states[at] = match self.states[at] {
+            State::Inserted => State::Gone,
+            State::Updated | State::Replaced => State::Deleted,
+            State::Deleted | State::Gone => return Err(NotFoldable),
         };
+        self.row_mut(at).copy_from_slice(old);
         Ok(())
     }
 
-    fn statements(self) -> Vec<Statement> {
-        let Table { shape, rows, .. } = self;
+    /// Order in which neighbours in an index of numbers or of words come together.
+    fn order(&self, a: &[Datum<'a>], b: &[Datum<'a>]) -> Ordering {
+        let size = |datum: Datum<'a>| match datum {
+            Datum::Text(text) => (text.len(), text),
+            Datum::Null | Datum::Unchanged => (0, &[][..]),
+        };
+        let keys = self.shape.keys.iter();
+        keys.map(|key| size(a[*key]).cmp(&size(b[*key])))
+            .find(|order| order.is_ne())
+            .unwrap_or(Ordering::Equal)
+    }
+
+    fn statements(&self) -> Vec<Statement> {
         let (mut gone, mut new) = (Vec::new(), Vec::new());
-        let mut changed: BTreeMap<Vec<bool>, Vec<&[Cell]>> = BTreeMap::new();
-        for row in &rows {
-            match row {
-                Row::Gone => {}
-                Row::Inserted(cells) => new.push(&cells[..]),
-                Row::Deleted(cells) => gone.push(&cells[..]),
-                Row::Replaced(cells) => {
-                    gone.push(&cells[..]);
-                    new.push(&cells[..]);
+        let mut changed: BTreeMap<Vec<bool>, Vec<&[Datum<'a>]>> = BTreeMap::new();
+        let mut sent = Vec::new();
+        for (at, state) in self.states.iter().enumerate() {
+            let row = self.row(at);
+            match state {
+                State::Gone => {}
+                State::Inserted => new.push(row),
+                State::Deleted => gone.push(row),
+                State::Replaced => {
+                    gone.push(row);
+                    new.push(row);
                 }
-                Row::Updated(cells) => {
-                    let sent = cells.iter().map(|cell| !matches!(cell, Cell::Unchanged));
-                    changed.entry(sent.collect()).or_default().push(cells);
+                State::Updated => {
+                    sent.clear();
+                    sent.extend(row.iter().map(|datum| *datum != Datum::Unchanged));
+                    match changed.get_mut(&sent) {
+                        Some(rows) => rows.push(row),
+                        None => drop(changed.insert(sent.clone(), vec![row])),
+                    }
                 }
             }
         }
-        let mut statements = Vec::new();
-        statements.extend(shape.delete(&gone));
-        for (sent, rows) in changed {
-            statements.extend(shape.update(&sent, &rows));
+        for rows in changed.values_mut().chain([&mut gone, &mut new]) {
+            // Stable: what has no key keeps the order in which it came.
+            rows.sort_by(|a, b| self.order(a, b));
         }
-        statements.extend(shape.insert(&new));
+        let mut statements = Vec::new();
+        statements.extend(self.shape.delete(&gone));
+        for (sent, rows) in changed {
+            statements.extend(self.shape.update(&sent, &rows));
+        }
+        statements.extend(self.shape.insert(&new));
         statements
     }
 }
 
 impl Shape {
-    fn delete(&self, rows: &[&[Cell]]) -> Option<Statement> {
-        let keys: Vec<usize> = self.keys().collect();
-        let sql = format!(
-            "DELETE FROM ONLY {} t USING {} WHERE {}",
-            self.table,
-            self.source(&keys),
-            self.same_key()
-        );
-        statement(sql, &keys, rows)
+    fn delete(&self, rows: &[&[Datum<'_>]]) -> Option<Statement> {
+        let sql = || {
+            format!(
+                "DELETE FROM ONLY {} t USING {} WHERE {}",
+                self.table,
+                self.source(&self.keys),
+                self.same_key()
+            )
+        };
+        statement(sql, &self.keys, rows)
     }
 
-    fn update(&self, sent: &[bool], rows: &[&[Cell]]) -> Option<Statement> {
+    fn update(&self, sent: &[bool], rows: &[&[Datum<'_>]]) -> Option<Statement> {
         let wanted = |index: &usize| {
             let column = &self.columns[*index];
-            sent[*index] && !column.key && !column.generated
+            sent[*index] && !column.generated && !self.keys.contains(index)
         };
         let set: Vec<usize> = (0..self.columns.len()).filter(wanted).collect();
         if set.is_empty() {
             return None;
         }
-        let assign = |index: &usize| format!("{} = u.c{index}", self.columns[*index].name);
-        let assignments: Vec<String> = set.iter().map(assign).collect();
-        let all: Vec<usize> = self.keys().chain(set).collect();
-        let sql = format!(
-            "UPDATE ONLY {} t SET {} FROM {} WHERE {}",
-            self.table,
-            assignments.join(", "),
-            self.source(&all),
-            self.same_key()
-        );
+        let all = [&self.keys[..], &set].concat();
+        let sql = || {
+            let assign = |index: &usize| format!("{} = u.c{index}", self.columns[*index].name);
+            let assignments: Vec<String> = set.iter().map(assign).collect();
+            format!(
+                "UPDATE ONLY {} t SET {} FROM {} WHERE {}",
+                self.table,
+                assignments.join(", "),
+                self.source(&all),
+                self.same_key()
+            )
+        };
         statement(sql, &all, rows)
     }
 
-    fn insert(&self, rows: &[&[Cell]]) -> Option<Statement> {
+    fn insert(&self, rows: &[&[Datum<'_>]]) -> Option<Statement> {
         let written: Vec<usize> = (0..self.columns.len())
             .filter(|index| !self.columns[*index].generated)
             .collect();
-        let names: Vec<&str> = written
-            .iter()
-            .map(|index| self.columns[*index].name.as_str())
-            .collect();
-        let sql = format!(
-            "INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE SELECT * FROM {}",
-            self.table,
-            names.join(", "),
-            self.source(&written)
-        );
+        let sql = || {
+            let name = |index: &usize| self.columns[*index].name.as_str();
+            let names: Vec<&str> = written.iter().map(name).collect();
+            format!(
+                "INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE SELECT * FROM {}",
+                self.table,
+                names.join(", "),
+                self.source(&written)
+            )
+        };
         statement(sql, &written, rows)
     }
 
-    fn keys(&self) -> impl Iterator<Item = usize> + use<'_> {
-        (0..self.columns.len()).filter(|index| self.columns[*index].key)
-    }
-
     fn same_key(&self) -> String {
-        let term = |index: usize| format!("t.{} = u.c{index}", self.columns[index].name);
-        let terms: Vec<String> = self.keys().map(term).collect();
+        let term = |index: &usize| format!("t.{} = u.c{index}", self.columns[*index].name);
+        let terms: Vec<String> = self.keys.iter().map(term).collect();
         terms.join(" AND ")
     }
 
@@ -378,34 +441,43 @@ impl Shape {
     }
 }
 
-fn statement(sql: String, columns: &[usize], rows: &[&[Cell]]) -> Option<Statement> {
+fn statement(
+    sql: impl FnOnce() -> String,
+    columns: &[usize],
+    rows: &[&[Datum<'_>]],
+) -> Option<Statement> {
     if rows.is_empty() {
         return None;
     }
-    let array = |column: &usize| text_array(rows.iter().map(|row| &row[*column]), rows.len());
+    let array = |column: &usize| text_array(rows, *column);
     Some(Statement {
-        sql,
+        sql: sql(),
         arrays: columns.iter().map(array).collect(),
         rows: rows.len() as u64,
     })
 }
 
-/// A `text[]` in its binary form (`array_recv`).
-fn text_array<'a>(cells: impl Iterator<Item = &'a Cell>, len: usize) -> Bytes {
+/// A column as a `text[]` in its binary form (`array_recv`).
+fn text_array(rows: &[&[Datum<'_>]], column: usize) -> Bytes {
     const TEXT_OID: u32 = 25;
-    let mut out = BytesMut::new();
+    let cells = || rows.iter().map(|row| row[column]);
+    let len = |datum| match datum {
+        Datum::Text(text) => 4 + text.len(),
+        Datum::Null | Datum::Unchanged => 4,
+    };
+    let mut out = BytesMut::with_capacity(20 + cells().map(len).sum::<usize>());
     out.put_i32(1);
     out.put_i32(1);
     out.put_u32(TEXT_OID);
-    out.put_u32(len as u32);
+    out.put_u32(rows.len() as u32);
     out.put_i32(1);
-    for cell in cells {
+    for cell in cells() {
         match cell {
-            Cell::Text(text) => {
+            Datum::Text(text) => {
                 out.put_u32(text.len() as u32);
                 out.put_slice(text);
             }
-            Cell::Null | Cell::Unchanged => out.put_i32(-1),
+            Datum::Null | Datum::Unchanged => out.put_i32(-1),
         }
     }
     out.freeze()
@@ -416,15 +488,15 @@ mod tests {
     use super::*;
 
     fn shape() -> Arc<Shape> {
-        let column = |name: &str, key| ShapeColumn {
+        let column = |name: &str| ShapeColumn {
             name: name.into(),
             type_name: "integer".into(),
-            key,
             generated: false,
         };
         Arc::new(Shape {
             table: "t".into(),
-            columns: vec![column("id", true), column("v", false)],
+            columns: vec![column("id"), column("v")],
+            keys: vec![0],
         })
     }
 
@@ -454,7 +526,7 @@ mod tests {
         let (shape, mut fold) = (shape(), Fold::default());
         for payload in messages {
             let decoded = crate::pgoutput::decode(payload).unwrap();
-            fold.add(7, &shape, &decoded, payload)?;
+            fold.add(7, &shape, &decoded)?;
         }
         let kind = |sql: &str| sql.split(' ').next().unwrap().to_owned();
         Ok(fold

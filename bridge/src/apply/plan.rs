@@ -143,7 +143,7 @@ fn value(datum: Datum<'_>, payload: &Bytes) -> Option<Bytes> {
 }
 
 /// Content of the message if it raises a notification.
-pub fn notify_content(payload: &Bytes) -> Option<Bytes> {
+pub fn notify_content(payload: &[u8]) -> Option<&[u8]> {
     if payload.first() != Some(&b'M') {
         return None;
     }
@@ -152,7 +152,7 @@ pub fn notify_content(payload: &Bytes) -> Option<Bytes> {
             prefix: SEND_PREFIX,
             content,
             ..
-        }) => Some(payload.slice_ref(content)),
+        }) => Some(content),
         _ => None,
     }
 }
@@ -418,10 +418,10 @@ impl Planner {
     }
 
     /// Adds a message to a fold. `Err` names a relation to look up first.
-    pub fn fold_into(
+    pub fn fold_into<'a>(
         &self,
-        fold: &mut Fold,
-        payload: &Bytes,
+        fold: &mut Fold<'a>,
+        payload: &'a [u8],
     ) -> anyhow::Result<Result<Result<(), NotFoldable>, u32>> {
         let message = pgoutput::decode(payload)?;
         let relid = match &message {
@@ -438,9 +438,11 @@ impl Planner {
             .context("change of an undefined relation")?;
         Ok(match &relation.shape {
             _ if !relation.routed => Ok(Ok(())),
+            // What it says of the routing must be seen.
+            _ if relation.namespace == "terrace" => Ok(Err(NotFoldable)),
             _ if !relation.looked_up => Err(relid),
             None => Ok(Err(NotFoldable)),
-            Some(shape) => Ok(fold.add(relid, shape, &message, payload)),
+            Some(shape) => Ok(fold.add(relid, shape, &message)),
         })
     }
 
@@ -546,25 +548,25 @@ fn moves(relation: &Relation, old: Tuple<'_>, new: Tuple<'_>) -> bool {
 /// Only a table whose one unique constraint is the primary key, the same here and at
 /// the top, can be changed row by row in any order; one without any can be added to.
 fn shape(relation: &Relation, primaries: usize) -> Option<Shape> {
-    let mut columns = Vec::new();
-    for column in &relation.columns {
+    let (mut columns, mut keys) = (Vec::new(), Vec::new());
+    for (index, column) in relation.columns.iter().enumerate() {
         let local = column.local.as_ref()?;
         // With REPLICA IDENTITY FULL every column is key at the top.
         let key = column.key && relation.identity != b'f';
         if key != local.primary || key && (local.generated || !local.comparable) {
             return None;
         }
+        keys.extend(key.then_some(index));
         columns.push(ShapeColumn {
             name: quote_ident(&column.name),
             type_name: local.type_name.clone(),
-            key,
             generated: local.generated,
         });
     }
-    let keys = columns.iter().filter(|column| column.key).count();
-    (keys == primaries).then(|| Shape {
+    (keys.len() == primaries).then(|| Shape {
         table: relation.qualified(),
         columns,
+        keys,
     })
 }
 

@@ -82,14 +82,14 @@ impl Session<'_> {
         let mut fold = Fold::default();
         for frame in records.iter().flat_map(Record::frames) {
             let payload = frame.context("frame")?.payload;
-            let added = match self.planner.fold_into(&mut fold, &payload)? {
+            let added = match self.planner.fold_into(&mut fold, payload)? {
                 Err(relid) => {
                     // The catalog must be asked first; nothing is under way.
                     let looked_up = self.planner.lookup(&mut self.client, relid).await;
                     if looked_up.is_err() {
                         return Ok(Err(NotFoldable));
                     }
-                    self.planner.fold_into(&mut fold, &payload)?
+                    self.planner.fold_into(&mut fold, payload)?
                 }
                 added => added,
             };

@@ -9,14 +9,14 @@ use tokio::io::{AsyncWriteExt, copy_bidirectional};
 use super::Relay;
 use crate::client::{Client, PgError, SessionOptions, open_stream};
 use crate::conninfo::ConnInfo;
-use crate::wire::{self, Framed};
+use crate::wire::{self, Framed, Way};
 
 /// Passes a CancelRequest on; the key is one that the local Postgres gave out.
 pub async fn cancel(local: &ConnInfo, packet: &Bytes) -> anyhow::Result<()> {
     if packet.len() != 8 {
         return Ok(());
     }
-    let mut stream = open_stream(local).await?;
+    let mut stream = open_stream(local, Way::Requests).await?;
     stream.write_all(&[0, 0, 0, 16, 4, 210, 22, 46]).await?;
     stream.write_all(packet).await?;
     Ok(stream.shutdown().await?)

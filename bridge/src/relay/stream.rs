@@ -251,10 +251,10 @@ impl Sender<'_> {
             Kind::Part | Kind::Commit => {
                 for frame in record.frames() {
                     let frame = frame?;
-                    let tables = changed_tables(&frame.payload)?;
-                    if self.is_for_stock(&frame.payload, &tables) {
+                    let tables = changed_tables(frame.payload)?;
+                    if self.is_for_stock(frame.payload, &tables) {
                         self.define(tables)?;
-                        self.frame(frame.lsn, &frame.payload);
+                        self.frame(frame.lsn, frame.payload);
                     }
                 }
                 self.sent = self.sent.max(record.lsn);
