@@ -310,6 +310,7 @@ impl Shared {
             .as_ref()
             .map_or(Lsn::ZERO, |open| open.queue.first());
         let node = &self.config.node;
+        let disk_ok = self.disk_problem().is_none();
         let inner = self.inner();
         let failing = inner.apply_failing_since;
         let mut view = inner.view.clone();
@@ -324,7 +325,7 @@ impl Shared {
             role: inner.role,
             has_data: inner.has_data,
             copying: view.copying,
-            healthy: failing.is_none_or(|since| since.elapsed() < PATIENCE),
+            healthy: disk_ok && failing.is_none_or(|since| since.elapsed() < PATIENCE),
             parent_ok: view.parent_ok,
             master_ok: view.master.is_some(),
             flush,
@@ -429,9 +430,23 @@ impl Shared {
         self.inner().applied.clone()
     }
 
-    /// Server to report to, if one is followed.
+    /// What is wrong with the disk under the queue, if something is. A disk that is
+    /// silent counts as out of order when a server that is would count as gone.
+    fn disk_problem(&self) -> Option<String> {
+        let queue = self.queue.borrow();
+        let limit = self.config.failover.takeover_after;
+        queue.as_ref()?.queue.disk_problem(limit)
+    }
+
+    /// Server to report to: the one that is followed, else the domain's master if it
+    /// is in sight, so that whoever cannot follow it is heard of all the same.
     pub fn upstream(&self) -> Option<ConnInfo> {
-        self.inner().upstream.clone()
+        let inner = self.inner();
+        let in_sight = || {
+            let master = inner.view.master.as_ref()?;
+            ConnInfo::parse(self.config.peers.get(master)?).ok()
+        };
+        inner.upstream.clone().or_else(in_sight)
     }
 
     /// Notes what a downstream bridge holds.
@@ -535,8 +550,8 @@ impl Shared {
 
     /// State and reason as `terrace.lag` shows them.
     pub fn state(&self) -> (State, Option<String>) {
-        let replayed = *self.replayed.borrow();
-        state_of(&self.inner(), replayed)
+        let (replayed, disk) = (*self.replayed.borrow(), self.disk_problem());
+        state_of(&self.inner(), replayed, disk)
     }
 
     /// The node's status: one element of a report's `nodes`, and what peers get.
@@ -556,8 +571,9 @@ impl Shared {
             .map(|(name, lsn, _)| (name, lsn))
             .collect();
         let peers: Vec<&String> = self.config.peers.keys().collect();
+        let disk = self.disk_problem();
         let inner = self.inner();
-        let (state, reason) = state_of(&inner, replayed);
+        let (state, reason) = state_of(&inner, replayed, disk);
         let (apply_rate, catchup) = inner.rate.rates();
         let fresh = inner
             .heard
@@ -597,9 +613,12 @@ impl Shared {
     }
 }
 
-fn state_of(inner: &Inner, replayed: Lsn) -> (State, Option<String>) {
+fn state_of(inner: &Inner, replayed: Lsn, disk: Option<String>) -> (State, Option<String>) {
     if let Some(problem) = &inner.diverged {
         return (State::Diverged, Some(problem.clone()));
+    }
+    if disk.is_some() {
+        return (State::Stalled, disk);
     }
     if let Some(problem) = &inner.apply_problem {
         return (State::Stalled, Some(problem.clone()));
