@@ -22,7 +22,7 @@ use crate::open::{self, Opened, local_client};
 use crate::queue::Queue;
 use crate::roles::{End, Ordered, Roles};
 use crate::status::{OpenQueue, Shared};
-use crate::{apply, http, relay, report};
+use crate::{apply, http, matching, relay, report};
 
 /// Runs the bridge until `cancel`; an error is one that a restart may not mend.
 pub async fn run(config: Config, cancel: CancellationToken) -> anyhow::Result<()> {
@@ -137,6 +137,12 @@ async fn serve(
         ));
     }
     tasks.spawn(keep_durable(queue.clone(), closed.clone()));
+    tasks.spawn(matching::run(
+        Arc::clone(shared),
+        Arc::clone(observer),
+        queue.clone(),
+        closed.clone(),
+    ));
     tasks.spawn(housekeeping(
         Arc::clone(shared),
         Arc::clone(observer),

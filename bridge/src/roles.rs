@@ -451,18 +451,8 @@ impl Roles {
             self.shared.event_once("diverged", &problem);
             let hint = "; if that history is the one to keep, copy it with terrace-bridge resync";
             self.shared.set_diverged(problem + hint);
-            self.stop_serving();
+            self.shared.stop_serving();
         }
-    }
-
-    /// Ends every stream from the queue. New ones are refused while the state lasts.
-    fn stop_serving(&self) {
-        self.shared.queue.send_if_modified(|open| {
-            let Some(open) = open else { return false };
-            open.closed.cancel();
-            open.closed = CancellationToken::new();
-            true
-        });
     }
 
     // ----- orders -----------------------------------------------------------
