@@ -72,6 +72,17 @@ fn rewrite_a_commit(bridge: &Bridge, window: u64) {
     panic!("no commit in window {window}");
 }
 
+/// Copies the server's data anew, and waits until that is done.
+fn resync(tree: &mut Tree, name: &str) {
+    let sql =
+        format!("SELECT count(*) FROM terrace.events WHERE kind = 'copied' AND node = '{name}'");
+    let before = tree.top.value(&sql);
+    let output = tree.node(name).bridge.run("resync").expect("run resync");
+    assert!(output.status.success(), "{output:?}");
+    wait_until("it is copied anew", || tree.top.value(&sql) != before);
+    tree.wait_streaming();
+}
+
 #[test]
 fn a_server_that_was_told_something_else_is_outvoted_and_no_other_ever() {
     let schema = format!(
@@ -101,12 +112,7 @@ fn a_server_that_was_told_something_else_is_outvoted_and_no_other_ever() {
         .into_iter()
         .find(|name| *name != tree.with_role("region", "master"))
         .expect("a slave");
-    let resync = |tree: &mut Tree, name: &str| {
-        let output = tree.node(name).bridge.run("resync").expect("run resync");
-        assert!(output.status.success(), "{output:?}");
-    };
     resync(&mut tree, wrong);
-    tree.wait_streaming();
     let window = to_next_window(&tree);
     counting.go_on(50);
     to_next_window(&tree);
@@ -138,7 +144,6 @@ fn a_server_that_was_told_something_else_is_outvoted_and_no_other_ever() {
     });
     // The way out.
     resync(&mut tree, wrong);
-    tree.wait_streaming();
     counting.go_on(20);
     counting.stop();
     tree.wait_for_equal(&["steps", "trail", "far"]);
@@ -165,9 +170,7 @@ fn two_servers_that_differ_are_both_in_doubt_and_go_on() {
                  AND reason LIKE '%copy the data of the wrong one anew%'";
     wait_until("both say so", || tree.top.value(doubt) == "2");
     counting.go_on(50);
-    let output = tree.node("region-2").bridge.run("resync");
-    assert!(output.expect("run resync").status.success());
-    tree.wait_streaming();
+    resync(&mut tree, "region-2");
     counting.stop();
     tree.wait_for_equal(&["steps", "trail"]);
 }
