@@ -10,8 +10,10 @@
 //! The rules, in the order in which they are asked:
 //!
 //! 1. *A master stays* unless another master is in sight that comes before it, its
-//!    own database is broken or the parent is out of its reach while a slave that
-//!    has neither trouble is in sight, or it hands over (switchover).
+//!    own database or disk is broken or the parent is out of its reach while a
+//!    slave that has no such trouble is in sight, or it hands over (switchover). One
+//!    that hands over and cannot let the slot go, for its disk hangs, is deposed by
+//!    the one that it has asked to take over.
 //! 2. *A master in sight is followed*, through a sibling when it no longer keeps
 //!    what follows our end. If nobody keeps that, the data is copied anew.
 //! 3. *A master out of sight, but in a sibling's*, is followed through the sibling.
@@ -59,7 +61,7 @@ pub struct Told {
     pub has_data: bool,
     /// Whether it copies from the parent now.
     pub copying: bool,
-    /// Its database works.
+    /// Its database and the disk under its queue work.
     pub healthy: bool,
     /// The parent answers it.
     pub parent_ok: bool,
@@ -275,6 +277,7 @@ impl Decider {
 
     /// Takes over once we hold all up to `end`.
     pub fn take_over(&mut self, now: Now, end: Lsn) {
+        self.busy_since = None;
         self.handover = Some(Handover {
             to: None,
             end,
@@ -295,6 +298,11 @@ impl Decider {
         if own.link == Link::Parent {
             self.masterless_since = None;
             return self.as_master(&view);
+        }
+        let is_done = |to: String| view.master().is_some_and(|master| master.name == to);
+        if self.yields_to().is_some_and(is_done) {
+            // Should it die the next moment, this is no reason to wait.
+            self.handover = None;
         }
         if let Some(decision) = self.handing_over(now, &view) {
             return decision;
@@ -329,10 +337,7 @@ impl Decider {
             .max_by_key(|(_, told)| key(told));
         if let Some((name, _)) = sound {
             if !own.healthy {
-                return hand_over(
-                    name,
-                    "the database here is out of order, the one there is not",
-                );
+                return hand_over(name, "this server is out of order, that one is not");
             }
             if !view.own.parent.is_live(self.takeover_after) && view.own.parent != Sight::Unknown {
                 return hand_over(name, "the parent is in reach from there, and not from here");
@@ -353,15 +358,14 @@ impl Decider {
         match &self.handover {
             Some(Handover { to: None, end, .. }) => {
                 let ready = view.own.told.flush >= *end && now >= self.next_try;
+                // It was asked to: no majority is needed.
+                let depose = self.is_unseen(now);
                 Some(match ready {
-                    true => Decision::Lead { depose: false },
+                    true => Decision::Lead { depose },
                     false => Decision::Stay,
                 })
             }
-            Some(Handover { to: Some(to), .. }) => match view.master() {
-                Some(master) if master.name == *to => None,
-                _ => Some(Decision::Stay),
-            },
+            Some(Handover { to: Some(_), .. }) => Some(Decision::Stay),
             None if view.master().is_none() && told_by_other() => Some(Decision::Stay),
             None => None,
         }
@@ -379,13 +383,18 @@ impl Decider {
             Some(at) if now >= at.max(self.next_try) => {}
             _ => return Decision::Stay,
         }
-        let unseen = self.busy_since.is_some_and(|busy| now >= busy + UNSEEN);
-        let depose = unseen && view.is_majority(self.members) && now >= self.next_depose;
+        let depose =
+            self.is_unseen(now) && view.is_majority(self.members) && now >= self.next_depose;
         if depose {
             self.next_depose = now + self.depose_pause;
             self.depose_pause = (self.depose_pause * 2).min(MAX_DEPOSE_PAUSE);
         }
         Decision::Lead { depose }
+    }
+
+    /// The slot has been held by nobody in sight for long enough.
+    fn is_unseen(&self, now: Now) -> bool {
+        self.busy_since.is_some_and(|busy| now >= busy + UNSEEN)
     }
 
     /// When we may try the parent; `None` while somebody may still be master.
@@ -575,21 +584,21 @@ fn name_hash(name: &str) -> u32 {
     })
 }
 
-/// Whom a node without data copies from: the first that has data, the master
-/// before others; else the parent, one member after the other.
+/// Whom a node without data copies from: one that has data, a sound one before
+/// others, then the master; else the parent, one member after the other.
 pub fn copy_source(waited: Duration, own: &Told, peers: &[Peer], limit: Duration) -> Source {
     let view = peers
         .iter()
         .filter(|peer| peer.sight.is_live(limit))
         .filter_map(|peer| Some((&peer.name, peer.told.as_ref()?)));
-    let with_data = view
-        .clone()
-        .filter(|(_, told)| told.has_data && told.healthy);
-    let best = with_data.max_by_key(|(name, told)| (told.role == Role::Master, told.flush, *name));
+    let with_data = view.clone().filter(|(_, told)| told.has_data);
+    // One that is out of order may still be read; if nobody else has data it is tried.
+    let best = with_data
+        .max_by_key(|(name, told)| (told.healthy, told.role == Role::Master, told.flush, *name));
     if let Some((name, _)) = best {
         return Source::Peer(name.clone());
     }
-    if view.clone().any(|(_, told)| told.copying || told.has_data) {
+    if view.clone().any(|(_, told)| told.copying) {
         return Source::Wait;
     }
     let key = |told: &Told| (told.parent_ok, told.priority, told.node.clone());

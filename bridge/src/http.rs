@@ -87,6 +87,17 @@ fn metrics(shared: &Shared) -> Reply {
         "1 when stalled",
         i64::from(state == State::Stalled),
     );
+    let (equal, disputed) = shared.matching();
+    integer(
+        "equal_windows",
+        "Parts of the history that another server of the domain holds equally",
+        equal as i64,
+    );
+    integer(
+        "disputed",
+        "1 when another server of the domain holds a part of the history differently",
+        i64::from(disputed),
+    );
     integer(
         "downstreams",
         "Bridges connected",

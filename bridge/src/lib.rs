@@ -19,6 +19,7 @@ pub mod domain;
 pub mod handshake;
 pub mod http;
 pub mod lsn;
+pub mod matching;
 pub mod node;
 pub mod observe;
 pub mod open;

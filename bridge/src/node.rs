@@ -22,7 +22,7 @@ use crate::open::{self, Opened, local_client};
 use crate::queue::Queue;
 use crate::roles::{End, Ordered, Roles};
 use crate::status::{OpenQueue, Shared};
-use crate::{apply, http, relay, report};
+use crate::{apply, http, matching, relay, report};
 
 /// Runs the bridge until `cancel`; an error is one that a restart may not mend.
 pub async fn run(config: Config, cancel: CancellationToken) -> anyhow::Result<()> {
@@ -113,7 +113,7 @@ async fn serve(
 ) -> anyhow::Result<End> {
     let Opened {
         queue,
-        mut writer,
+        writer,
         pinned,
     } = opened;
     let closed = cancel.child_token();
@@ -137,6 +137,12 @@ async fn serve(
         ));
     }
     tasks.spawn(keep_durable(queue.clone(), closed.clone()));
+    tasks.spawn(matching::run(
+        Arc::clone(shared),
+        Arc::clone(observer),
+        queue.clone(),
+        closed.clone(),
+    ));
     tasks.spawn(housekeeping(
         Arc::clone(shared),
         Arc::clone(observer),
@@ -145,7 +151,7 @@ async fn serve(
     ));
     let roles = Roles::new(Arc::clone(shared), Arc::clone(observer));
     let end = tokio::select! {
-        end = roles.run(&mut writer, pinned, orders, &closed) => end,
+        end = roles.run(writer, pinned, orders, &closed) => end,
         // Only a failure ends any of them before they are told to.
         failed = tasks.join_next() => {
             failed.context("no task")?.context("a task of the bridge panicked")??;
@@ -254,7 +260,7 @@ async fn housekeeping(
             }
             _ = tick.tick() => {}
             () = cancel.cancelled() => {
-                if let Err(error) = queue.save_cursors() {
+                if let Err(error) = on_disk(&queue, Queue::save_cursors).await? {
                     tracing::warn!("{error}");
                 }
                 return Ok(());
@@ -265,7 +271,7 @@ async fn housekeeping(
         }
         // Nothing depends on these but what may be forgotten later, so a full disk
         // is no reason to stop: what was written last stays in force.
-        if let Err(error) = queue.save_cursors() {
+        if let Err(error) = on_disk(&queue, Queue::save_cursors).await? {
             tracing::warn!("{error}");
             continue;
         }
@@ -279,7 +285,9 @@ async fn housekeeping(
             client = None;
         }
         let limits = &shared.config.queue;
-        let lost = queue.trim(replay_durable, limits.retain_min, limits.retain_max);
+        let (min, max) = (limits.retain_min, limits.retain_max);
+        let trim = move |queue: &Queue| queue.trim(replay_durable, min, max);
+        let lost = on_disk(&queue, trim).await?;
         if let Err(error) = &lost {
             tracing::warn!("{error}");
         }
@@ -290,6 +298,16 @@ async fn housekeeping(
             );
         }
     }
+}
+
+/// Does what may wait for the disk where nothing else waits for it.
+async fn on_disk<T: Send + 'static>(
+    queue: &Queue,
+    work: impl FnOnce(&Queue) -> T + Send + 'static,
+) -> anyhow::Result<T> {
+    let queue = queue.clone();
+    let done = tokio::task::spawn_blocking(move || work(&queue)).await;
+    done.context("work on the queue's files")
 }
 
 /// `synchronous_commit` is off below, so a replayed transaction is durable only

@@ -20,6 +20,7 @@ use crate::config::Config;
 use crate::conninfo::ConnInfo;
 use crate::domain::{Peer, Sight, Told};
 use crate::lsn::Lsn;
+use crate::matching::Windows;
 use crate::upstream::{BRIDGE_PARAMETER, session};
 
 /// How long a server may take to answer.
@@ -48,6 +49,10 @@ struct Status {
     cursors: BTreeMap<String, Lsn>,
     /// Servers that it knows of its domain.
     peers: Vec<String>,
+    /// Which history it holds.
+    identity: Option<String>,
+    /// Hashes of parts of that.
+    windows: Windows,
 }
 
 #[derive(Clone, Default)]
@@ -165,6 +170,17 @@ impl Observer {
             *known = (*known).max(*lsn);
         }
         cursors
+    }
+
+    /// What the other servers of the domain that hold this history have told of it.
+    pub fn windows(&self, identity: &str) -> Vec<(String, Windows)> {
+        let seen = self.seen();
+        let told = |peer: &Watched| {
+            let status = seen.get(&peer.name)?.status.as_ref()?;
+            let same = status.identity.as_deref() == Some(identity);
+            same.then(|| (peer.name.clone(), status.windows.clone()))
+        };
+        self.peers.iter().filter_map(told).collect()
     }
 
     /// What is wrong with how the servers of the domain name each other.

@@ -15,6 +15,7 @@
 //! a transaction which we then lose in a power cut merely is ahead of us until
 //! the upstream, to which it was never acknowledged, sends it again.
 
+mod disk;
 mod reader;
 mod segment;
 mod writer;
@@ -24,6 +25,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -35,6 +37,7 @@ pub use reader::Reader;
 pub use segment::inspect;
 pub use writer::Writer;
 
+use disk::Disk;
 use segment::Segment;
 
 /// A segment is closed at the first transaction end beyond this.
@@ -110,6 +113,7 @@ struct Cursors {
 
 struct Inner {
     dir: PathBuf,
+    disk: Disk,
     /// Of the segment that is being written; a promoted top raises its timeline.
     identity: Mutex<Identity>,
     /// In order of position; the last one is being written.
@@ -192,6 +196,7 @@ impl Queue {
         Ok(Queue {
             inner: Arc::new(Inner {
                 dir: dir.to_owned(),
+                disk: Disk::new(dir),
                 identity: Mutex::new(identity),
                 segments: Mutex::new(segments),
                 cursors: Mutex::new(Cursors {
@@ -230,6 +235,12 @@ impl Queue {
     /// Follows the end of what is fsynced.
     pub fn durable(&self) -> watch::Receiver<Lsn> {
         self.inner.durable.subscribe()
+    }
+
+    /// What is wrong with the disk, if something is: it refuses what is written, or
+    /// has not answered for `limit`. It is in order again as soon as it does both.
+    pub fn disk_problem(&self, limit: Duration) -> Option<String> {
+        self.inner.disk.problem(limit)
     }
 
     /// Bytes on disk.
@@ -279,8 +290,9 @@ impl Queue {
             if end > *self.inner.durable.borrow() {
                 // The writer fsyncs a segment before it leaves it, so what is
                 // below the active one is durable already.
-                let segment = self.active();
-                let synced = tokio::task::spawn_blocking(move || segment.sync()).await;
+                let (segment, queue) = (self.active(), self.clone());
+                let sync = move || queue.inner.disk.wait(|| segment.sync());
+                let synced = tokio::task::spawn_blocking(sync).await;
                 match synced {
                     Ok(Ok(())) => self.inner.durable.send_replace(end),
                     Ok(Err(error)) => return error,
@@ -365,7 +377,8 @@ impl Queue {
         };
         let text = serde_json::to_vec(&by_name)
             .map_err(|error| QueueError::io("encode", &self.inner.dir)(io::Error::other(error)))?;
-        let saved = write_atomically(&self.inner.dir, CURSORS_FILE, &text);
+        let (dir, disk) = (&self.inner.dir, &self.inner.disk);
+        let saved = disk.wait(|| write_atomically(dir, CURSORS_FILE, &text));
         if saved.is_err() {
             lock(&self.inner.cursors).dirty = true;
         }

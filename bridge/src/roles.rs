@@ -2,13 +2,15 @@
 //! or to a member of the domain, for as long as that is the best to follow.
 //!
 //! Nothing about roles is on disk. After a start, a lost link or a refusal the
-//! node looks around again and decides anew.
+//! node looks around again and decides anew. A link has a thread of its own, for it
+//! writes to the disk: when that hangs the node goes on deciding and telling.
 
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
@@ -27,6 +29,10 @@ const TICK: Duration = Duration::from_millis(100);
 const TRIED: Duration = Duration::from_secs(2);
 /// The cursor of an initial copy is held until our own has been registered for so long.
 const PINNED: Duration = Duration::from_secs(5);
+/// A link that has not ended when it was told to for so long hangs in its disk.
+const GRACE: Duration = Duration::from_secs(1);
+/// Pause after a link that the disk has ended.
+const REST: Duration = Duration::from_millis(500);
 /// A server further behind than this cannot take over: the domain would wait for it.
 const SWITCHOVER_BYTES: u64 = 64 << 20;
 
@@ -67,7 +73,12 @@ pub struct Roles {
     /// The one that is followed or tried.
     parent: Option<usize>,
     gap_told: bool,
+    /// No link before this: the disk has just refused what the last one brought.
+    rest_until: Instant,
 }
+
+/// A link on its thread; it gives the writer back when it ends.
+type Following = JoinHandle<(Writer, LinkEnd)>;
 
 /// What a decision comes to.
 enum Next {
@@ -90,6 +101,7 @@ impl Roles {
             tried: Vec::new(),
             parent: None,
             gap_told: false,
+            rest_until: Instant::now(),
         }
     }
 
@@ -97,7 +109,7 @@ impl Roles {
     /// of no use. `pinned` holds the upstream's queue since the initial copy.
     pub async fn run(
         mut self,
-        writer: &mut Writer,
+        mut writer: Writer,
         mut pinned: Option<Client>,
         orders: &mut mpsc::Receiver<Ordered>,
         cancel: &CancellationToken,
@@ -106,7 +118,12 @@ impl Roles {
         while !cancel.is_cancelled() {
             let next = self.next(&Link::None);
             let done = match next {
-                Next::Go(target) => self.link(target, writer, &mut pinned, orders, cancel).await,
+                Next::Go(target) if Instant::now() >= self.rest_until => {
+                    let link = self.link(target, writer, &mut pinned, orders, cancel);
+                    let (back, end) = link.await;
+                    writer = back;
+                    end
+                }
                 Next::CopyAnew(end) => return end,
                 _ => tokio::select! {
                     () = sleep(TICK) => None,
@@ -126,48 +143,51 @@ impl Roles {
     async fn link(
         &mut self,
         target: Target,
-        writer: &mut Writer,
+        writer: Writer,
         pinned: &mut Option<Client>,
         orders: &mut mpsc::Receiver<Ordered>,
         cancel: &CancellationToken,
-    ) -> Option<End> {
+    ) -> (Writer, Option<End>) {
         let shared = Arc::clone(&self.shared);
         let ending = cancel.child_token();
         let mut changes = self.observer.changes();
-        let (mut asked, mut copy_anew) = (None, None);
+        let (mut asked, mut copy_anew, mut told_to_end) = (None, None, None);
         let started = Instant::now();
-        let ended = {
-            let mut following = pin!(follow(&shared, writer, &target, &ending));
-            loop {
-                tokio::select! {
-                    ended = &mut following => break ended,
-                    () = sleep(TICK) => {}
-                    _ = changes.changed() => {}
-                    Some(ordered) = orders.recv() => {
-                        let link = self.link_of(&target);
-                        copy_anew = self.obey(ordered, &link).await.or(copy_anew);
-                    }
+        let target = Arc::new(target);
+        let mut following = self.start_link(&target, writer, &ending);
+        let (writer, ended) = loop {
+            tokio::select! {
+                ended = &mut following => break joined(ended),
+                () = sleep(TICK) => {}
+                _ = changes.changed() => {}
+                Some(ordered) = orders.recv() => {
+                    let link = self.link_of(&target);
+                    copy_anew = self.obey(ordered, &link).await.or(copy_anew);
                 }
-                if ending.is_cancelled() {
-                    continue;
+            }
+            if ending.is_cancelled() {
+                let since = *told_to_end.get_or_insert_with(Instant::now);
+                if since.elapsed() > GRACE {
+                    self.hangs(&mut asked).await;
                 }
-                if started.elapsed() > PINNED && shared.role() != Role::None {
-                    pinned.take();
+                continue;
+            }
+            if started.elapsed() > PINNED && shared.role() != Role::None {
+                pinned.take();
+            }
+            let link = self.link_of(&target);
+            match self.next(&link) {
+                _ if copy_anew.is_some() => ending.cancel(),
+                Next::Nothing => {}
+                Next::Go(other) if link == Link::None && other.name == target.name => {}
+                Next::Go(_) | Next::Leave => ending.cancel(),
+                Next::HandOver(to) => {
+                    asked = Some(to);
+                    ending.cancel();
                 }
-                let link = self.link_of(&target);
-                match self.next(&link) {
-                    _ if copy_anew.is_some() => ending.cancel(),
-                    Next::Nothing => {}
-                    Next::Go(other) if link == Link::None && other.name == target.name => {}
-                    Next::Go(_) | Next::Leave => ending.cancel(),
-                    Next::HandOver(to) => {
-                        asked = Some(to);
-                        ending.cancel();
-                    }
-                    Next::CopyAnew(end) => {
-                        copy_anew = Some(end);
-                        ending.cancel();
-                    }
+                Next::CopyAnew(end) => {
+                    copy_anew = Some(end);
+                    ending.cancel();
                 }
             }
         };
@@ -177,7 +197,35 @@ impl Roles {
         if let Some(to) = asked {
             self.hand_over(&to).await;
         }
-        copy_anew
+        (writer, copy_anew)
+    }
+
+    fn start_link(
+        &self,
+        target: &Arc<Target>,
+        mut writer: Writer,
+        ending: &CancellationToken,
+    ) -> Following {
+        let (shared, target) = (Arc::clone(&self.shared), Arc::clone(target));
+        let (ending, runtime) = (ending.clone(), Handle::current());
+        spawn_blocking(move || {
+            let ended = runtime.block_on(follow(&shared, &mut writer, &target, &ending));
+            (writer, ended)
+        })
+    }
+
+    /// The link is told to end and does not: it is none any more, whatever its
+    /// connection is, and the one that takes over may end that.
+    async fn hangs(&mut self, asked: &mut Option<String>) {
+        if self.shared.role() != Role::None {
+            self.shared.set_role(Role::None, None, "");
+        }
+        if let Some(to) = asked.take() {
+            self.hand_over(&to).await;
+        }
+        // Without the writer nothing can be done, but the others are to know what
+        // is seen from here, and a handover has its time.
+        self.next(&Link::None);
     }
 
     /// The link as decisions see it: one that is only being opened is none yet.
@@ -221,7 +269,10 @@ impl Roles {
             }
             Decision::HandOver { to, reason } => {
                 if self.decider.yields_to().is_none() {
-                    self.shared.event("handover", &format!("to {to}: {reason}"));
+                    let why = self.shared.state().1.unwrap_or_default();
+                    let reason = format!("to {to}: {reason} ({why})");
+                    self.shared
+                        .event("handover", reason.trim_end_matches(" ()"));
                 }
                 Next::HandOver(to)
             }
@@ -380,7 +431,11 @@ impl Roles {
                 State::Catchup
             }
             LinkEnd::Diverged { .. } => State::Diverged,
-            LinkEnd::Refused(_) | LinkEnd::Queue(_) => State::Stalled,
+            LinkEnd::Queue(_) => {
+                self.rest_until = Instant::now() + REST;
+                State::Stalled
+            }
+            LinkEnd::Refused(_) => State::Stalled,
             LinkEnd::Lost(_) | LinkEnd::Gone(_) => State::Down,
         };
         if target.role == Role::Master {
@@ -396,18 +451,8 @@ impl Roles {
             self.shared.event_once("diverged", &problem);
             let hint = "; if that history is the one to keep, copy it with terrace-bridge resync";
             self.shared.set_diverged(problem + hint);
-            self.stop_serving();
+            self.shared.stop_serving();
         }
-    }
-
-    /// Ends every stream from the queue. New ones are refused while the state lasts.
-    fn stop_serving(&self) {
-        self.shared.queue.send_if_modified(|open| {
-            let Some(open) = open else { return false };
-            open.closed.cancel();
-            open.closed = CancellationToken::new();
-            true
-        });
     }
 
     // ----- orders -----------------------------------------------------------
@@ -509,6 +554,11 @@ impl Roles {
             self.decider.keep();
         }
     }
+}
+
+/// What a link's thread gave; its panic is ours.
+fn joined(ended: Result<(Writer, LinkEnd), tokio::task::JoinError>) -> (Writer, LinkEnd) {
+    ended.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
 }
 
 /// The best sight of any of the servers.

@@ -20,6 +20,7 @@ use crate::config::Config;
 use crate::conninfo::ConnInfo;
 use crate::domain::Told;
 use crate::lsn::{Identity, Lsn};
+use crate::matching::{Dispute, Standing, Windows};
 use crate::queue::Queue;
 use crate::rate::RateMeter;
 
@@ -155,6 +156,17 @@ struct Inner {
     identity: Option<Identity>,
     has_data: bool,
     diverged: Option<String>,
+    matching: Matching,
+}
+
+/// What comparing the history with the other servers of the domain has shown.
+#[derive(Default)]
+struct Matching {
+    windows: Windows,
+    equal: usize,
+    dispute: Option<Dispute>,
+    /// A majority has held something else: until the data is copied anew.
+    outvoted: Option<String>,
 }
 
 /// What the node sees around it, and where it stands in the tree.
@@ -273,9 +285,58 @@ impl Shared {
         new
     }
 
-    /// The top tells another history than the one here, so none is to be served.
+    /// The top tells another history than the one here, or most of the domain holds
+    /// another, so none is to be served.
     pub fn has_diverged(&self) -> bool {
-        self.inner().diverged.is_some()
+        let inner = self.inner();
+        inner.diverged.is_some() || inner.matching.outvoted.is_some()
+    }
+
+    /// Sets what comparing the history with the others' has shown.
+    pub fn set_matching(&self, windows: Windows, equal: usize, dispute: Option<Dispute>) {
+        let outvoted = dispute
+            .as_ref()
+            .filter(|dispute| dispute.standing == Standing::Outvoted);
+        let outvoted = outvoted.map(Dispute::to_string);
+        let problem = dispute.as_ref().map(Dispute::to_string);
+        let stops = self.change(|inner| {
+            let matching = &mut inner.matching;
+            (matching.windows, matching.equal) = (windows, equal);
+            matching.dispute = dispute;
+            let stops = matching.outvoted.is_none() && outvoted.is_some();
+            matching.outvoted = matching.outvoted.take().or(outvoted);
+            stops
+        });
+        if let Some(problem) = problem {
+            self.event_once("mismatch", &problem);
+        }
+        if stops {
+            self.stop_serving();
+        }
+    }
+
+    /// The number of windows that another server holds equally, and whether one is disputed.
+    pub fn matching(&self) -> (usize, bool) {
+        let matching = &self.inner().matching;
+        let disputed = matching.dispute.is_some() || matching.outvoted.is_some();
+        (matching.equal, disputed)
+    }
+
+    /// End of a part of the history of which nobody can tell whether it is right.
+    pub fn contested(&self) -> Option<Lsn> {
+        let inner = self.inner();
+        let doubt = inner.matching.doubt()?;
+        Some(doubt.end())
+    }
+
+    /// Ends every stream from the queue. New ones are refused while the state lasts.
+    pub fn stop_serving(&self) {
+        self.queue.send_if_modified(|open| {
+            let Some(open) = open else { return false };
+            open.closed.cancel();
+            open.closed = CancellationToken::new();
+            true
+        });
     }
 
     /// Says that it does, until a link to the parent shows otherwise.
@@ -310,6 +371,7 @@ impl Shared {
             .as_ref()
             .map_or(Lsn::ZERO, |open| open.queue.first());
         let node = &self.config.node;
+        let disk_ok = self.disk_problem().is_none();
         let inner = self.inner();
         let failing = inner.apply_failing_since;
         let mut view = inner.view.clone();
@@ -324,7 +386,9 @@ impl Shared {
             role: inner.role,
             has_data: inner.has_data,
             copying: view.copying,
-            healthy: failing.is_none_or(|since| since.elapsed() < PATIENCE),
+            healthy: disk_ok
+                && inner.matching.outvoted.is_none()
+                && failing.is_none_or(|since| since.elapsed() < PATIENCE),
             parent_ok: view.parent_ok,
             master_ok: view.master.is_some(),
             flush,
@@ -380,6 +444,7 @@ impl Shared {
         self.change(|inner| {
             inner.has_data = false;
             inner.diverged = None;
+            inner.matching = Matching::default();
             inner.received = Lsn::ZERO;
             inner.apply_problem = None;
             inner.apply_failing_since = None;
@@ -429,9 +494,23 @@ impl Shared {
         self.inner().applied.clone()
     }
 
-    /// Server to report to, if one is followed.
+    /// What is wrong with the disk under the queue, if something is. A disk that is
+    /// silent counts as out of order when a server that is would count as gone.
+    fn disk_problem(&self) -> Option<String> {
+        let queue = self.queue.borrow();
+        let limit = self.config.failover.takeover_after;
+        queue.as_ref()?.queue.disk_problem(limit)
+    }
+
+    /// Server to report to: the one that is followed, else the domain's master if it
+    /// is in sight, so that whoever cannot follow it is heard of all the same.
     pub fn upstream(&self) -> Option<ConnInfo> {
-        self.inner().upstream.clone()
+        let inner = self.inner();
+        let in_sight = || {
+            let master = inner.view.master.as_ref()?;
+            ConnInfo::parse(self.config.peers.get(master)?).ok()
+        };
+        inner.upstream.clone().or_else(in_sight)
     }
 
     /// Notes what a downstream bridge holds.
@@ -535,8 +614,8 @@ impl Shared {
 
     /// State and reason as `terrace.lag` shows them.
     pub fn state(&self) -> (State, Option<String>) {
-        let replayed = *self.replayed.borrow();
-        state_of(&self.inner(), replayed)
+        let (replayed, disk) = (*self.replayed.borrow(), self.disk_problem());
+        state_of(&self.inner(), replayed, disk)
     }
 
     /// The node's status: one element of a report's `nodes`, and what peers get.
@@ -556,8 +635,9 @@ impl Shared {
             .map(|(name, lsn, _)| (name, lsn))
             .collect();
         let peers: Vec<&String> = self.config.peers.keys().collect();
+        let disk = self.disk_problem();
         let inner = self.inner();
-        let (state, reason) = state_of(&inner, replayed);
+        let (state, reason) = state_of(&inner, replayed, disk);
         let (apply_rate, catchup) = inner.rate.rates();
         let fresh = inner
             .heard
@@ -586,6 +666,7 @@ impl Shared {
             "catchup_seconds": catchup,
             "last_tag": inner.applied.last_tag,
             "last_label": inner.applied.last_label,
+            "windows": inner.matching.windows,
             "age_ms": 0,
         });
         if let (Value::Object(status), Ok(Value::Object(told))) =
@@ -597,9 +678,27 @@ impl Shared {
     }
 }
 
-fn state_of(inner: &Inner, replayed: Lsn) -> (State, Option<String>) {
+impl Matching {
+    fn doubt(&self) -> Option<&Dispute> {
+        let dispute = self.dispute.as_ref()?;
+        (dispute.standing == Standing::Doubt).then_some(dispute)
+    }
+
+    fn problem(&self) -> Option<String> {
+        let doubt = || self.doubt().map(Dispute::to_string);
+        self.outvoted.clone().or_else(doubt)
+    }
+}
+
+fn state_of(inner: &Inner, replayed: Lsn, disk: Option<String>) -> (State, Option<String>) {
     if let Some(problem) = &inner.diverged {
         return (State::Diverged, Some(problem.clone()));
+    }
+    if let Some(problem) = inner.matching.problem() {
+        return (State::Diverged, Some(problem));
+    }
+    if disk.is_some() {
+        return (State::Stalled, disk);
     }
     if let Some(problem) = &inner.apply_problem {
         return (State::Stalled, Some(problem.clone()));

@@ -243,6 +243,14 @@ impl Bridge {
         Client::connect(&self.conninfo(), NoTls)
     }
 
+    /// Value of a metric, without its prefix.
+    pub fn metric(&self, name: &str) -> Option<i64> {
+        let start = format!("terrace_{name}{{");
+        let page = self.get("/metrics").ok()?;
+        let line = page.lines().find(|line| line.starts_with(&start))?;
+        line.split_whitespace().last()?.parse().ok()
+    }
+
     /// Status line and body of one of its web pages.
     pub fn get(&self, page: &str) -> std::io::Result<String> {
         let mut stream = TcpStream::connect(("127.0.0.1", self.http_port))?;

@@ -5,6 +5,7 @@
 //! and every process ends with the test, however that ends.
 
 pub mod bridge;
+pub mod disk;
 pub mod load;
 pub mod process;
 pub mod proxy;
@@ -15,6 +16,7 @@ pub mod tree;
 use std::time::{Duration, Instant};
 
 pub use bridge::{Bridge, BridgeOptions};
+pub use disk::Disk;
 pub use scratch::Scratch;
 pub use server::{Server, ServerOptions};
 pub use tree::{Node, Tree};

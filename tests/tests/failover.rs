@@ -1,11 +1,12 @@
 //! Servers, bridges, disks and links die; the tree goes on without anybody's help,
 //! loses nothing, and shows what happened.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use terrace_tests::load::{Background, GAPLESS, STEPS, count_up};
 use terrace_tests::proxy::Proxy;
-use terrace_tests::{Tree, wait_until};
+use terrace_tests::{Disk, Tree, wait_until};
 
 const THREE: [(&str, Option<&str>, usize); 2] =
     [("region", None, 3), ("branch", Some("region"), 1)];
@@ -131,6 +132,77 @@ fn a_master_whose_postgres_dies_hands_over() {
         .expect("start the bridge");
     tree.wait_streaming();
     all_is_well(&tree, counting);
+}
+
+/// A tree whose `region-1` is master and has its queue on the disk.
+fn tree_on_a_disk(make: fn(&Path) -> Option<Disk>) -> Option<(Tree, Disk)> {
+    let mut tree = Tree::grow(STEPS, &THREE);
+    let bridge = &mut tree.node("region-1").bridge;
+    bridge.stop();
+    let disk = make(&bridge.directory().join("data"))?;
+    bridge.restart().expect("start the bridge");
+    tree.wait_streaming();
+    // What the top knows of it may be of before the restart.
+    let arguments = ["--domain", "region", "--to", "region-1"];
+    wait_until("region-1 is made master", || {
+        let node = tree.node("region-1");
+        let output = node.bridge.command("switchover", &arguments);
+        let said = String::from_utf8(output.expect("run switchover").stderr);
+        said.is_ok_and(|said| said.contains("is the master already"))
+    });
+    wait_until("the top knows", || {
+        settled_master(&tree, "region") == "region-1"
+    });
+    Some((tree, disk))
+}
+
+/// While the master's disk is sick another one leads, and the top knows why; then
+/// the old one follows, without a copy.
+fn another_leads_until(tree: &Tree, counting: Background, words: &str, mend: impl FnOnce()) {
+    let started = Instant::now();
+    rows_arrive(tree, "branch-1", Duration::from_secs(10));
+    println!("{words}: rows went on after {:?}", started.elapsed());
+    let next = successor(tree, "region", "region-1");
+    let told = format!(
+        "SELECT count(*) FROM terrace.lag WHERE node = 'region-1' AND state = 'stalled' \
+         AND reason LIKE '%{words}%'"
+    );
+    wait_until("the top knows of the disk", || tree.top.value(&told) == "1");
+    counting.go_on(500);
+    rows_arrive(tree, "branch-1", Duration::from_secs(2));
+    mend();
+    tree.wait_streaming();
+    assert_eq!(tree.with_role("region", "master"), next, "no way back");
+    let copies = "SELECT count(*) FROM terrace.events WHERE kind = 'resync'";
+    assert_eq!(tree.top.value(copies), "0");
+    all_is_well(tree, counting);
+}
+
+#[test]
+fn a_master_whose_disk_is_full_hands_over_and_comes_back() {
+    let Some((tree, disk)) = tree_on_a_disk(Disk::small) else {
+        return;
+    };
+    let counting = count_up(&tree.top);
+    counting.go_on(50);
+    disk.fill();
+    another_leads_until(&tree, counting, "No space left on device", || {
+        disk.make_room();
+    });
+}
+
+#[test]
+fn a_master_whose_disk_hangs_hands_over_and_comes_back() {
+    let Some((tree, mut disk)) = tree_on_a_disk(Disk::freezable) else {
+        return;
+    };
+    let counting = count_up(&tree.top);
+    counting.go_on(50);
+    disk.freeze();
+    another_leads_until(&tree, counting, "has not answered for", || disk.thaw());
+    let told = "SELECT count(*) > 0 FROM terrace.events \
+                WHERE kind = 'handover' AND reason LIKE '%has not answered%'";
+    assert_eq!(tree.top.value(told), "t", "the events tell why");
 }
 
 #[test]

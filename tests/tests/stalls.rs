@@ -1,10 +1,8 @@
 //! What stops a server, says why, loses nothing, and goes on when it is mended.
 
-use std::process::Command;
-
 use terrace_tests::bridge::options;
 use terrace_tests::load::{GAPLESS, STEPS, count_up};
-use terrace_tests::{Bridge, Node, Scratch, Server, ServerOptions, Tree, wait_until};
+use terrace_tests::{Bridge, Disk, Node, Scratch, Server, ServerOptions, Tree, wait_until};
 
 const ONE: [(&str, Option<&str>, usize); 1] = [("region", None, 1)];
 
@@ -98,69 +96,22 @@ fn a_full_disk_under_the_queue_stops_it_cleanly() {
     let mut tree = Tree::grow(STEPS, &ONE);
     let data = tree.nodes[0].bridge.directory().join("data");
     tree.nodes[0].bridge.stop();
-    let disk = match SmallDisk::over(&data) {
-        Some(disk) => disk,
-        // Only root may mount one.
-        None => return,
+    let Some(disk) = Disk::small(&data) else {
+        return;
     };
     tree.start_bridges().expect("start the bridge");
     tree.wait_streaming();
-    let fill = disk.path.join("filler");
-    let filler = Command::new("dd")
-        .arg("if=/dev/zero")
-        .arg(format!("of={}", fill.display()))
-        .args(["bs=64k"])
-        .output();
-    assert!(
-        !filler.expect("dd").status.success(),
-        "the disk is full now"
-    );
+    disk.fill();
     let counting = count_up(&tree.top);
     let node = &tree.nodes[0];
     wait_stalled(node, &["No space left on device"]);
     let before = node.server.value("SELECT count(*) FROM steps");
     counting.go_on(100);
-    std::fs::remove_file(&fill).expect("make room");
+    disk.make_room();
     tree.wait_streaming();
     counting.stop();
     tree.wait_for_equal(&["steps", "trail"]);
     assert_eq!(tree.nodes[0].server.value(GAPLESS), "t");
     assert!(before.parse::<i64>().expect("count") >= 0);
     tree.nodes[0].bridge.stop();
-}
-
-/// A mounted file system of 24 MiB that holds what the directory held.
-struct SmallDisk {
-    path: std::path::PathBuf,
-}
-
-impl SmallDisk {
-    fn over(path: &std::path::Path) -> Option<SmallDisk> {
-        let kept = path.with_extension("kept");
-        std::fs::rename(path, &kept).expect("rename");
-        std::fs::create_dir(path).expect("create");
-        let mounted = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", "size=24m", "tmpfs"])
-            .arg(path)
-            .status()
-            .is_ok_and(|status| status.success());
-        let copied = Command::new("cp")
-            .arg("-a")
-            .arg(kept.join("."))
-            .arg(path)
-            .status();
-        assert!(
-            copied.is_ok_and(|status| status.success()),
-            "copy the directory"
-        );
-        mounted.then(|| SmallDisk {
-            path: path.to_owned(),
-        })
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.path).status();
-    }
 }

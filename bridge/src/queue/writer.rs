@@ -134,7 +134,8 @@ impl Writer {
         }
         self.buffer.clear();
         self.offset = self.whole;
-        self.segment.truncate(self.whole)
+        let disk = &self.queue.inner.disk;
+        disk.wait(|| self.segment.truncate(self.whole))
     }
 
     /// Takes back the unfinished transaction but keeps what it defined: the
@@ -175,7 +176,8 @@ impl Writer {
     }
 
     fn write(&mut self) -> Result<(), QueueError> {
-        let written = self.segment.write_at(&self.buffer, self.offset);
+        let disk = &self.queue.inner.disk;
+        let written = disk.write(|| self.segment.write_at(&self.buffer, self.offset));
         if written.is_ok() {
             self.offset += self.buffer.len() as u64;
         }
@@ -191,7 +193,8 @@ impl Writer {
         self.undo.clear();
         self.in_transaction = false;
         // The rest of the tail is overwritten by the next append, or cut at the next start.
-        if let Err(error) = self.segment.truncate(visible) {
+        let disk = &self.queue.inner.disk;
+        if let Err(error) = disk.wait(|| self.segment.truncate(visible)) {
             tracing::warn!("{error}");
         }
         match definitions(&self.segment, visible) {
@@ -220,7 +223,8 @@ impl Writer {
 
     fn replace_empty(&mut self, identity: &Identity) -> Result<Segment, QueueError> {
         let inner = &self.queue.inner;
-        let segment = Segment::create(&inner.dir, identity, self.end, &self.schema)?;
+        let create = || Segment::create(&inner.dir, identity, self.end, &self.schema);
+        let segment = inner.disk.write(create)?;
         self.offset = segment.visible();
         (self.whole, self.marked) = (self.offset, self.offset);
         Ok(segment)
@@ -228,10 +232,12 @@ impl Writer {
 
     fn roll(&mut self) -> Result<(), QueueError> {
         self.publish()?;
-        self.segment.sync()?;
         let inner = &self.queue.inner;
         let identity = self.queue.identity();
-        let next = Segment::create(&inner.dir, &identity, self.end, &self.schema)?;
+        let next = inner.disk.write(|| {
+            self.segment.sync()?;
+            Segment::create(&inner.dir, &identity, self.end, &self.schema)
+        })?;
         self.segment = Arc::new(next);
         self.offset = self.segment.visible();
         self.whole = self.offset;

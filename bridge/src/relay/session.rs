@@ -253,7 +253,10 @@ impl Session {
 
     fn open_queue(&self) -> Result<OpenQueue, Refusal> {
         if self.relay.shared.has_diverged() {
-            return refuse("55000", "this server's history has diverged from the top's");
+            return refuse(
+                "55000",
+                "this server's history has diverged; see its reason in terrace.lag",
+            );
         }
         let open = self.relay.shared.queue.borrow().clone();
         open.ok_or_else(|| Refusal("57P03", "this server has no data yet".into()))
@@ -480,6 +483,10 @@ impl Session {
                 return refuse("42704", text);
             }
         };
+        if self.relay.shared.contested().is_some_and(|end| from < end) {
+            let text = format!("what follows {from} is disputed; see the reason in terrace.lag");
+            return refuse("55000", text);
+        }
         let reader = open.queue.reader(from);
         let reader = reader.map_err(|error| Refusal("58P01", error.to_string()))?;
         Ok((open, reader, from))
