@@ -60,7 +60,8 @@ check:
 	cargo test --locked -p terrace-tests
 
 # Terrace and native subscriptions side by side. QUICK=1 for the short form; ONLY="drain tree" for
-# some of: drain, tree, latency, memory, tag. Results in target/bench/. The top loads the
+# some of: drain, tree, latency, memory, tag, failover (or one of failover-deaths, failover-silences,
+# failover-rejoin). Results in target/bench/. The top loads the
 # release build of the extension's library, without it being installed.
 .PHONY: bench
 bench: install

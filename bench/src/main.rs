@@ -7,6 +7,7 @@
 //! `terrace-bench [--quick] [WORKLOAD …]`
 
 mod drain;
+mod failover;
 mod latency;
 mod memory;
 mod native;
@@ -38,6 +39,9 @@ fn workloads() -> Vec<Box<dyn Workload>> {
         Box::new(latency::Latency),
         Box::new(memory::Memory),
         Box::new(tag::Tag),
+        Box::new(failover::Deaths),
+        Box::new(failover::Silences),
+        Box::new(failover::Rejoin),
     ]
 }
 
@@ -47,7 +51,7 @@ fn main() -> ExitCode {
     for argument in std::env::args().skip(1) {
         match argument.as_str() {
             "--quick" => quick = true,
-            name if workloads().iter().any(|workload| workload.name() == name) => {
+            name if workloads().iter().any(|one| is_meant(name, one.name())) => {
                 wanted.push(argument);
             }
             _ => {
@@ -75,6 +79,14 @@ fn main() -> ExitCode {
     }
 }
 
+/// A workload is meant by its name, or by what stands before the dash in it.
+fn is_meant(word: &str, name: &str) -> bool {
+    name == word
+        || name
+            .split_once('-')
+            .is_some_and(|(family, _)| family == word)
+}
+
 /// Runs the workloads; false when one of them failed. The others' numbers are kept.
 fn bench(plan: &Plan, wanted: &[String]) -> Result<bool> {
     let start = Instant::now();
@@ -82,7 +94,8 @@ fn bench(plan: &Plan, wanted: &[String]) -> Result<bool> {
     let mut report = Report::new(plan);
     let mut stage = Stage::default();
     for workload in workloads() {
-        if !wanted.is_empty() && !wanted.iter().any(|name| name == workload.name()) {
+        let is_wanted = |name: &String| is_meant(name, workload.name());
+        if !wanted.is_empty() && !wanted.iter().any(is_wanted) {
             continue;
         }
         println!("{}: {}", workload.name(), workload.about());

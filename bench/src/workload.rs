@@ -38,6 +38,10 @@ pub struct Plan {
     pub large_rows: u64,
     /// Rounds and seconds of each pgbench run for the tag's cost.
     pub tag: (usize, u64),
+    /// Rounds of each way to lose a master.
+    pub failover_rounds: usize,
+    /// Rounds, of two servers each, and seconds that they are away.
+    pub rejoin: (usize, u64),
 }
 
 impl Plan {
@@ -53,6 +57,8 @@ impl Plan {
                 latency: (2, 2),
                 large_rows: 100 << 10,
                 tag: (6, 1),
+                failover_rounds: 3,
+                rejoin: (1, 10),
             }
         } else {
             Plan {
@@ -65,6 +71,8 @@ impl Plan {
                 latency: (3, 20),
                 large_rows: 1 << 20,
                 tag: (15, 5),
+                failover_rounds: 20,
+                rejoin: (5, 60),
             }
         }
     }

@@ -105,7 +105,7 @@ pub fn settings() -> String {
 }
 
 /// Gives the settings to a server that the harness has started with its own.
-fn settle(server: &mut Server) -> Result<()> {
+pub fn settle(server: &mut Server) -> Result<()> {
     for (name, value) in SETTINGS {
         server.sql(&format!("ALTER SYSTEM SET {name} = '{value}'"));
     }

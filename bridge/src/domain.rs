@@ -347,7 +347,7 @@ impl Decider {
     }
 
     /// During a switchover only the two that take part act.
-    fn handing_over(&self, now: Now, view: &View<'_>) -> Option<Decision> {
+    fn handing_over(&mut self, now: Now, view: &View<'_>) -> Option<Decision> {
         let told_by_other = || {
             view.live().any(|(_, told)| {
                 told.yields_to
@@ -355,17 +355,29 @@ impl Decider {
                     .is_some_and(|to| *to != view.own.told.node)
             })
         };
-        match &self.handover {
+        match self.handover.clone() {
             Some(Handover { to: None, end, .. }) => {
-                let ready = view.own.told.flush >= *end && now >= self.next_try;
-                // It was asked to: no majority is needed.
-                let depose = self.is_unseen(now);
+                let own = view.own.told.flush;
+                // Mostly what is missing comes over the link that there is.
+                if own < end && view.own.link == Link::None {
+                    let from = view.longest_that_serves(own);
+                    return Some(from.map_or(Decision::Stay, |peer| view.go_to(&peer.name)));
+                }
+                let ready = own >= end && now >= self.next_try;
+                // The old master lets the slot go, unless it is cut off from the parent or its
+                // disk hangs. It asked, so no majority is needed to end its session; somebody
+                // else who leads by now is left alone.
                 Some(match ready {
-                    true => Decision::Lead { depose },
+                    true => Decision::Lead {
+                        depose: view.master().is_none() && self.is_unseen(now),
+                    },
                     false => Decision::Stay,
                 })
             }
-            Some(Handover { to: Some(_), .. }) => Some(Decision::Stay),
+            Some(Handover { to: Some(to), .. }) => match view.master() {
+                Some(master) if master.name == to => None,
+                _ => Some(Decision::Stay),
+            },
             None if view.master().is_none() && told_by_other() => Some(Decision::Stay),
             None => None,
         }
@@ -383,13 +395,20 @@ impl Decider {
             Some(at) if now >= at.max(self.next_try) => {}
             _ => return Decision::Stay,
         }
+        Decision::Lead {
+            depose: self.may_depose(now, view),
+        }
+    }
+
+    /// Whether the holder of the slot, seen by nobody, may be ended now.
+    fn may_depose(&mut self, now: Now, view: &View<'_>) -> bool {
         let depose =
             self.is_unseen(now) && view.is_majority(self.members) && now >= self.next_depose;
         if depose {
             self.next_depose = now + self.depose_pause;
             self.depose_pause = (self.depose_pause * 2).min(MAX_DEPOSE_PAUSE);
         }
-        Decision::Lead { depose }
+        depose
     }
 
     /// The slot has been held by nobody in sight for long enough.

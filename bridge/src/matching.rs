@@ -96,7 +96,7 @@ impl Hasher {
 
     fn messages(&mut self, record: &Record) -> Result<(), RecordError> {
         for frame in record.frames() {
-            self.crc = crc32c::crc32c_append(self.crc, &frame?.payload);
+            self.crc = crc32c::crc32c_append(self.crc, frame?.payload);
         }
         Ok(())
     }

@@ -255,7 +255,7 @@ impl Roles {
         let own = Own {
             told: self.shared.told(),
             link: link.clone(),
-            parent: best_sight(&parents),
+            parent: self.parent_sight(link, &parents),
         };
         let decision = self.decider.decide(self.observer.now(), &own, &peers);
         match decision {
@@ -332,7 +332,7 @@ impl Roles {
             self.shared.set_member_flush(&peer.name, flush);
         }
         self.shared.set_view(View {
-            parent_ok: best_sight(parents) == Sight::Answers,
+            parent_ok: self.parent_sight(link, parents) == Sight::Answers,
             master: match link {
                 Link::Parent => Some(node.name.clone()),
                 _ => peers.iter().find(is_master).map(|peer| peer.name.clone()),
@@ -343,6 +343,16 @@ impl Roles {
             yields_to: self.decider.yields_to(),
             problem: self.observer.problem(),
         });
+    }
+
+    /// What comes over the link says that the parent is there, also where so many packets
+    /// get lost that questions go unanswered.
+    fn parent_sight(&self, link: &Link, parents: &[Peer]) -> Sight {
+        let limit = self.shared.config.failover.takeover_after;
+        match link {
+            Link::Parent if self.shared.heard_within(limit) => Sight::Answers,
+            _ => best_sight(parents),
+        }
     }
 
     fn own_database(&self) -> Target {

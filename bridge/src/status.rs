@@ -474,6 +474,13 @@ impl Shared {
         }
     }
 
+    /// Whether the upstream has sent anything within so long.
+    pub fn heard_within(&self, limit: Duration) -> bool {
+        self.inner()
+            .heard
+            .is_some_and(|heard| heard.elapsed() < limit)
+    }
+
     /// The top's clock as far as it is known here.
     pub fn top_time(&self) -> i64 {
         self.inner().top_time
@@ -636,18 +643,18 @@ impl Shared {
             .collect();
         let peers: Vec<&String> = self.config.peers.keys().collect();
         let disk = self.disk_problem();
-        let inner = self.inner();
+        let mut inner = self.inner();
         let (state, reason) = state_of(&inner, replayed, disk);
         let (apply_rate, catchup) = inner.rate.rates();
         let fresh = inner
             .heard
             .is_some_and(|at| at.elapsed() < Duration::from_secs(3));
         let caught_up = fresh && replayed >= inner.received && replayed > Lsn::ZERO;
-        let top_time = if caught_up {
-            inner.top_time
-        } else {
-            inner.applied.top_time
-        };
+        // From here the lag grows when it falls behind, also if nothing was ever applied.
+        if caught_up {
+            inner.applied.top_time = inner.top_time;
+        }
+        let top_time = inner.applied.top_time;
         let mut status = json!({
             "instance": self.instance,
             "seq": self.started_micros + self.started.elapsed().as_micros() as i64,

@@ -11,7 +11,8 @@ use anyhow::{Context, Result};
 use nix::sys::signal::Signal;
 use postgres::{Client, NoTls};
 
-use crate::process::{Process, command};
+use crate::netns::Host;
+use crate::process::{Process, command_on};
 use crate::scratch::{Scratch, free_port};
 use crate::server::{Server, bin_dir};
 use crate::{PASSWORD, PATIENCE};
@@ -35,6 +36,8 @@ pub struct BridgeOptions {
     pub extra_node: String,
     /// Lines put in the section `[relay]`.
     pub extra_relay: String,
+    /// The network namespace that it runs in, if not ours.
+    pub host: Option<Host>,
 }
 
 /// A bridge; stopped when dropped.
@@ -45,6 +48,7 @@ pub struct Bridge {
     pub port: u16,
     /// Port of `/metrics`, `/healthz` and `/readyz`.
     pub http_port: u16,
+    host: Option<Host>,
     directory: PathBuf,
     process: Option<Process>,
 }
@@ -64,9 +68,12 @@ pub fn bridge_program() -> PathBuf {
     found.expect("terrace-bridge is not built: run `cargo build -p terrace-bridge`")
 }
 
-/// How a client reaches a relay that listens on `port`.
-pub fn relay_conninfo(port: u16) -> String {
-    format!("host=127.0.0.1 port={port} user=terrace password={PASSWORD} dbname=app")
+/// Where everything listens that has no address of its own.
+pub const LOCAL: &str = "127.0.0.1";
+
+/// How a client reaches a relay, or a Postgres, that listens on `port`.
+pub fn relay_conninfo(address: &str, port: u16) -> String {
+    format!("host={address} port={port} user=terrace password={PASSWORD} dbname=app")
 }
 
 fn quoted(text: &str) -> String {
@@ -83,6 +90,7 @@ impl Bridge {
             name,
             port,
             http_port: free_port(),
+            host: options.host.clone(),
             directory,
             process: None,
         };
@@ -114,8 +122,9 @@ impl Bridge {
             }
         }
         text += &format!(
-            "\n[relay]\nlisten = \"127.0.0.1:{}\"\nauth_file = {}\n{}\n\
+            "\n[relay]\nlisten = \"{}:{}\"\nauth_file = {}\n{}\n\
              \n[http]\nlisten = \"127.0.0.1:{}\"\n{}\n",
+            options.host.as_ref().map_or(LOCAL, |host| &host.address),
             self.port,
             quoted(&users.to_string_lossy()),
             options.extra_relay,
@@ -136,7 +145,8 @@ impl Bridge {
     pub fn restart(&mut self) -> Result<()> {
         let log = File::options().create(true).append(true).open(self.log())?;
         let program = bridge_program();
-        let mut bridge = command(&program.to_string_lossy(), None, Signal::SIGKILL);
+        let host = self.host.as_ref();
+        let mut bridge = command_on(host, &program.to_string_lossy(), None, Signal::SIGKILL);
         bridge
             .args(["run", "-c"])
             .arg(self.config())
@@ -235,7 +245,8 @@ impl Bridge {
 
     /// What a slave, a child domain or a user types to get to the relay.
     pub fn conninfo(&self) -> String {
-        relay_conninfo(self.port)
+        let address = self.host.as_ref().map_or(LOCAL, |host| &host.address);
+        relay_conninfo(address, self.port)
     }
 
     /// An SQL session through the relay.

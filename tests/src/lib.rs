@@ -7,6 +7,7 @@
 pub mod bridge;
 pub mod disk;
 pub mod load;
+pub mod netns;
 pub mod process;
 pub mod proxy;
 pub mod scratch;

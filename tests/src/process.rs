@@ -14,6 +14,8 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::netns::Host;
+
 type Request = (Command, Sender<std::io::Result<Child>>);
 
 static STARTER: OnceLock<Mutex<Sender<Request>>> = OnceLock::new();
@@ -33,7 +35,13 @@ pub struct Process {
 
 /// A command that dies with us, by the signal `end`, and runs as `user` if one is given.
 pub fn command(program: &str, user: Option<&str>, end: Signal) -> Command {
-    let mut command = Command::new("setpriv");
+    command_on(None, program, user, end)
+}
+
+/// The same in the network namespace of a host.
+pub fn command_on(host: Option<&Host>, program: &str, user: Option<&str>, end: Signal) -> Command {
+    let setpriv = "setpriv";
+    let mut command = host.map_or_else(|| Command::new(setpriv), |host| host.command(setpriv));
     command
         .arg("--pdeathsig")
         .arg(end.as_str().trim_start_matches("SIG"));

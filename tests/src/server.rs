@@ -10,7 +10,8 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use postgres::{Client, Config, NoTls, SimpleQueryMessage};
 
-use crate::process::{Process, command};
+use crate::netns::Host;
+use crate::process::{Process, command, command_on};
 use crate::scratch::{Scratch, free_port};
 use crate::{PASSWORD, PATIENCE};
 
@@ -25,6 +26,8 @@ pub struct ServerOptions {
     pub fsync: bool,
     /// Lines added to `postgresql.conf`.
     pub settings: String,
+    /// The network namespace that it runs in, if not ours.
+    pub host: Option<Host>,
 }
 
 impl Default for ServerOptions {
@@ -34,6 +37,7 @@ impl Default for ServerOptions {
             extension: true,
             fsync: false,
             settings: String::new(),
+            host: None,
         }
     }
 }
@@ -44,6 +48,7 @@ pub struct Server {
     pub name: String,
     /// Port on 127.0.0.1 and in the socket's name.
     pub port: u16,
+    host: Option<Host>,
     directory: PathBuf,
     process: Option<Process>,
 }
@@ -182,8 +187,12 @@ impl Server {
         run(copy, "copy the template cluster")?;
         let port = free_port();
         let fsync = if options.fsync { "on" } else { "off" };
+        let listen = match &options.host {
+            Some(host) => format!("127.0.0.1, {}", host.address),
+            None => "127.0.0.1".into(),
+        };
         let settings = format!(
-            "\nport = {port}\nlisten_addresses = '127.0.0.1'\n\
+            "\nport = {port}\nlisten_addresses = '{listen}'\n\
              unix_socket_directories = '{}'\nwal_level = logical\nmax_wal_senders = 20\n\
              max_replication_slots = 20\nmax_connections = 60\nshared_buffers = 32MB\n\
              fsync = {fsync}\nmax_wal_size = 1GB\nlog_line_prefix = '%m [%p] %a '\n{}\n",
@@ -199,11 +208,14 @@ impl Server {
              host all all 127.0.0.1/32 scram-sha-256\n\
              local replication postgres trust\n\
              local replication all scram-sha-256\n\
-             host replication all 127.0.0.1/32 scram-sha-256\n",
+             host replication all 127.0.0.1/32 scram-sha-256\n\
+             host all all samenet scram-sha-256\n\
+             host replication all samenet scram-sha-256\n",
         )?;
         let mut server = Server {
             name: name.into(),
             port,
+            host: options.host.clone(),
             directory,
             process: None,
         };
@@ -249,6 +261,7 @@ impl Server {
         let mut server = Server {
             name: name.into(),
             port,
+            host: None,
             directory,
             process: None,
         };
@@ -272,7 +285,8 @@ impl Server {
         let deadline = Instant::now() + PATIENCE;
         let log = File::options().create(true).append(true).open(self.log())?;
         loop {
-            let mut postgres = command(&program("postgres"), user(), Signal::SIGQUIT);
+            let host = self.host.as_ref();
+            let mut postgres = command_on(host, &program("postgres"), user(), Signal::SIGQUIT);
             postgres
                 .arg("-D")
                 .arg(self.directory.join("data"))

@@ -1,11 +1,13 @@
 //! A tree: the top, and domains of servers with their bridges.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use crate::bridge::{Bridge, BridgeOptions, relay_conninfo};
+use crate::bridge::{Bridge, BridgeOptions, LOCAL, relay_conninfo};
 use crate::load::GAPLESS;
+use crate::netns::{Host, Network};
 use crate::proxy::Proxy;
 use crate::scratch::{Scratch, free_port};
 use crate::server::{Server, ServerOptions};
@@ -31,6 +33,8 @@ pub struct Tree {
     pub links: BTreeMap<(String, String), Proxy>,
     /// Put at the end of each bridge's configuration.
     pub settings: String,
+    /// Where the servers have addresses of their own, if they do.
+    pub network: Option<Network>,
     /// Where everything is.
     pub scratch: Scratch,
     linked: bool,
@@ -39,9 +43,15 @@ pub struct Tree {
 impl Tree {
     /// Boots the top alone and runs `schema` there.
     pub fn plant(schema: &str) -> Result<Tree> {
+        Tree::plant_in(schema, None)
+    }
+
+    /// The same, with every server on a host of its own in `network`, if one is given.
+    pub fn plant_in(schema: &str, mut network: Option<Network>) -> Result<Tree> {
         let scratch = Scratch::new("terrace-")?;
         let options = ServerOptions {
             top: true,
+            host: network.as_mut().map(|net| net.add("top")).transpose()?,
             ..Default::default()
         };
         let top = Server::start(&scratch, "top", &options)?;
@@ -51,6 +61,7 @@ impl Tree {
             top,
             links: BTreeMap::new(),
             settings: String::new(),
+            network,
             scratch,
             linked: false,
         })
@@ -62,15 +73,43 @@ impl Tree {
         self
     }
 
-    /// Where `from` connects to reach the port of `to`.
-    fn port_for(&mut self, from: &str, to: &str, port: u16) -> Result<u16> {
+    /// How `from` reaches the port of `to`.
+    fn way(&mut self, from: &str, to: &str, port: u16) -> Result<String> {
+        if let Some(network) = &self.network {
+            return Ok(relay_conninfo(&network.host(to).address, port));
+        }
         if !self.linked {
-            return Ok(port);
+            return Ok(relay_conninfo(LOCAL, port));
         }
         let proxy = Proxy::start(port)?;
-        let own = proxy.port;
+        let way = relay_conninfo(LOCAL, proxy.port);
         self.links.insert((from.into(), to.into()), proxy);
-        Ok(own)
+        Ok(way)
+    }
+
+    /// Boots servers of these names side by side.
+    fn start_servers(&mut self, names: &[&str]) -> Result<Vec<Server>> {
+        let network = &mut self.network;
+        let hosts = names
+            .iter()
+            .map(|name| network.as_mut().map(|net| net.add(name)).transpose());
+        let hosts: Vec<Option<Host>> = hosts.collect::<Result<_>>()?;
+        let scratch = &self.scratch;
+        std::thread::scope(|scope| {
+            let boot = |(name, host): (&&'_ str, Option<Host>)| {
+                let options = ServerOptions {
+                    host,
+                    ..Default::default()
+                };
+                let name = (*name).to_owned();
+                scope.spawn(move || Server::start(scratch, &name, &options))
+            };
+            let boots: Vec<_> = names.iter().zip(hosts).map(boot).collect();
+            boots
+                .into_iter()
+                .map(|boot| boot.join().expect("boot a server"))
+                .collect()
+        })
     }
 
     /// Does something with each link between one of `some` and one of `others`, whoever
@@ -103,21 +142,9 @@ impl Tree {
                 (1..=*count).map(move |i| ((*domain).to_owned(), format!("{domain}-{i}")))
             })
             .collect();
-        let scratch = &self.scratch;
-        let servers: Vec<Result<Server>> = std::thread::scope(|scope| {
-            let boots: Vec<_> = names
-                .iter()
-                .map(|(_, name)| {
-                    scope.spawn(move || Server::start(scratch, name, &ServerOptions::default()))
-                })
-                .collect();
-            boots
-                .into_iter()
-                .map(|boot| boot.join().expect("boot a server"))
-                .collect()
-        });
+        let to_boot: Vec<&str> = names.iter().map(|(_, name)| name.as_str()).collect();
+        let mut servers = self.start_servers(&to_boot)?;
         let ports: Vec<u16> = names.iter().map(|_| free_port()).collect();
-        let mut servers: Vec<Server> = servers.into_iter().collect::<Result<_>>()?;
         for (domain, parent, _) in domains {
             let above = parent.map_or("NULL".into(), |parent| format!("'{parent}'"));
             self.top.sql(&format!(
@@ -143,15 +170,15 @@ impl Tree {
                     domain: (*domain).to_owned(),
                     database: server.conninfo(),
                     extra: self.settings.clone(),
+                    host: self.network.as_ref().map(|net| net.host(name).clone()),
                     ..Default::default()
                 };
                 for (parent, port) in &above {
-                    let port = self.port_for(name, parent, *port)?;
-                    options.parents.push(relay_conninfo(port));
+                    options.parents.push(self.way(name, parent, *port)?);
                 }
                 for (peer, port) in members.iter().filter(|(peer, _)| peer != name) {
-                    let port = self.port_for(name, peer, *port)?;
-                    options.peers.push((peer.clone(), relay_conninfo(port)));
+                    let way = self.way(name, peer, *port)?;
+                    options.peers.push((peer.clone(), way));
                 }
                 let bridge = Bridge::prepare(&self.scratch, &options, *port)?;
                 self.nodes.push(Node {
@@ -214,6 +241,48 @@ impl Tree {
         node
     }
 
+    /// Waits until another node than `old` is master of `domain`, as the top sees it.
+    pub fn successor(&self, domain: &str, old: &str) -> String {
+        let mut name = String::new();
+        wait_until(&format!("{domain} has another master than {old}"), || {
+            name = self.with_role(domain, "master");
+            name != old
+        });
+        name
+    }
+
+    /// Waits until all servers stream and one of the domain is master; what an old
+    /// master told last is shown until it tells anew.
+    pub fn settled_master(&self, domain: &str) -> String {
+        let sql = format!(
+            "SELECT string_agg(node, ' ') FROM terrace.lag \
+             WHERE domain = '{domain}' AND role = 'master'"
+        );
+        let mut name = String::new();
+        wait_until("all stream, below one master", || {
+            name = self.top.value(&sql);
+            self.is_streaming() && !name.is_empty() && !name.contains(' ')
+        });
+        name
+    }
+
+    /// Waits until a server shows numbers of [`crate::load::count_up`] that are written from
+    /// now on; fails when that takes longer than `limit`.
+    pub fn rows_arrive(&self, node: &str, limit: Duration) {
+        let found = self.nodes.iter().find(|n| n.server.name == node);
+        let server = &found.unwrap_or_else(|| panic!("no node {node}")).server;
+        let wanted = self.top.value("SELECT max(n) FROM steps");
+        let sql = format!("SELECT max(n) > {wanted} FROM steps");
+        let started = Instant::now();
+        wait_until("new rows arrive", || server.value(&sql) == "t");
+        let waited = started.elapsed();
+        assert!(
+            waited < limit,
+            "{node} waited {waited:?}\n{}",
+            self.show_lag()
+        );
+    }
+
     /// Whether the top sees every server streaming.
     pub fn is_streaming(&self) -> bool {
         let sql = "SELECT node FROM terrace.lag WHERE state = 'streaming'";
@@ -249,14 +318,14 @@ impl Tree {
 
     /// Waits until the tables hold the same rows everywhere; nobody may write meanwhile.
     pub fn wait_for_equal(&self, tables: &[&str]) {
-        let deadline = std::time::Instant::now() + crate::PATIENCE;
+        let deadline = Instant::now() + crate::PATIENCE;
         while let Some(difference) = self.difference(tables) {
             assert!(
-                std::time::Instant::now() < deadline,
+                Instant::now() < deadline,
                 "servers still differ: {difference}\n{}",
                 self.show_lag()
             );
-            std::thread::sleep(std::time::Duration::from_millis(100));
+            std::thread::sleep(Duration::from_millis(100));
         }
     }
 

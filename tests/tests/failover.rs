@@ -21,50 +21,6 @@ fn all_is_well(tree: &Tree, counting: Background) {
     tree.assert_gapless();
 }
 
-/// Waits until another node than `old` is master of `domain`, as the top sees it.
-fn successor(tree: &Tree, domain: &str, old: &str) -> String {
-    let mut name = String::new();
-    wait_until(&format!("{domain} has another master than {old}"), || {
-        name = tree.with_role(domain, "master");
-        name != old
-    });
-    name
-}
-
-/// Waits until all servers stream and one of the domain is master; what an old
-/// master told last is shown until it tells anew.
-fn settled_master(tree: &Tree, domain: &str) -> String {
-    let sql = format!(
-        "SELECT string_agg(node, ' ') FROM terrace.lag \
-         WHERE domain = '{domain}' AND role = 'master'"
-    );
-    let mut name = String::new();
-    wait_until("all stream, below one master", || {
-        name = tree.top.value(&sql);
-        tree.is_streaming() && !name.is_empty() && !name.contains(' ')
-    });
-    name
-}
-
-/// Waits until the servers below the top that run show new rows.
-fn rows_arrive(tree: &Tree, node: &str, limit: Duration) {
-    let server = &tree
-        .nodes
-        .iter()
-        .find(|n| n.server.name == node)
-        .expect("node")
-        .server;
-    let wanted = tree.top.value("SELECT max(n) FROM steps");
-    let sql = format!("SELECT max(n) > {wanted} FROM steps");
-    let started = Instant::now();
-    wait_until("new rows arrive", || server.value(&sql) == "t");
-    assert!(
-        started.elapsed() < limit,
-        "{node} waited {:?}",
-        started.elapsed()
-    );
-}
-
 #[test]
 fn three_masters_in_a_row_die_and_come_back_as_slaves() {
     let mut tree = Tree::grow(STEPS, &THREE);
@@ -74,8 +30,8 @@ fn three_masters_in_a_row_die_and_come_back_as_slaves() {
         counting.go_on(20);
         let started = Instant::now();
         tree.node(&master).bridge.kill9();
-        rows_arrive(&tree, "branch-1", Duration::from_secs(5));
-        let next = successor(&tree, "region", &master);
+        tree.rows_arrive("branch-1", Duration::from_secs(5));
+        let next = tree.successor("region", &master);
         println!(
             "round {round}: {next} follows {master} after {:?}",
             started.elapsed()
@@ -110,8 +66,8 @@ fn a_master_whose_postgres_dies_hands_over() {
     counting.go_on(50);
     let master = tree.with_role("region", "master");
     tree.node(&master).server.kill9();
-    rows_arrive(&tree, "branch-1", Duration::from_secs(8));
-    successor(&tree, "region", &master);
+    tree.rows_arrive("branch-1", Duration::from_secs(8));
+    tree.successor("region", &master);
     tree.node(&master)
         .server
         .restart()
@@ -121,7 +77,7 @@ fn a_master_whose_postgres_dies_hands_over() {
     let master = tree.with_role("region", "master");
     tree.node(&master).server.kill9();
     tree.node(&master).bridge.kill9();
-    rows_arrive(&tree, "branch-1", Duration::from_secs(8));
+    tree.rows_arrive("branch-1", Duration::from_secs(8));
     tree.node(&master)
         .server
         .restart()
@@ -151,7 +107,7 @@ fn tree_on_a_disk(make: fn(&Path) -> Option<Disk>) -> Option<(Tree, Disk)> {
         said.is_ok_and(|said| said.contains("is the master already"))
     });
     wait_until("the top knows", || {
-        settled_master(&tree, "region") == "region-1"
+        tree.settled_master("region") == "region-1"
     });
     Some((tree, disk))
 }
@@ -160,16 +116,16 @@ fn tree_on_a_disk(make: fn(&Path) -> Option<Disk>) -> Option<(Tree, Disk)> {
 /// the old one follows, without a copy.
 fn another_leads_until(tree: &Tree, counting: Background, words: &str, mend: impl FnOnce()) {
     let started = Instant::now();
-    rows_arrive(tree, "branch-1", Duration::from_secs(10));
+    tree.rows_arrive("branch-1", Duration::from_secs(10));
     println!("{words}: rows went on after {:?}", started.elapsed());
-    let next = successor(tree, "region", "region-1");
+    let next = tree.successor("region", "region-1");
     let told = format!(
         "SELECT count(*) FROM terrace.lag WHERE node = 'region-1' AND state = 'stalled' \
          AND reason LIKE '%{words}%'"
     );
     wait_until("the top knows of the disk", || tree.top.value(&told) == "1");
     counting.go_on(500);
-    rows_arrive(tree, "branch-1", Duration::from_secs(2));
+    tree.rows_arrive("branch-1", Duration::from_secs(2));
     mend();
     tree.wait_streaming();
     assert_eq!(tree.with_role("region", "master"), next, "no way back");
@@ -212,8 +168,8 @@ fn a_paused_master_is_deposed_and_steps_back() {
     counting.go_on(50);
     let master = tree.with_role("region", "master");
     tree.node(&master).bridge.pause();
-    let next = successor(&tree, "region", &master);
-    rows_arrive(&tree, "branch-1", Duration::from_secs(10));
+    let next = tree.successor("region", &master);
+    tree.rows_arrive("branch-1", Duration::from_secs(10));
     tree.node(&master).bridge.resume();
     let sql = format!(
         "SELECT count(*) FROM terrace.lag WHERE node = '{master}' AND role = 'slave' \
@@ -241,8 +197,8 @@ fn a_disk_that_is_lost_after_an_acknowledgement_loses_nothing() {
     node.bridge.kill9();
     node.server.kill9();
     std::fs::remove_dir_all(node.bridge.directory().join("data")).expect("remove the queue");
-    successor(&tree, "region", &master);
-    rows_arrive(&tree, "branch-1", Duration::from_secs(8));
+    tree.successor("region", &master);
+    tree.rows_arrive("branch-1", Duration::from_secs(8));
     // A new server takes the old one's name.
     let node = tree.node(&master);
     node.server.restart().expect("start the server");
@@ -263,7 +219,7 @@ fn masters_of_both_levels_die_at_once() {
         tree.node(master).bridge.kill9();
     }
     for (domain, master) in ["region", "branch"].iter().zip(&masters) {
-        successor(&tree, domain, master);
+        tree.successor(domain, master);
     }
     for master in &masters {
         tree.node(master)
@@ -456,7 +412,7 @@ fn switchover_loses_nothing_and_wrong_ones_change_nothing() {
         wait_until("the top sees it", || {
             tree.with_role("region", "master") == to
         });
-        rows_arrive(&tree, "branch-1", Duration::from_secs(5));
+        tree.rows_arrive("branch-1", Duration::from_secs(5));
         wait_until("the old one is a slave", || tree.is_streaming());
     }
     // A server that is down is refused.
@@ -489,11 +445,11 @@ fn a_master_cut_off_from_everybody_is_replaced_and_comes_back() {
     let master = tree.with_role("region", "master");
     let others: Vec<&str> = all.into_iter().filter(|name| *name != master).collect();
     tree.between(&[&master], &others, Proxy::cut);
-    let next = successor(&tree, "region", &master);
-    rows_arrive(&tree, "branch-1", Duration::from_secs(10));
+    let next = tree.successor("region", &master);
+    tree.rows_arrive("branch-1", Duration::from_secs(10));
     tree.heal();
     assert_eq!(
-        settled_master(&tree, "region"),
+        tree.settled_master("region"),
         next,
         "the returned one is a slave"
     );
@@ -502,30 +458,30 @@ fn a_master_cut_off_from_everybody_is_replaced_and_comes_back() {
     let master = next;
     let slaves: Vec<&str> = names.into_iter().filter(|name| *name != master).collect();
     tree.between(&[&master], &slaves, Proxy::cut_answers);
-    successor(&tree, "region", &master);
-    rows_arrive(&tree, "branch-1", Duration::from_secs(10));
+    tree.successor("region", &master);
+    tree.rows_arrive("branch-1", Duration::from_secs(10));
     tree.heal();
 
     // From the parent only.
-    let master = settled_master(&tree, "region");
+    let master = tree.settled_master("region");
     tree.between(&[&master], &["top"], Proxy::cut);
-    successor(&tree, "region", &master);
-    rows_arrive(&tree, "branch-1", Duration::from_secs(10));
+    tree.successor("region", &master);
+    tree.rows_arrive("branch-1", Duration::from_secs(10));
     tree.heal();
 
     // From the child: it goes to another server of the domain.
-    let master = settled_master(&tree, "region");
+    let master = tree.settled_master("region");
     tree.between(&["branch-1"], &[&master], Proxy::cut);
-    rows_arrive(&tree, "branch-1", Duration::from_secs(20));
+    tree.rows_arrive("branch-1", Duration::from_secs(20));
     tree.heal();
 
     // A slow link is a slow link, and no reason for another master.
-    let master = settled_master(&tree, "region");
+    let master = tree.settled_master("region");
     tree.links
         .values()
         .for_each(|link| link.delay(Duration::from_millis(200)));
     counting.go_on(300);
-    rows_arrive(&tree, "branch-1", Duration::from_secs(10));
+    tree.rows_arrive("branch-1", Duration::from_secs(10));
     assert_eq!(tree.with_role("region", "master"), master);
     tree.heal();
     tree.wait_streaming();
