@@ -57,7 +57,7 @@ check:
 	cargo clippy --locked --workspace --all-targets --no-default-features --features terrace/pg$(PG_MAJOR) -- -D warnings
 	cargo test --locked -p terrace-bridge
 	cargo test --locked -p terrace-bench
-	cargo test --locked -p terrace-tests
+	cargo test --locked -p terrace-tests -- --test-threads 3
 
 # Terrace and native subscriptions side by side. QUICK=1 for the short form; ONLY="drain tree" for
 # some of: drain, tree, latency, memory, tag, failover (or one of failover-deaths, failover-silences,

@@ -80,6 +80,9 @@ impl Drop for Background {
     }
 }
 
+/// Between two steps of a load.
+const PACE: Duration = Duration::from_millis(1);
+
 /// Tables for [`count_up`].
 pub const STEPS: &str = "
     CREATE TABLE steps (n bigint PRIMARY KEY);
@@ -96,7 +99,10 @@ pub fn count_up(server: &Server) -> Background {
     Background::start(server, move |client, n| {
         let step = "WITH s AS (INSERT INTO steps VALUES ($1) ON CONFLICT DO NOTHING RETURNING n) \
                     INSERT INTO trail SELECT n FROM s";
-        client.execute(step, &[&(from + n)]).map(drop)
+        client.execute(step, &[&(from + n)])?;
+        // What is tested is not how fast it goes.
+        std::thread::sleep(PACE);
+        Ok(())
     })
 }
 
@@ -120,7 +126,11 @@ const TRANSFER: &str = "
 
 /// Moves money between accounts: the sum stays as it is.
 pub fn transfers(top: &Server) -> Background {
-    Background::start(top, |client, _| client.batch_execute(TRANSFER))
+    Background::start(top, |client, _| {
+        client.batch_execute(TRANSFER)?;
+        std::thread::sleep(PACE);
+        Ok(())
+    })
 }
 
 /// Reads a server over and over: the sum of all accounts never changes, and the
@@ -165,7 +175,7 @@ impl Observer {
                     // After a crash the server may know less: it commits asynchronously.
                     _ => (client, seen) = (None, 0),
                 }
-                std::thread::sleep(Duration::from_millis(5));
+                std::thread::sleep(Duration::from_millis(20));
             }
         });
         let thread = Some(thread);
