@@ -362,7 +362,8 @@ impl<'a> Link<'a> {
             tokio::select! {
                 biased;
                 filled = self.client.fill() => filled?,
-                () = std::future::ready(()) => return Ok(taken),
+                // Lets the runtime look at the socket once more.
+                () = tokio::task::yield_now() => return Ok(taken),
             }
         }
     }
