@@ -19,7 +19,7 @@ use terrace_tests::proxy::Proxy;
 use terrace_tests::{Server, Tree};
 
 use crate::report::{Better, Figure, Report, median};
-use crate::workload::{Plan, Workload, wait};
+use crate::workload::{Plan, Workload, all, wait};
 use crate::world::{Stage, at_once, plant, settle};
 
 const DOMAINS: [(&str, Option<&str>, usize); 2] =
@@ -88,52 +88,66 @@ impl Blow {
     }
 }
 
-/// A master dies or is asked to hand over.
-pub struct Deaths;
-/// A master falls silent.
-pub struct Silences;
+/// Masters are struck, in turn.
+pub struct Blows {
+    name: &'static str,
+    about: &'static str,
+    /// Connections pass through proxies, which can cut them.
+    linked: bool,
+    blows: [Blow; 2],
+    /// And are asked to hand over.
+    switchover: bool,
+}
+
+impl Blows {
+    /// A master dies or is asked to hand over.
+    pub fn deaths() -> Blows {
+        Blows {
+            name: "failover-deaths",
+            about: "a master is killed, or hands over, until new rows are below",
+            linked: false,
+            blows: [Blow::KillBridge, Blow::KillPostgres],
+            switchover: true,
+        }
+    }
+
+    /// A master falls silent.
+    pub fn silences() -> Blows {
+        Blows {
+            name: "failover-silences",
+            about: "a master is paused or cut off without a word, until new rows are below",
+            linked: true,
+            blows: [Blow::StopBridge, Blow::Partition],
+            switchover: false,
+        }
+    }
+}
+
+impl Workload for Blows {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn about(&self) -> &'static str {
+        self.about
+    }
+
+    fn run(&self, stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
+        let mut scene = Scene::boot(stage, self.linked)?;
+        for blow in self.blows {
+            let times = scene.rounds(plan, |scene, domain| scene.blow(domain, blow))?;
+            add(report, blow.name(), "first row", &times, blow.goals());
+        }
+        if self.switchover {
+            let pauses = scene.rounds(plan, Scene::switchover)?;
+            add(report, "switchover", "longest pause", &pauses, [0.5, 0.5]);
+        }
+        scene.end()
+    }
+}
+
 /// A server comes back.
 pub struct Rejoin;
-
-impl Workload for Deaths {
-    fn name(&self) -> &'static str {
-        "failover-deaths"
-    }
-
-    fn about(&self) -> &'static str {
-        "a master is killed, or hands over, until new rows are below"
-    }
-
-    fn run(&self, stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
-        let mut scene = Scene::boot(stage, false)?;
-        for blow in [Blow::KillBridge, Blow::KillPostgres] {
-            let times = scene.rounds(plan, |scene, domain| scene.blow(domain, blow))?;
-            add(report, blow.name(), "first row", &times, blow.goals());
-        }
-        let pauses = scene.rounds(plan, Scene::switchover)?;
-        add(report, "switchover", "longest pause", &pauses, [0.5, 0.5]);
-        scene.end()
-    }
-}
-
-impl Workload for Silences {
-    fn name(&self) -> &'static str {
-        "failover-silences"
-    }
-
-    fn about(&self) -> &'static str {
-        "a master is paused or cut off without a word, until new rows are below"
-    }
-
-    fn run(&self, stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
-        let mut scene = Scene::boot(stage, true)?;
-        for blow in [Blow::StopBridge, Blow::Partition] {
-            let times = scene.rounds(plan, |scene, domain| scene.blow(domain, blow))?;
-            add(report, blow.name(), "first row", &times, blow.goals());
-        }
-        scene.end()
-    }
-}
 
 impl Workload for Rejoin {
     fn name(&self) -> &'static str {
@@ -255,7 +269,7 @@ impl Scene {
         blow.strike(&mut self.tree, &master);
         let mark = self.mark()?;
         wait("what was written after it is below", LOOK, || {
-            has_all(&mut below, mark)
+            all(&mut below, |client| shows(client, mark))
         })?;
         let elapsed = start.elapsed().as_secs_f64();
         blow.mend(&mut self.tree, &master)?;
@@ -320,16 +334,11 @@ impl Scene {
         let mut times = Vec::new();
         let mut waiting = self.clients(|name| names.iter().any(|one| one == name))?;
         wait("they have caught up", LOOK, || {
-            let mut behind = Vec::new();
-            for mut client in waiting.drain(..) {
-                if shows(&mut client, mark)? {
-                    times.push(start.elapsed().as_secs_f64());
-                } else {
-                    behind.push(client);
-                }
-            }
-            waiting = behind;
-            Ok(waiting.is_empty())
+            all(&mut waiting, |client| {
+                let there = shows(client, mark)?;
+                times.extend(there.then(|| start.elapsed().as_secs_f64()));
+                Ok(there)
+            })
         })?;
         println!(
             "    {}: {times:.2?} s, {rate:.0} tx/s meanwhile",
@@ -415,15 +424,6 @@ fn write(top: &Server, writer: i64) -> Background {
 fn shows(client: &mut Client, mark: i32) -> Result<bool> {
     let row = client.query_one("SELECT coalesce(max(id), 0) FROM mark", &[])?;
     Ok(row.get::<_, i32>(0) >= mark)
-}
-
-fn has_all(clients: &mut [Client], mark: i32) -> Result<bool> {
-    for client in clients {
-        if !shows(client, mark)? {
-            return Ok(false);
-        }
-    }
-    Ok(true)
 }
 
 fn longest_pause(server: &Server, done: &AtomicBool) -> Result<Duration> {

@@ -39,8 +39,8 @@ fn workloads() -> Vec<Box<dyn Workload>> {
         Box::new(latency::Latency),
         Box::new(memory::Memory),
         Box::new(tag::Tag),
-        Box::new(failover::Deaths),
-        Box::new(failover::Silences),
+        Box::new(failover::Blows::deaths()),
+        Box::new(failover::Blows::silences()),
         Box::new(failover::Rejoin),
     ]
 }

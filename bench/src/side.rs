@@ -7,7 +7,7 @@ use postgres::Client;
 use terrace_tests::Server;
 
 use crate::proc;
-use crate::workload::wait;
+use crate::workload::{all, wait};
 
 /// How often a server is asked whether the marker has arrived.
 const POLL: Duration = Duration::from_millis(5);
@@ -70,15 +70,9 @@ pub fn drain(
     let start = Instant::now();
     side.resume()?;
     wait("the backlog arrives", POLL, || {
-        let mut behind = Vec::new();
-        for mut client in waiting.drain(..) {
-            if !shows(&mut client, marker)? {
-                behind.push(client);
-            }
-        }
-        waiting = behind;
+        let arrived = all(&mut waiting, |client| shows(client, marker))?;
         meanwhile(side);
-        Ok(waiting.is_empty())
+        Ok(arrived)
     })?;
     Ok(Drained {
         elapsed: start.elapsed(),

@@ -95,6 +95,22 @@ pub fn wait(
     Ok(())
 }
 
+/// Whether everything is done; what is, is not asked again.
+pub fn all<T>(
+    waiting: &mut Vec<T>,
+    mut is_done: impl FnMut(&mut T) -> Result<bool>,
+) -> Result<bool> {
+    let mut failed = None;
+    waiting.retain_mut(|item| match is_done(item) {
+        Ok(done) => !done,
+        Err(error) => {
+            failed.get_or_insert(error);
+            true
+        }
+    });
+    failed.map_or(Ok(waiting.is_empty()), Err)
+}
+
 /// `items` beginning with another one each round, so that nobody always goes first.
 pub fn rotated<T: Copy>(items: &[T], round: usize) -> Vec<T> {
     let first = round % items.len();

@@ -564,25 +564,7 @@ pub fn bind<'a>(
     statement: &str,
     parameters: impl Iterator<Item = Option<&'a [u8]>>,
 ) -> io::Result<()> {
-    frontend::bind(
-        "",
-        statement,
-        [],
-        parameters,
-        |value, out| match value {
-            None => Ok(IsNull::Yes),
-            Some(value) => {
-                out.extend_from_slice(value);
-                Ok(IsNull::No)
-            }
-        },
-        [],
-        out,
-    )
-    .map_err(|error| match error {
-        frontend::BindError::Conversion(error) => io::Error::other(error),
-        frontend::BindError::Serialization(error) => error,
-    })
+    bind_as(out, statement, None, parameters)
 }
 
 /// Binds parameters in their binary form.
@@ -591,11 +573,28 @@ pub fn bind_binary<'a>(
     statement: &str,
     parameters: impl Iterator<Item = &'a Bytes>,
 ) -> io::Result<()> {
-    let put = |value: &Bytes, out: &mut BytesMut| {
-        out.extend_from_slice(value);
-        Ok(IsNull::No)
+    bind_as(
+        out,
+        statement,
+        Some(1),
+        parameters.map(|value| Some(&value[..])),
+    )
+}
+
+fn bind_as<'a>(
+    out: &mut BytesMut,
+    statement: &str,
+    format: Option<i16>,
+    parameters: impl Iterator<Item = Option<&'a [u8]>>,
+) -> io::Result<()> {
+    let put = |value: Option<&[u8]>, out: &mut BytesMut| match value {
+        None => Ok(IsNull::Yes),
+        Some(value) => {
+            out.extend_from_slice(value);
+            Ok(IsNull::No)
+        }
     };
-    let bound = frontend::bind("", statement, [1], parameters, put, [], out);
+    let bound = frontend::bind("", statement, format, parameters, put, [], out);
     bound.map_err(|error| match error {
         frontend::BindError::Conversion(error) => io::Error::other(error),
         frontend::BindError::Serialization(error) => error,

@@ -347,7 +347,7 @@ impl Decider {
     }
 
     /// During a switchover only the two that take part act.
-    fn handing_over(&mut self, now: Now, view: &View<'_>) -> Option<Decision> {
+    fn handing_over(&self, now: Now, view: &View<'_>) -> Option<Decision> {
         let told_by_other = || {
             view.live().any(|(_, told)| {
                 told.yields_to
@@ -355,7 +355,7 @@ impl Decider {
                     .is_some_and(|to| *to != view.own.told.node)
             })
         };
-        match self.handover.clone() {
+        match self.handover {
             Some(Handover { to: None, end, .. }) => {
                 let own = view.own.told.flush;
                 // Mostly what is missing comes over the link that there is.
@@ -374,10 +374,7 @@ impl Decider {
                     false => Decision::Stay,
                 })
             }
-            Some(Handover { to: Some(to), .. }) => match view.master() {
-                Some(master) if master.name == to => None,
-                _ => Some(Decision::Stay),
-            },
+            Some(Handover { to: Some(_), .. }) => Some(Decision::Stay),
             None if view.master().is_none() && told_by_other() => Some(Decision::Stay),
             None => None,
         }

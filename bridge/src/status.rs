@@ -159,6 +159,12 @@ struct Inner {
     matching: Matching,
 }
 
+impl Inner {
+    fn heard_within(&self, limit: Duration) -> bool {
+        self.heard.is_some_and(|heard| heard.elapsed() < limit)
+    }
+}
+
 /// What comparing the history with the other servers of the domain has shown.
 #[derive(Default)]
 struct Matching {
@@ -476,9 +482,7 @@ impl Shared {
 
     /// Whether the upstream has sent anything within so long.
     pub fn heard_within(&self, limit: Duration) -> bool {
-        self.inner()
-            .heard
-            .is_some_and(|heard| heard.elapsed() < limit)
+        self.inner().heard_within(limit)
     }
 
     /// The top's clock as far as it is known here.
@@ -646,9 +650,7 @@ impl Shared {
         let mut inner = self.inner();
         let (state, reason) = state_of(&inner, replayed, disk);
         let (apply_rate, catchup) = inner.rate.rates();
-        let fresh = inner
-            .heard
-            .is_some_and(|at| at.elapsed() < Duration::from_secs(3));
+        let fresh = inner.heard_within(Duration::from_secs(3));
         let caught_up = fresh && replayed >= inner.received && replayed > Lsn::ZERO;
         // From here the lag grows when it falls behind, also if nothing was ever applied.
         if caught_up {

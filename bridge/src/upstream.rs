@@ -362,7 +362,7 @@ impl<'a> Link<'a> {
             tokio::select! {
                 biased;
                 filled = self.client.fill() => filled?,
-                // Lets the runtime look at the socket once more.
+                // Another thread tells when the socket has more, a moment late: ask twice.
                 () = tokio::task::yield_now() => return Ok(taken),
             }
         }

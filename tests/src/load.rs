@@ -175,7 +175,7 @@ impl Observer {
                     // After a crash the server may know less: it commits asynchronously.
                     _ => (client, seen) = (None, 0),
                 }
-                std::thread::sleep(Duration::from_millis(20));
+                std::thread::sleep(Duration::from_millis(5));
             }
         });
         let thread = Some(thread);

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use crate::bridge::{Bridge, BridgeOptions, LOCAL, relay_conninfo};
-use crate::load::GAPLESS;
+use crate::load::{Background, GAPLESS};
 use crate::netns::{Host, Network};
 use crate::proxy::Proxy;
 use crate::scratch::{Scratch, free_port};
@@ -281,6 +281,15 @@ impl Tree {
             "{node} waited {waited:?}\n{}",
             self.show_lag()
         );
+    }
+
+    /// Ends the load, some steps from now; every row of it must be on every server, and
+    /// none twice.
+    pub fn all_is_well(&self, counting: Background) {
+        counting.go_on(20);
+        counting.stop();
+        self.wait_for_equal(&["steps", "trail"]);
+        self.assert_gapless();
     }
 
     /// Whether the top sees every server streaming.

@@ -13,14 +13,6 @@ const THREE: [(&str, Option<&str>, usize); 2] =
 const TWO_LEVELS: [(&str, Option<&str>, usize); 2] =
     [("region", None, 3), ("branch", Some("region"), 3)];
 
-/// What every story ends with: all rows on all servers, none twice.
-fn all_is_well(tree: &Tree, counting: Background) {
-    counting.go_on(20);
-    counting.stop();
-    tree.wait_for_equal(&["steps", "trail"]);
-    tree.assert_gapless();
-}
-
 #[test]
 fn three_masters_in_a_row_die_and_come_back_as_slaves() {
     let mut tree = Tree::grow(STEPS, &THREE);
@@ -56,7 +48,7 @@ fn three_masters_in_a_row_die_and_come_back_as_slaves() {
             .value("SELECT count(*) FROM terrace.events WHERE kind = 'resync'"),
         "0"
     );
-    all_is_well(&tree, counting);
+    tree.all_is_well(counting);
 }
 
 #[test]
@@ -87,7 +79,7 @@ fn a_master_whose_postgres_dies_hands_over() {
         .restart()
         .expect("start the bridge");
     tree.wait_streaming();
-    all_is_well(&tree, counting);
+    tree.all_is_well(counting);
 }
 
 /// A tree whose `region-1` is master and has its queue on the disk.
@@ -131,7 +123,7 @@ fn another_leads_until(tree: &Tree, counting: Background, words: &str, mend: imp
     assert_eq!(tree.with_role("region", "master"), next, "no way back");
     let copies = "SELECT count(*) FROM terrace.events WHERE kind = 'resync'";
     assert_eq!(tree.top.value(copies), "0");
-    all_is_well(tree, counting);
+    tree.all_is_well(counting);
 }
 
 #[test]
@@ -183,7 +175,7 @@ fn a_paused_master_is_deposed_and_steps_back() {
     );
     let told = "SELECT count(*) FROM terrace.events WHERE kind = 'depose'";
     assert_ne!(tree.top.value(told), "0", "the events tell who deposed it");
-    all_is_well(&tree, counting);
+    tree.all_is_well(counting);
 }
 
 #[test]
@@ -206,7 +198,7 @@ fn a_disk_that_is_lost_after_an_acknowledgement_loses_nothing() {
         .sql("TRUNCATE steps, trail, terrace.progress, terrace.status");
     node.bridge.restart().expect("start the bridge");
     tree.wait_streaming();
-    all_is_well(&tree, counting);
+    tree.all_is_well(counting);
 }
 
 #[test]
@@ -239,7 +231,7 @@ fn masters_of_both_levels_die_at_once() {
         counting.go_on(5);
     }
     tree.wait_streaming();
-    all_is_well(&tree, counting);
+    tree.all_is_well(counting);
 }
 
 /// The slot and what it has confirmed are the parent's: it may forget the last of it.
@@ -253,7 +245,7 @@ fn the_parents_position_goes_back_and_nothing_comes_twice() {
         tree.top.restart().expect("start the top");
     }
     tree.wait_streaming();
-    all_is_well(&tree, counting);
+    tree.all_is_well(counting);
 }
 
 #[test]
@@ -305,7 +297,7 @@ fn a_slave_that_lags_takes_the_slot_only_after_it_has_fetched_what_it_lacks() {
         .restart()
         .expect("start the bridge");
     tree.wait_streaming();
-    all_is_well(&tree, counting);
+    tree.all_is_well(counting);
 }
 
 /// An administrator's tool reads from our slot: what it took is to be had nowhere.
@@ -335,7 +327,7 @@ fn another_client_on_the_slot_makes_a_gap_that_is_told_and_mended() {
         String::from_utf8_lossy(&output.stderr)
     );
     tree.wait_streaming();
-    all_is_well(&tree, counting);
+    tree.all_is_well(counting);
 }
 
 #[test]
@@ -356,7 +348,7 @@ fn a_gap_is_mended_by_itself_when_that_is_allowed() {
     let told = "SELECT count(*) > 0 FROM terrace.events WHERE kind = 'resync'";
     wait_until("it copies anew by itself", || tree.top.value(told) == "t");
     tree.wait_streaming();
-    all_is_well(&tree, counting);
+    tree.all_is_well(counting);
 }
 
 #[test]
@@ -429,7 +421,7 @@ fn switchover_loses_nothing_and_wrong_ones_change_nothing() {
     });
     tree.node(other).bridge.restart().expect("start the bridge");
     tree.wait_streaming();
-    all_is_well(&tree, counting);
+    tree.all_is_well(counting);
 }
 
 #[test]
@@ -485,7 +477,7 @@ fn a_master_cut_off_from_everybody_is_replaced_and_comes_back() {
     assert_eq!(tree.with_role("region", "master"), master);
     tree.heal();
     tree.wait_streaming();
-    all_is_well(&tree, counting);
+    tree.all_is_well(counting);
 }
 
 #[test]

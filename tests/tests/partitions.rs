@@ -43,10 +43,7 @@ fn promotions(tree: &Tree) -> i64 {
 
 /// What every story ends with: all rows on all servers, none twice, none copied anew.
 fn all_is_well(tree: &Tree, counting: Background) {
-    counting.go_on(20);
-    counting.stop();
-    tree.wait_for_equal(&["steps", "trail"]);
-    tree.assert_gapless();
+    tree.all_is_well(counting);
     let copies = "SELECT count(*) FROM terrace.events WHERE kind IN ('resync', 'gap')";
     assert_eq!(tree.top.value(copies), "0");
 }

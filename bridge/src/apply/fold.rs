@@ -114,7 +114,7 @@ impl<'a> Fold<'a> {
             Message::Update { old, new, .. } => {
                 read_row(shape, *new, &mut self.new)?;
                 match old {
-                    None => table.update(&self.new),
+                    None => table.update(&mut self.new),
                     Some((OldKind::Key, old)) => {
                         read_row(shape, *old, &mut self.old)?;
                         table.update_key(&self.old, &mut self.new)
@@ -150,15 +150,6 @@ fn read_row<'a>(
     row.clear();
     row.extend(tuple.iter());
     Ok(())
-}
-
-/// Puts what is said of a row over what was known of it.
-fn overlay<'a>(row: &mut [Datum<'a>], newer: &[Datum<'a>]) {
-    for (old, new) in row.iter_mut().zip(newer) {
-        if *new != Datum::Unchanged {
-            *old = *new;
-        }
-    }
 }
 
 /// Fills what the newer state says nothing of from the older one.
@@ -254,7 +245,7 @@ impl<'a> Table<'a> {
         Ok(())
     }
 
-    fn update(&mut self, new: &[Datum<'a>]) -> Result<(), NotFoldable> {
+    fn update(&mut self, new: &mut [Datum<'a>]) -> Result<(), NotFoldable> {
         let (found, hash) = self.find(new)?;
         let Some(at) = found else {
             self.put(hash, new, State::Updated);
@@ -262,7 +253,8 @@ impl<'a> Table<'a> {
         };
         match self.states[at] {
             State::Inserted | State::Updated | State::Replaced => {
-                overlay(self.row_mut(at), new);
+                fill(new, self.row(at));
+                self.row_mut(at).copy_from_slice(new);
                 Ok(())
             }
             State::Deleted | State::Gone => Err(NotFoldable),

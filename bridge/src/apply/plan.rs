@@ -60,6 +60,16 @@ pub enum Planned {
     Lookup(u32),
 }
 
+/// What became of a message that is to be folded.
+pub enum Folded {
+    /// It is in, or asks for nothing on this server.
+    Added,
+    /// First [`Planner::lookup`] this relation, then fold again.
+    Lookup(u32),
+    /// It must go in order.
+    Not,
+}
+
 struct Column {
     name: String,
     key: bool,
@@ -217,11 +227,7 @@ impl Planner {
         let Message::Relation(relation) = pgoutput::decode(&body)? else {
             return Ok(());
         };
-        if self
-            .relations
-            .get(&relation.relid)
-            .is_some_and(|known| known.definition == body)
-        {
+        if self.is_defined(relation.relid, &body) {
             return Ok(());
         }
         let relid = relation.relid;
@@ -409,40 +415,41 @@ impl Planner {
     pub fn knows(&self, record: &Record) -> bool {
         let body = record.body();
         match pgoutput::decode(&body) {
-            Ok(Message::Relation(relation)) => {
-                let known = self.relations.get(&relation.relid);
-                known.is_some_and(|known| known.definition == body)
-            }
+            Ok(Message::Relation(relation)) => self.is_defined(relation.relid, &body),
             decoded => decoded.is_ok(),
         }
     }
 
-    /// Adds a message to a fold. `Err` names a relation to look up first.
-    pub fn fold_into<'a>(
-        &self,
-        fold: &mut Fold<'a>,
-        payload: &'a [u8],
-    ) -> anyhow::Result<Result<Result<(), NotFoldable>, u32>> {
+    fn is_defined(&self, relid: u32, definition: &Bytes) -> bool {
+        let known = self.relations.get(&relid);
+        known.is_some_and(|known| known.definition == *definition)
+    }
+
+    /// Adds a message to a fold.
+    pub fn fold_into<'a>(&self, fold: &mut Fold<'a>, payload: &'a [u8]) -> anyhow::Result<Folded> {
         let message = pgoutput::decode(payload)?;
         let relid = match &message {
             Message::Insert { relid, .. }
             | Message::Update { relid, .. }
             | Message::Delete { relid, .. } => *relid,
-            Message::Begin { .. } | Message::Commit { .. } => return Ok(Ok(Ok(()))),
-            Message::Logical { prefix, .. } if *prefix != SEND_PREFIX => return Ok(Ok(Ok(()))),
-            _ => return Ok(Ok(Err(NotFoldable))),
+            Message::Begin { .. } | Message::Commit { .. } => return Ok(Folded::Added),
+            Message::Logical { prefix, .. } if *prefix != SEND_PREFIX => return Ok(Folded::Added),
+            _ => return Ok(Folded::Not),
         };
         let relation = self
             .relations
             .get(&relid)
             .context("change of an undefined relation")?;
         Ok(match &relation.shape {
-            _ if !relation.routed => Ok(Ok(())),
+            _ if !relation.routed => Folded::Added,
             // What it says of the routing must be seen.
-            _ if relation.namespace == "terrace" => Ok(Err(NotFoldable)),
-            _ if !relation.looked_up => Err(relid),
-            None => Ok(Err(NotFoldable)),
-            Some(shape) => Ok(fold.add(relid, shape, &message)),
+            _ if relation.namespace == "terrace" => Folded::Not,
+            _ if !relation.looked_up => Folded::Lookup(relid),
+            None => Folded::Not,
+            Some(shape) => match fold.add(relid, shape, &message) {
+                Ok(()) => Folded::Added,
+                Err(NotFoldable) => Folded::Not,
+            },
         })
     }
 

@@ -5,7 +5,8 @@
 use anyhow::Context;
 use postgres_protocol::message::frontend;
 
-use super::fold::{Fold, NotFoldable, Statement};
+use super::fold::{Fold, Statement};
+use super::plan::Folded;
 use super::{Batch, Expect, Failed, MAX_BYTES, MAX_TRANSACTIONS, Session};
 use crate::client::bind_binary;
 use crate::record::{Kind, Record};
@@ -20,14 +21,14 @@ impl Session<'_> {
         let records = self.pile()?;
         let folded = match records.len() >= WORTHWHILE {
             true => self.fold(&records).await?,
-            false => Err(NotFoldable),
+            false => None,
         };
         // What stood in the way may be over soon, or all of it may be of its kind.
         self.in_order = match records.len() < WORTHWHILE {
             true => WORTHWHILE,
             false => MAX_TRANSACTIONS,
         };
-        let Ok(statements) = folded else {
+        let Some(statements) = folded else {
             // In front of what has been looked at already.
             for record in records.into_iter().rev() {
                 self.ahead.push_front(record);
@@ -75,30 +76,24 @@ impl Session<'_> {
         Ok(records)
     }
 
-    async fn fold(
-        &mut self,
-        records: &[Record],
-    ) -> Result<Result<Vec<Statement>, NotFoldable>, Failed> {
+    /// `None` when something stands in the way.
+    async fn fold(&mut self, records: &[Record]) -> Result<Option<Vec<Statement>>, Failed> {
         let mut fold = Fold::default();
         for frame in records.iter().flat_map(Record::frames) {
             let payload = frame.context("frame")?.payload;
-            let added = match self.planner.fold_into(&mut fold, payload)? {
-                Err(relid) => {
-                    // The catalog must be asked first; nothing is under way.
-                    let looked_up = self.planner.lookup(&mut self.client, relid).await;
-                    if looked_up.is_err() {
-                        return Ok(Err(NotFoldable));
-                    }
-                    self.planner.fold_into(&mut fold, payload)?
+            let mut folded = self.planner.fold_into(&mut fold, payload)?;
+            if let Folded::Lookup(relid) = folded {
+                // The catalog must be asked first; nothing is under way.
+                if self.planner.lookup(&mut self.client, relid).await.is_err() {
+                    return Ok(None);
                 }
-                added => added,
-            };
-            match added {
-                Ok(Ok(())) => {}
-                Ok(Err(NotFoldable)) | Err(_) => return Ok(Err(NotFoldable)),
+                folded = self.planner.fold_into(&mut fold, payload)?;
+            }
+            if !matches!(folded, Folded::Added) {
+                return Ok(None);
             }
         }
-        Ok(Ok(fold.statements()))
+        Ok(Some(fold.statements()))
     }
 
     fn send_set(&mut self, statement: Statement) -> Result<(), Failed> {
