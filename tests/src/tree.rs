@@ -251,9 +251,10 @@ impl Tree {
         name
     }
 
-    /// Waits until all servers stream and one of the domain is master; what an old
-    /// master told last is shown until it tells anew.
+    /// Waits until all servers stream and one of the domain is master, by what each tells
+    /// from now on: what one that died told last is shown until it tells anew.
     pub fn settled_master(&self, domain: &str) -> String {
+        let moment = self.top.value("SELECT clock_timestamp()");
         let sql = format!(
             "SELECT string_agg(node, ' ') FROM terrace.lag \
              WHERE domain = '{domain}' AND role = 'master'"
@@ -261,9 +262,16 @@ impl Tree {
         let mut name = String::new();
         wait_until("all stream, below one master", || {
             name = self.top.value(&sql);
-            self.is_streaming() && !name.is_empty() && !name.contains(' ')
+            let one = !name.is_empty() && !name.contains(' ');
+            one && self.is_streaming() && self.has_news_since(&moment)
         });
         name
+    }
+
+    /// Whether every server has told of itself after a moment of the top's clock.
+    pub fn has_news_since(&self, moment: &str) -> bool {
+        let sql = format!("SELECT min(reply_time) > '{moment}' FROM terrace.lag WHERE level > 0");
+        self.top.value(&sql) == "t"
     }
 
     /// Waits until a server shows numbers of [`crate::load::count_up`] that are written from
