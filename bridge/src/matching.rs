@@ -277,8 +277,10 @@ pub async fn run(
         let (mut read, more) = match step {
             Ok(read) => read,
             Err(error) => {
-                // Damage, or what has been trimmed meanwhile: from the start again.
-                shared.event_once("unreadable", &error.to_string());
+                // What has been trimmed before it was read is no fault of anybody.
+                if !matches!(error, QueueError::Gone { .. }) {
+                    shared.event_once("unreadable", &error.to_string());
+                }
                 (walk, pause) = (None, EVERY * 10);
                 continue;
             }
