@@ -287,10 +287,11 @@ impl Queue {
         let mut written = self.written();
         loop {
             let end = *written.borrow_and_update();
-            if end > *self.inner.durable.borrow() {
+            let segment = self.active();
+            if end > *self.inner.durable.borrow() || segment.has_failed() {
                 // The writer fsyncs a segment before it leaves it, so what is
                 // below the active one is durable already.
-                let (segment, queue) = (self.active(), self.clone());
+                let queue = self.clone();
                 let sync = move || queue.inner.disk.wait(|| segment.sync());
                 let synced = tokio::task::spawn_blocking(sync).await;
                 match synced {

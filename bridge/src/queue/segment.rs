@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
-use super::{QueueError, sync_dir};
+use super::{QueueError, lock, sync_dir};
 use crate::lsn::{Identity, Lsn};
 use crate::record::{HEADER_LEN, Kind, Record, RecordError, body_len};
 
@@ -42,6 +44,10 @@ pub(super) struct Segment {
     visible: AtomicU64,
     /// Known to be on disk up to here.
     synced: AtomicU64,
+    /// An fsync has failed: the next one may succeed and say nothing of what was lost.
+    failed: AtomicBool,
+    /// Held during an fsync: the system tells of a failure only once.
+    syncing: Mutex<()>,
 }
 
 /// The segment files of `dir` in order of position.
@@ -125,6 +131,8 @@ impl Segment {
             file,
             visible: AtomicU64::new(content.len() as u64),
             synced: AtomicU64::new(content.len() as u64),
+            failed: AtomicBool::new(false),
+            syncing: Mutex::default(),
         })
     }
 
@@ -153,7 +161,20 @@ impl Segment {
             file,
             visible: AtomicU64::new(len),
             synced: AtomicU64::new(len),
+            failed: AtomicBool::new(false),
+            syncing: Mutex::default(),
         })
+    }
+
+    /// One that takes what is written and cannot bring it to disk.
+    #[cfg(test)]
+    pub fn unsyncable(dir: &Path, identity: &Identity, start: Lsn) -> Segment {
+        let segment = Segment::create(dir, identity, start, &Schema::new()).unwrap();
+        let null = OpenOptions::new().write(true).open("/dev/null");
+        Segment {
+            file: null.unwrap(),
+            ..segment
+        }
     }
 
     pub fn identity(&self) -> &Identity {
@@ -185,13 +206,34 @@ impl Segment {
             .map_err(QueueError::io("truncate", &self.path))
     }
 
-    /// Makes what is visible now durable.
+    /// Makes what is visible now durable. After one failure every call fails.
     pub fn sync(&self) -> Result<(), QueueError> {
+        let _alone = lock(&self.syncing);
         let visible = self.visible();
-        self.file
-            .sync_data()
-            .map_err(QueueError::io("fsync", &self.path))?;
-        self.synced.fetch_max(visible, Ordering::AcqRel);
+        let synced = match self.has_failed() {
+            true => Err(io::Error::other("an earlier fsync failed")),
+            false => self.file.sync_data(),
+        };
+        match &synced {
+            Ok(()) => self.synced.fetch_max(visible, Ordering::AcqRel),
+            Err(_) => u64::from(self.failed.swap(true, Ordering::AcqRel)),
+        };
+        synced.map_err(QueueError::io("fsync", &self.path))
+    }
+
+    /// Whether an fsync has failed.
+    pub fn has_failed(&self) -> bool {
+        self.failed.load(Ordering::Acquire)
+    }
+
+    /// Writes what is there once more, from `offset` to `end`: the page cache may hold
+    /// as clean what a failed fsync of an earlier process did not bring to disk.
+    fn write_again(&self, mut offset: u64, end: u64) -> Result<(), QueueError> {
+        while offset < end {
+            let block = self.read(offset, BLOCK, end)?;
+            self.write_at(&block, offset)?;
+            offset += block.len() as u64;
+        }
         Ok(())
     }
 
@@ -269,12 +311,14 @@ pub(super) struct Recovered {
 /// Marks tell a torn tail from damage. Each one says "all before this offset
 /// had been fsynced when I was written". A bad record that some later mark
 /// covers was once good: that is damage, and an error. One that no mark covers
-/// is the tail of a write that never reached the disk, and goes.
+/// is the tail of a write that never reached the disk, and goes. What no mark covers
+/// is written again before it is called durable.
 pub(super) fn recover(path: &Path) -> Result<Recovered, QueueError> {
     let segment = Segment::open(path)?;
     let len = segment.visible();
     let mut scan = Scan::at(segment.head_len);
     let (mut end, mut whole) = (segment.start, segment.head_len);
+    let mut synced = segment.head_len;
     let (mut schema, mut pending) = (Schema::new(), Vec::new());
     loop {
         let at = scan.offset;
@@ -288,7 +332,8 @@ pub(super) fn recover(path: &Path) -> Result<Recovered, QueueError> {
                     }
                     (end, whole) = (record.lsn, scan.offset);
                 }
-                Kind::Part | Kind::Mark => {}
+                Kind::Mark => synced = record.body().try_get_u64().unwrap_or(synced),
+                Kind::Part => {}
             },
             Err(error @ QueueError::Damaged { .. }) => {
                 if covered_by_mark(&segment, at, len)? {
@@ -308,6 +353,7 @@ pub(super) fn recover(path: &Path) -> Result<Recovered, QueueError> {
         }
     }
     segment.truncate(whole)?;
+    segment.write_again(synced, whole)?;
     segment.publish(whole);
     segment.sync()?;
     Ok(Recovered {

@@ -313,3 +313,24 @@ async fn a_waiting_reader_wakes_and_the_fsync_is_told() {
         .unwrap();
     syncing.abort();
 }
+
+// A failed fsync at a segment's end used to be tried again, and the second one succeeds
+// without having written anything.
+#[tokio::test]
+async fn a_failed_fsync_ends_the_queue_wherever_it_happens() {
+    let dir = TempDir::new().unwrap();
+    let segment = Arc::new(Segment::unsyncable(dir.path(), &identity(), Lsn(100)));
+    let queue = Queue::assemble(dir.path(), identity(), vec![Arc::clone(&segment)], Lsn(100));
+    let queue = queue.unwrap();
+    let mut writer = Writer::new(queue.clone(), Lsn(100), BTreeMap::new());
+    let large = transaction(110, SEGMENT_BYTES as usize);
+    let error = writer.append(&large).unwrap_err().to_string();
+    assert!(error.contains("fsync"), "{error}");
+    assert_eq!(queue.active().start, Lsn(100), "nothing is built on it");
+    let again = segment.sync().unwrap_err().to_string();
+    assert!(again.contains("an earlier fsync failed"), "{again}");
+    // Also when nothing new has been written.
+    queue.inner.durable.send_replace(queue.end());
+    let ended = tokio::time::timeout(Duration::from_secs(5), queue.keep_durable());
+    assert!(ended.await.unwrap().to_string().contains("fsync"));
+}

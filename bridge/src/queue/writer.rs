@@ -234,10 +234,11 @@ impl Writer {
         self.publish()?;
         let inner = &self.queue.inner;
         let identity = self.queue.identity();
-        let next = inner.disk.write(|| {
-            self.segment.sync()?;
-            Segment::create(&inner.dir, &identity, self.end, &self.schema)
-        })?;
+        let synced = inner.disk.wait(|| self.segment.sync());
+        // Who keeps the queue durable ends the bridge.
+        synced.inspect_err(|_| inner.written.send_modify(|_| {}))?;
+        let create = || Segment::create(&inner.dir, &identity, self.end, &self.schema);
+        let next = inner.disk.write(create)?;
         self.segment = Arc::new(next);
         self.offset = self.segment.visible();
         self.whole = self.offset;

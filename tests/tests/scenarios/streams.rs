@@ -50,7 +50,7 @@ const STORY: &[&str] = &[
      INSERT INTO whole VALUES (11, 'from elsewhere', 1); COMMIT",
 ];
 
-/// `cargo test -p terrace-tests --test streams -- --ignored` writes the file of the
+/// `cargo test -p terrace-tests streams:: -- --ignored` writes the file of the
 /// PostgreSQL that PG_CONFIG names.
 #[test]
 #[ignore = "writes into the source tree"]
@@ -66,7 +66,7 @@ fn record_the_streams() {
     server.sql("SELECT pg_create_logical_replication_slot('s', 'pgoutput')");
     let version = server.value("SHOW server_version");
     let mut text = format!(
-        "# pgoutput, protocol 1, as PostgreSQL {version} sends it; written by tests/tests/streams.rs.\n\
+        "# pgoutput, protocol 1, as PostgreSQL {version} sends it; written by tests/tests/scenarios/streams.rs.\n\
          # After each statement its messages: LSN, and the bytes in hex.\n"
     );
     let settings = "SET timezone = 'UTC'; SET datestyle = 'ISO'; SET extra_float_digits = 3; \

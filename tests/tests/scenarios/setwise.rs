@@ -119,3 +119,38 @@ fn whatever_piles_up_the_rows_are_those_of_the_top() {
         tree.wait_for_equal(&TABLES);
     }
 }
+
+#[test]
+fn a_table_that_is_routed_elsewhere_in_the_middle_of_a_pile_stops_there() {
+    const DOMAINS: [(&str, Option<&str>, usize); 2] = [("region", None, 1), ("other", None, 1)];
+    let schema = "CREATE TABLE t (id int PRIMARY KEY); SELECT terrace.add_table('t')";
+    let mut tree = Tree::grow(schema, &DOMAINS);
+    for node in &mut tree.nodes {
+        node.bridge.stop();
+    }
+    let route = |domains: &str| {
+        tree.top.sql(&format!(
+            "BEGIN; SELECT terrace.remove_table('t'); SELECT terrace.add_table('t', {domains}); COMMIT"
+        ));
+    };
+    let insert = |from: i32| {
+        let mut client = tree.top.connect();
+        for id in from..from + 100 {
+            let sql = format!("INSERT INTO t VALUES ({id})");
+            client.batch_execute(&sql).expect("insert");
+        }
+    };
+    insert(0);
+    route("ARRAY['other']");
+    insert(100);
+    route("NULL");
+    insert(200);
+    tree.start_bridges().expect("start the bridges");
+    tree.wait_streaming();
+    let ids = "SELECT format('%s %s', count(*), count(*) FILTER (WHERE id / 100 = 1)) FROM t";
+    for (node, expected) in tree.nodes.iter().zip(["200 0", "300 100"]) {
+        wait_until("the rows are there", || node.server.value(ids) == expected);
+        let log = node.bridge.logged();
+        assert!(log.contains("applied set-wise"), "it was not tried");
+    }
+}

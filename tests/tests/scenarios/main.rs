@@ -1,0 +1,16 @@
+//! Stories on real servers, in one program so that all of them share the machine's
+//! cores, and the clusters that servers are copied from.
+
+mod copy;
+mod extension;
+mod failover;
+mod matching;
+mod network;
+mod partitions;
+mod refusals;
+mod regressions;
+mod setwise;
+mod stalls;
+mod streams;
+mod timeline;
+mod tree;
