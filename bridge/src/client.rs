@@ -96,6 +96,12 @@ pub enum PgError {
     /// The server sent what the protocol does not allow here.
     #[error("protocol violation: {0}")]
     Protocol(String),
+    /// The server replays the WAL of another one.
+    #[error(
+        "the server is a standby; name the primary that it follows, or promote it (a bridge that \
+         waits for that goes on by itself)"
+    )]
+    Standby,
 }
 
 impl PgError {

@@ -6,13 +6,10 @@
 //! it left behind is emptied only if its marker says that it was ours.
 
 use std::fs;
-use std::path::PathBuf;
-use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, bail};
-use tokio::process::Command;
 use tokio::task::JoinSet;
 
 use crate::apply::COMPRESS_FAST;
@@ -20,6 +17,7 @@ use crate::client::{Client, PgError, SessionOptions, quote_ident, quote_literal}
 use crate::conninfo::ConnInfo;
 use crate::lsn::{Identity, Lsn};
 use crate::queue::write_atomically;
+use crate::schema::{dump, restore};
 use crate::status::Shared;
 use crate::timeline;
 use crate::upstream::{
@@ -418,103 +416,6 @@ fn marker_of(fresh: bool) -> &'static str {
     } else {
         "rows are ours\n"
     }
-}
-
-fn pg_dump_path() -> PathBuf {
-    // Debian keeps one directory a version; the newest dumps any older server.
-    let mut found: Vec<(u32, PathBuf)> = fs::read_dir("/usr/lib/postgresql")
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(|entry| {
-            let version = entry.file_name().to_str()?.parse().ok()?;
-            let path = entry.path().join("bin/pg_dump");
-            path.exists().then_some((version, path))
-        })
-        .collect();
-    found.sort();
-    found
-        .pop()
-        .map_or_else(|| PathBuf::from("pg_dump"), |(_, path)| path)
-}
-
-async fn dump(
-    source: &ConnInfo,
-    snapshot: &str,
-    reader: &mut Client,
-    section: &str,
-) -> anyhow::Result<String> {
-    // What is not synchronised must not be locked: the role may not read it.
-    let others = reader
-        .simple(
-            "SELECT format('%I.%I', n.nspname, c.relname) FROM pg_catalog.pg_class c \
-             JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-             WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f') AND n.nspname NOT LIKE 'pg\\_%' \
-               AND n.nspname NOT IN ('information_schema', 'terrace') \
-               AND NOT EXISTS (SELECT FROM terrace.sync_table s, \
-                    pg_catalog.pg_partition_tree(to_regclass(format('%I.%I', s.nspname, s.relname))) t \
-                    WHERE t.relid = c.oid) \
-               AND NOT EXISTS (SELECT FROM terrace.sync_table s \
-                    WHERE s.nspname = n.nspname AND s.relname = c.relname)",
-        )
-        .await?;
-    let mut command = Command::new(pg_dump_path());
-    command
-        .args([
-            "--schema-only",
-            "--no-owner",
-            "--no-privileges",
-            "--no-publications",
-        ])
-        .args([
-            "--no-subscriptions",
-            "--exclude-schema=terrace",
-            "--section",
-            section,
-        ])
-        .arg(format!("--snapshot={snapshot}"))
-        .envs(source.libpq_env())
-        .stdin(Stdio::null())
-        .kill_on_drop(true);
-    for name in others.into_iter().flatten().flatten() {
-        command.arg(format!("--exclude-table={name}"));
-    }
-    let output = command.output().await.context("run pg_dump")?;
-    if !output.status.success() {
-        bail!(
-            "pg_dump failed: {}",
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
-    }
-    let text = String::from_utf8(output.stdout).context("output of pg_dump")?;
-    Ok(text)
-}
-
-/// Runs a section of a dump as one transaction, without what is the extension's.
-async fn restore(local: &mut Client, dump: &str) -> anyhow::Result<()> {
-    let mut sql = String::from("BEGIN;\n");
-    for line in dump.lines() {
-        // Each of these stands on a line of its own in a dump.
-        let skip = line.starts_with('\\')
-            || line.starts_with("CREATE EXTENSION IF NOT EXISTS terrace ")
-            || line.starts_with("COMMENT ON EXTENSION terrace ")
-            || line.starts_with("CREATE TRIGGER terrace_")
-            || line.starts_with("ALTER TRIGGER terrace_");
-        if !skip {
-            sql.push_str(line);
-            sql.push('\n');
-        }
-    }
-    sql.push_str("COMMIT;");
-    let result = local.simple(&sql).await;
-    if result.is_err() {
-        local.simple("ROLLBACK").await.ok();
-    }
-    // A dump empties the search path for what it runs.
-    local
-        .simple("RESET ALL; SET session_replication_role = replica")
-        .await?;
-    result.map(drop).map_err(Into::into)
 }
 
 async fn copy_rows(

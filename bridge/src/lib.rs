@@ -30,6 +30,7 @@ pub mod record;
 pub mod relay;
 pub mod report;
 pub mod roles;
+pub mod schema;
 pub mod status;
 pub mod timeline;
 pub mod tls;

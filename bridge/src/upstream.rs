@@ -161,11 +161,22 @@ pub async fn session(
 }
 
 /// Opens a replication session and asks whose history it tells.
+///
+/// A standby is refused, although newer ones decode: in the middle of the session it may
+/// be promoted to a history that is not the one it told of.
 pub async fn connect(
     conninfo: &ConnInfo,
     application: &str,
 ) -> Result<(Client, Identity), PgError> {
     let mut client = session(conninfo, application, true).await?;
+    // Asked first: one that is no standby now will be none while the session lasts.
+    if !client.extension_accepted(BRIDGE_PARAMETER) {
+        let rows = client.simple("SELECT pg_catalog.pg_is_in_recovery()").await?;
+        let answer = rows.first().and_then(|row| row.first()?.as_deref());
+        if answer != Some("f") {
+            return Err(PgError::Standby);
+        }
+    }
     let rows = client.simple("IDENTIFY_SYSTEM").await?;
     let field = |column: usize| {
         rows.first()

@@ -9,6 +9,7 @@ mod network;
 mod partitions;
 mod refusals;
 mod regressions;
+mod rules;
 mod setwise;
 mod stalls;
 mod streams;

@@ -1,0 +1,138 @@
+//! The rules of the failover, each where no other one covers for it.
+
+use std::time::{Duration, Instant};
+
+use terrace_tests::load::{STEPS, count_up};
+use terrace_tests::{Tree, wait_until};
+
+const REGION: [(&str, Option<&str>, usize); 1] = [("region", None, 3)];
+
+fn confirmed(tree: &Tree) -> String {
+    tree.top.value(
+        "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = 'terrace_region'",
+    )
+}
+
+// Rule C: what one server alone holds is not acknowledged, so its disk may go.
+#[test]
+fn what_no_slave_holds_is_not_acknowledged_before_its_time() {
+    let mut tree = Tree::plant(STEPS).expect("boot the top");
+    tree.settings = "[failover]\nack_timeout = \"8s\"".into();
+    let mut tree = tree.grow_on(&REGION);
+    let counting = count_up(&tree.top);
+    counting.go_on(50);
+    let master = tree.settled_master("region");
+    let slaves = ["region-1", "region-2", "region-3"].map(String::from);
+    let slaves = slaves.into_iter().filter(|name| *name != master);
+    let slaves: Vec<String> = slaves.collect();
+    for slave in &slaves {
+        tree.node(slave).bridge.pause();
+    }
+    std::thread::sleep(Duration::from_millis(500));
+    let before = confirmed(&tree);
+    let count = "SELECT count(*) FROM steps";
+    let had: i64 = tree.top.value(count).parse().expect("count");
+    tree.rows_arrive(&master, Duration::from_secs(5));
+    wait_until("the master has far more than the slaves", || {
+        let has: i64 = tree
+            .node(&master)
+            .server
+            .value(count)
+            .parse()
+            .expect("count");
+        has > had + 300
+    });
+    assert_eq!(confirmed(&tree), before, "the slaves do not have it");
+
+    // The master and all that it holds are gone for good: nothing is missed.
+    let node = tree.node(&master);
+    node.bridge.kill9();
+    node.server.kill9();
+    std::fs::remove_dir_all(node.bridge.directory().join("data")).expect("remove the queue");
+    for slave in &slaves {
+        tree.node(slave).bridge.resume();
+    }
+    let next = tree.successor("region", &master);
+    tree.rows_arrive(&next, Duration::from_secs(10));
+
+    // With the last slave silent for `ack_timeout` it goes on alone, and says so.
+    let last = slaves.iter().find(|name| **name != next).expect("a slave");
+    tree.rows_arrive(last, Duration::from_secs(10));
+    tree.node(last).bridge.pause();
+    let degraded = format!(
+        "SELECT count(*) FROM terrace.lag WHERE node = '{next}' AND reason LIKE 'degraded:%'"
+    );
+    wait_until("the master is degraded", || {
+        tree.top.value(&degraded) == "1"
+    });
+    let before = confirmed(&tree);
+    wait_until("it acknowledges what it holds", || {
+        confirmed(&tree) != before
+    });
+    tree.node(last).bridge.resume();
+    wait_until("it is no longer", || tree.top.value(&degraded) == "0");
+    counting.stop();
+    let rows = "SELECT format('%s %s', count(*), max(n)) FROM steps";
+    let all = tree.top.value(rows);
+    for slave in &slaves {
+        let server = &tree.node(slave).server;
+        wait_until("every row is on both", || server.value(rows) == all);
+    }
+}
+
+// Rule F: of two servers neither is a majority; what ends the silent one's hold of the
+// slot is that its lease is short.
+#[test]
+fn the_lease_of_a_silent_master_ends_by_itself() {
+    let mut tree = Tree::grow(STEPS, &[("region", None, 2)]);
+    let counting = count_up(&tree.top);
+    counting.go_on(50);
+    let master = tree.settled_master("region");
+    tree.node(&master).bridge.pause();
+    let started = Instant::now();
+    let next = tree.successor("region", &master);
+    tree.rows_arrive(&next, Duration::from_secs(5));
+    let waited = started.elapsed();
+    assert!(waited < Duration::from_secs(25), "it took {waited:?}");
+    tree.node(&master).bridge.resume();
+    assert_eq!(tree.settled_master("region"), next);
+    tree.all_is_well(counting);
+}
+
+// Rule H: a child is known to all servers of the domain above, and each keeps what it
+// needs, also the one that it never spoke to.
+#[test]
+fn a_child_that_was_away_finds_its_place_at_another_server_of_its_parent() {
+    let wide = "CREATE TABLE wide (id int PRIMARY KEY, v text);
+                ALTER TABLE wide ALTER v SET STORAGE EXTERNAL; SELECT terrace.add_table('wide')";
+    let mut tree = Tree::plant(wide).expect("boot the top");
+    tree.settings = "[queue]\nretain_min = \"1MiB\"".into();
+    let mut tree = tree.grow_on(&[("region", None, 2), ("branch", Some("region"), 1)]);
+    tree.node("branch-1").bridge.stop();
+    // Five segments of the queue and more.
+    let fill = "INSERT INTO wide SELECT g, repeat('x', 1 << 20) FROM generate_series(1, 96) g
+                ON CONFLICT (id) DO UPDATE SET v = EXCLUDED.v";
+    for part in 0..8 {
+        let some = format!("generate_series({}, {})", part * 12 + 1, part * 12 + 12);
+        tree.top.sql(&fill.replace("generate_series(1, 96)", &some));
+    }
+    let rows = "SELECT count(*) FROM wide";
+    for name in ["region-1", "region-2"] {
+        let server = &tree.node(name).server;
+        wait_until("the rows are there", || server.value(rows) == "96");
+    }
+    // Time for each to forget what it may.
+    std::thread::sleep(Duration::from_secs(3));
+    let master = tree.with_role("region", "master");
+    let node = tree.node(&master);
+    node.bridge.kill9();
+    node.server.kill9();
+    tree.node("branch-1")
+        .bridge
+        .restart()
+        .expect("start the bridge");
+    let server = &tree.node("branch-1").server;
+    wait_until("the child has the rows", || server.value(rows) == "96");
+    let told = "SELECT count(*) FROM terrace.events WHERE kind IN ('gap', 'resync')";
+    assert_eq!(server.value(told), "0", "and not by a copy");
+}
