@@ -33,7 +33,7 @@ use crate::client::{Client, DbError, PgError, SessionOptions, affected, bind};
 use crate::clock::{PG_EPOCH_MICROS, timestamp};
 use crate::conninfo::ConnInfo;
 use crate::lsn::{Identity, Lsn};
-use crate::queue::{Queue, Reader};
+use crate::queue::{Queue, QueueError, Reader};
 use crate::record::{CommitInfo, Kind, Record};
 use crate::status::Shared;
 use plan::{Expect, Planner, Step};
@@ -75,6 +75,9 @@ pub async fn run(
             () = cancel.cancelled() => return Ok(()),
         };
         let problem = format!("{error:#}");
+        if let Some(error) = error.downcast_ref::<QueueError>() {
+            shared.note_damage(error);
+        }
         tracing::warn!(problem, "apply stopped, trying again");
         shared.set_apply_problem(Some(problem));
         if *shared.replayed.borrow() > started {

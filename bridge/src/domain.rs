@@ -15,13 +15,16 @@
 //!    that hands over and cannot let the slot go, for its disk hangs, is deposed by
 //!    the one that it has asked to take over.
 //! 2. *A master in sight is followed*, through a sibling when it no longer keeps
-//!    what follows our end. If nobody keeps that, the data is copied anew.
+//!    what follows our end. If nobody keeps that, the data is copied anew; a server
+//!    that does not answer is given time to say otherwise.
 //! 3. *A master out of sight, but in a sibling's*, is followed through the sibling.
 //! 4. *Without a master* the member that is sound, then has the longest history,
 //!    then the priority, then the name, tries the parent first; each other one
 //!    waits its turn. A refused connection means dead at once; silence counts
 //!    after `takeover_after`.
-//! 5. *What the slot has confirmed and we lack* is fetched from siblings first.
+//! 5. *What the slot has confirmed and we lack* is fetched from siblings first. If
+//!    nobody has it, that is a gap; the parent is asked again now and then, for its
+//!    position may have gone back.
 //! 6. *A slot that is held by nobody in sight* may be taken from its holder by a
 //!    majority, at growing intervals.
 
@@ -29,7 +32,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::lsn::Lsn;
+use crate::lsn::{Identity, Lsn};
 use crate::status::Role;
 
 /// Time since the bridge started.
@@ -42,6 +45,8 @@ pub const TURN: Duration = Duration::from_millis(400);
 const UNSEEN: Duration = Duration::from_secs(1);
 /// A switchover that is not done by then has failed.
 pub const HANDOVER: Duration = Duration::from_secs(5);
+/// What only servers that do not answer may still keep is waited for so long.
+const MISSED: Duration = Duration::from_secs(30);
 /// Longest pause between two times that a holder out of sight is deposed.
 const MAX_DEPOSE_PAUSE: Duration = Duration::from_secs(60);
 /// A master whose knowledge of the top is older than the other's by this loses.
@@ -61,8 +66,13 @@ pub struct Told {
     pub has_data: bool,
     /// Whether it copies from the parent now.
     pub copying: bool,
-    /// Its database and the disk under its queue work.
+    /// Its database and the disk under its queue work, and it serves.
     pub healthy: bool,
+    /// Its history is not known to be another one than the top's or the domain's, so
+    /// that it gives it to others.
+    pub serves: bool,
+    /// Which history its positions are of (an [`Identity`] as text).
+    pub identity: Option<String>,
     /// The parent answers it.
     pub parent_ok: bool,
     /// The domain's master answers it (or it is the master).
@@ -167,7 +177,12 @@ pub enum Decision {
         reason: String,
     },
     /// Nobody in sight has what lies between our end and this position.
-    Gap(Lsn),
+    Gap {
+        /// What the parent has forgotten goes up to here.
+        confirmed: Lsn,
+        /// Members that do not answer, and may have it.
+        unseen: Vec<String>,
+    },
     /// Everybody has forgotten what follows our end: copy the data anew.
     CopyAnew,
 }
@@ -199,11 +214,22 @@ pub struct Decider {
     members: usize,
     masterless_since: Option<Now>,
     busy_since: Option<Now>,
-    lacking: Option<Lsn>,
+    lacking: Option<Lacking>,
+    /// Since when nobody in sight keeps what follows our end.
+    unserved_since: Option<Now>,
     next_try: Now,
     next_depose: Now,
     depose_pause: Duration,
     handover: Option<Handover>,
+}
+
+/// What the parent has confirmed to the domain and is not here.
+#[derive(Clone, Copy, Debug)]
+struct Lacking {
+    confirmed: Lsn,
+    since: Now,
+    /// When the parent said so last.
+    asked: Now,
 }
 
 #[derive(Clone, Debug)]
@@ -224,6 +250,7 @@ impl Decider {
             masterless_since: None,
             busy_since: None,
             lacking: None,
+            unserved_since: None,
             next_try: Duration::ZERO,
             next_depose: Duration::ZERO,
             depose_pause: takeover_after,
@@ -237,7 +264,14 @@ impl Decider {
             Refusal::Busy => {
                 self.busy_since.get_or_insert(now);
             }
-            Refusal::Ahead(confirmed) => self.lacking = Some(confirmed),
+            Refusal::Ahead(confirmed) => {
+                let since = self.lacking.map_or(now, |lacking| lacking.since);
+                self.lacking = Some(Lacking {
+                    confirmed,
+                    since,
+                    asked: now,
+                });
+            }
         }
         self.next_try = now + TURN / 2;
     }
@@ -311,8 +345,9 @@ impl Decider {
             self.masterless_since = None;
             self.busy_since = None;
             self.depose_pause = self.takeover_after;
-            return view.follow(master);
+            return self.follow(now, &view, master);
         }
+        self.unserved_since = None;
         let since = *self.masterless_since.get_or_insert(now);
         if let Some(sibling) = view.sibling_with_master(now - since) {
             return view.go_to(&sibling.name);
@@ -380,13 +415,36 @@ impl Decider {
         }
     }
 
+    /// Itself, or through one who keeps what it has forgotten.
+    fn follow(&mut self, now: Now, view: &View<'_>, master: &Peer) -> Decision {
+        self.lacking = None;
+        let end = view.own.told.flush;
+        let from = match View::told(master).first <= end {
+            true => Some(master),
+            false => view.longest_that_serves(end),
+        };
+        if let Some(peer) = from {
+            self.unserved_since = None;
+            return view.go_to(&peer.name);
+        }
+        let since = *self.unserved_since.get_or_insert(now);
+        match view.unheard(now - since).is_empty() || now - since >= MISSED {
+            true => Decision::CopyAnew,
+            false => Decision::Stay,
+        }
+    }
+
     fn without_master(&mut self, now: Now, since: Now, view: &View<'_>) -> Decision {
-        if let Some(confirmed) = self.lacking {
-            if view.own.told.flush >= confirmed {
-                self.lacking = None;
-            } else {
-                return view.fetch(confirmed);
-            }
+        if self
+            .lacking
+            .is_some_and(|lacking| view.own.told.flush >= lacking.confirmed)
+        {
+            self.lacking = None;
+        }
+        if let Some(lacking) = self.lacking
+            && let Some(decision) = self.fetch(now, lacking, view)
+        {
+            return decision;
         }
         match self.next_turn(now, since, view) {
             Some(at) if now >= at.max(self.next_try) => {}
@@ -397,10 +455,38 @@ impl Decider {
         }
     }
 
+    /// From a sibling that has more, as long as there is one. `None` when the parent is
+    /// to be asked again.
+    fn fetch(&self, now: Now, lacking: Lacking, view: &View<'_>) -> Option<Decision> {
+        let confirmed = lacking.confirmed;
+        if let Some(sibling) = view.longest_that_serves(view.own.told.flush) {
+            return Some(view.go_to(&sibling.name));
+        }
+        if now - lacking.asked >= self.takeover_after {
+            return None;
+        }
+        // One that has it all but not from our end on will be master, and copied from.
+        let has_all = |told: &Told| told.has_data && told.serves && told.flush >= confirmed;
+        if view.live().any(|(_, told)| has_all(told)) {
+            return Some(Decision::Stay);
+        }
+        // Only what was told after the parent's answer counts. One that does not answer may
+        // have it, and is given a moment.
+        let unseen = view.unheard(now - lacking.asked);
+        let told = unseen.is_empty() || now - lacking.since >= self.takeover_after;
+        Some(match told {
+            true => Decision::Gap { confirmed, unseen },
+            false => Decision::Stay,
+        })
+    }
+
     /// Whether the holder of the slot, seen by nobody, may be ended now.
     fn may_depose(&mut self, now: Now, view: &View<'_>) -> bool {
-        let depose =
-            self.is_unseen(now) && view.is_majority(self.members) && now >= self.next_depose;
+        // One that lacks what the holder has brought home could not lead in its place.
+        let depose = self.lacking.is_none()
+            && self.is_unseen(now)
+            && view.is_majority(self.members)
+            && now >= self.next_depose;
         if depose {
             self.next_depose = now + self.depose_pause;
             self.depose_pause = (self.depose_pause * 2).min(MAX_DEPOSE_PAUSE);
@@ -480,18 +566,6 @@ impl<'a> View<'a> {
             })
     }
 
-    /// Followed itself, or through one who keeps what it has forgotten.
-    fn follow(&self, master: &'a Peer) -> Decision {
-        let end = self.own.told.flush;
-        if Self::told(master).first <= end {
-            return self.go_to(&master.name);
-        }
-        match self.longest_that_serves(end) {
-            Some(sibling) => self.go_to(&sibling.name),
-            None => Decision::CopyAnew,
-        }
-    }
-
     fn go_to(&self, name: &str) -> Decision {
         if self.own.link == Link::Peer(name.to_owned()) {
             Decision::Stay
@@ -504,9 +578,15 @@ impl<'a> View<'a> {
         self.live_peers()
             .filter(|peer| {
                 let told = Self::told(peer);
-                told.has_data && told.first <= end && told.flush > end && !self.is_behind_us(told)
+                let has_more = told.first <= end && told.flush > end;
+                told.has_data && has_more && self.gives(told) && !self.is_behind_us(told)
             })
             .max_by_key(|peer| (Self::told(peer).flush, &peer.name))
+    }
+
+    /// Its positions can be compared with ours, and it gives what it has.
+    fn gives(&self, told: &Told) -> bool {
+        told.serves && same_origin(&self.own.told, told)
     }
 
     /// It gets its data through us.
@@ -522,31 +602,19 @@ impl<'a> View<'a> {
                 peer.age < masterless
                     && told.role == Role::Slave
                     && told.master_ok
+                    && self.gives(told)
                     && told.first <= self.own.told.flush
                     && !self.is_behind_us(told)
             })
             .min_by_key(|peer| (Self::told(peer).path.len(), &peer.name))
     }
 
-    /// From a sibling that has more, as long as there is one.
-    fn fetch(&self, confirmed: Lsn) -> Decision {
-        let end = self.own.told.flush;
-        if let Some(sibling) = self.longest_that_serves(end) {
-            return self.go_to(&sibling.name);
-        }
-        // One that has it all but not from our end on will be master, and copied from.
-        if self
-            .live()
-            .any(|(_, told)| told.has_data && told.flush >= confirmed)
-        {
-            return Decision::Stay;
-        }
-        // One that does not answer may have it.
-        let all_seen = self.peers.iter().all(|peer| peer.sight.is_live(self.limit));
-        match all_seen {
-            true => Decision::Gap(confirmed),
-            false => Decision::Stay,
-        }
+    /// Members that have not told anything within so long.
+    fn unheard(&self, within: Duration) -> Vec<String> {
+        let heard =
+            |peer: &Peer| peer.sight == Sight::Answers && peer.told.is_some() && peer.age < within;
+        let peers = self.peers.iter().filter(|peer| !heard(peer));
+        peers.map(|peer| peer.name.clone()).collect()
     }
 
     /// Number of members in sight that go before us.
@@ -554,12 +622,22 @@ impl<'a> View<'a> {
         let own = key(&self.own.told);
         let before = self
             .live()
-            .filter(|(_, told)| told.has_data && key(told) > own);
+            .filter(|(_, told)| told.has_data && self.gives(told) && key(told) > own);
         u32::try_from(before.count()).unwrap_or(u32::MAX)
     }
 
     fn is_majority(&self, members: usize) -> bool {
         2 * (self.live_peers().count() + 1) > members
+    }
+}
+
+/// Whether both tell of one history, perhaps of different timelines of it.
+fn same_origin(one: &Told, other: &Told) -> bool {
+    let identity = |told: &Told| told.identity.as_ref()?.parse::<Identity>().ok();
+    match (identity(one), identity(other)) {
+        (Some(one), Some(other)) => one.same_origin(&other),
+        // One that has none has no positions either.
+        _ => true,
     }
 }
 
@@ -607,7 +685,9 @@ pub fn copy_source(waited: Duration, own: &Told, peers: &[Peer], limit: Duration
         .iter()
         .filter(|peer| peer.sight.is_live(limit))
         .filter_map(|peer| Some((&peer.name, peer.told.as_ref()?)));
-    let with_data = view.clone().filter(|(_, told)| told.has_data);
+    let with_data = view
+        .clone()
+        .filter(|(_, told)| told.has_data && told.serves);
     // One that is out of order may still be read; if nobody else has data it is tried.
     let best = with_data
         .max_by_key(|(name, told)| (told.healthy, told.role == Role::Master, told.flush, *name));
@@ -625,6 +705,14 @@ pub fn copy_source(waited: Duration, own: &Told, peers: &[Peer], limit: Duration
         true => Source::Parent,
         false => Source::Wait,
     }
+}
+
+/// Whether, of the servers of a domain that none can go on, this one is to copy from the
+/// parent: the first by the order in which they would lead, and one at a time.
+pub fn copies_first(own: &Told, peers: &[Peer], limit: Duration) -> bool {
+    let live = peers.iter().filter(|peer| peer.sight.is_live(limit));
+    live.filter_map(|peer| peer.told.as_ref())
+        .all(|told| !told.copying && (!told.has_data || key(told) < key(own)))
 }
 
 /// Which server of the parent domain to attach to: the present one while it is
@@ -648,7 +736,8 @@ pub fn choose_parent(
             // A Postgres; whether it can be followed shows when it is tried.
             None => true,
             Some(told) => {
-                !told.domains.contains(&own.domain) && told.has_data && told.first <= own.flush
+                let serves = told.has_data && told.serves && told.first <= own.flush;
+                !told.domains.contains(&own.domain) && serves
             }
         };
         let told = parent.told.as_ref();

@@ -8,6 +8,7 @@ use axum::Router;
 use axum::http::{StatusCode, header};
 use axum::routing::get;
 use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
@@ -15,6 +16,36 @@ use tokio_util::sync::CancellationToken;
 
 use crate::clock::{PG_EPOCH_MICROS, unix_micros};
 use crate::status::{Role, Shared, State};
+
+/// What is counted of the events: name, kind of event, help.
+const COUNTED: [(&str, &str, &str); 6] = [
+    (
+        "promotions",
+        "master",
+        "Times that this server became master",
+    ),
+    (
+        "handovers",
+        "handover",
+        "Times that it handed over because it was out of order",
+    ),
+    (
+        "gaps",
+        "gap",
+        "Times that a part of the history was to be had nowhere",
+    ),
+    ("resyncs", "resync", "Times that its data was copied anew"),
+    (
+        "divergences",
+        "diverged",
+        "Times that the top told another history",
+    ),
+    (
+        "damages",
+        "damaged",
+        "Times that a part of the queue could not be read",
+    ),
+];
 
 /// Serves until `cancel`.
 pub async fn run(shared: Arc<Shared>, cancel: CancellationToken) -> anyhow::Result<()> {
@@ -82,11 +113,13 @@ fn metrics(shared: &Shared) -> Reply {
         "1 on the domain's master",
         i64::from(shared.role() == Role::Master),
     );
-    integer(
-        "stalled",
-        "1 when stalled",
-        i64::from(state == State::Stalled),
-    );
+    for known in State::ALL {
+        integer(
+            &known.to_string(),
+            &format!("1 when {known}"),
+            i64::from(state == known),
+        );
+    }
     let (equal, disputed) = shared.matching();
     integer(
         "equal_windows",
@@ -103,6 +136,14 @@ fn metrics(shared: &Shared) -> Reply {
         "Bridges connected",
         shared.downstreams().len() as i64,
     );
+    let mut counter = |name: &str, help: &str, value: u64| {
+        let counter = Counter::<u64>::default();
+        counter.inc_by(value);
+        terrace.register(name, help, counter);
+    };
+    for (name, kind, help) in COUNTED {
+        counter(name, help, shared.happened(kind));
+    }
     let lag = match applied.top_time {
         0 => f64::NAN,
         time => ((unix_micros() - PG_EPOCH_MICROS - time) as f64 / 1e6).max(0.0),

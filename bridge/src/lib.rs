@@ -31,6 +31,7 @@ pub mod relay;
 pub mod report;
 pub mod roles;
 pub mod schema;
+pub mod show;
 pub mod status;
 pub mod timeline;
 pub mod tls;

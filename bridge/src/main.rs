@@ -7,10 +7,8 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use terrace_bridge::check::check;
-use terrace_bridge::client::{Client, SessionOptions};
 use terrace_bridge::config::Config;
-use terrace_bridge::conninfo::ConnInfo;
-use terrace_bridge::{control, node};
+use terrace_bridge::{control, node, show};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -122,7 +120,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
             json,
             watch,
         } => loop {
-            status(&Config::load(&config)?, json).await?;
+            show::status(&Config::load(&config)?, json).await?;
             if !watch {
                 return Ok(());
             }
@@ -141,48 +139,5 @@ fn stop_on_signal(cancel: CancellationToken) -> anyhow::Result<()> {
         }
         cancel.cancel();
     });
-    Ok(())
-}
-
-async fn status(config: &Config, json: bool) -> anyhow::Result<()> {
-    let info = ConnInfo::parse(&config.database.url)?;
-    let options = SessionOptions {
-        application_name: "terrace status".into(),
-        ..Default::default()
-    };
-    let mut client = Client::connect(&info, &options)
-        .await
-        .with_context(|| format!("connect to the local database at {}", info.endpoint()))?;
-    if json {
-        let sql = "SELECT coalesce(json_agg(l), '[]') FROM terrace.lag l";
-        let rows = client.query(sql, &[]).await?;
-        println!(
-            "{}",
-            rows.first()
-                .and_then(|row| row.first()?.as_deref())
-                .unwrap_or("[]")
-        );
-        return Ok(());
-    }
-    let sql = "SELECT node, domain, role, state, replay_lsn, lag_bytes, replay_lag, reason \
-               FROM terrace.lag";
-    println!(
-        "{:16} {:12} {:8} {:10} {:>14} {:>10} lag",
-        "node", "domain", "role", "state", "replayed", "bytes"
-    );
-    for row in client.query(sql, &[]).await? {
-        let text = |column: usize| row[column].as_deref().unwrap_or("-");
-        println!(
-            "{:16} {:12} {:8} {:10} {:>14} {:>10} {} {}",
-            text(0),
-            text(1),
-            text(2),
-            text(3),
-            text(4),
-            text(5),
-            text(6),
-            row[7].as_deref().unwrap_or_default()
-        );
-    }
     Ok(())
 }

@@ -21,7 +21,7 @@ use crate::observe::Observer;
 use crate::open::{self, Opened, local_client};
 use crate::queue::Queue;
 use crate::roles::{End, Ordered, Roles};
-use crate::status::{OpenQueue, Shared};
+use crate::status::{OpenQueue, Shared, cursor_name};
 use crate::{apply, http, matching, relay, report};
 
 /// Runs the bridge until `cancel`; an error is one that a restart may not mend.
@@ -98,6 +98,10 @@ async fn live(
                     () = open::forget(&shared, from_parent) => {}
                     () = cancel.cancelled() => return Ok(()),
                 }
+            }
+            End::Fetch { reason } => {
+                shared.event("damaged", &reason);
+                open::set_queue_aside(&shared)?;
             }
         }
     }
@@ -269,6 +273,7 @@ async fn housekeeping(
         for (name, lsn) in observer.child_cursors() {
             queue.learn_cursor(&name, lsn);
         }
+        keep_siblings_places(&shared, &observer, &queue);
         // Nothing depends on these but what may be forgotten later, so a full disk
         // is no reason to stop: what was written last stays in force.
         if let Err(error) = on_disk(&queue, Queue::save_cursors).await? {
@@ -282,7 +287,8 @@ async fn housekeeping(
             advance_replay_durable(&shared, &mut client, &mut pending, &mut replay_durable).await
         {
             tracing::debug!("{error:#}");
-            client = None;
+            // What a server that crashes had written and not flushed is gone.
+            (client, pending) = (None, None);
         }
         let limits = &shared.config.queue;
         let (min, max) = (limits.retain_min, limits.retain_max);
@@ -291,11 +297,35 @@ async fn housekeeping(
         if let Err(error) = &lost {
             tracing::warn!("{error}");
         }
+        // Cursors are passed by; the database here is not.
+        shared.set_full(queue.bytes() > max);
         for name in lost.unwrap_or_default() {
             shared.event(
                 "gap",
                 &format!("cursor \"{name}\" lost: the queue exceeds retain_max"),
             );
+        }
+    }
+}
+
+/// Every server keeps what each other one of its domain needs next, so that whoever
+/// leads can serve it; and nothing for one that has left the domain.
+fn keep_siblings_places(shared: &Shared, observer: &Observer, queue: &Queue) {
+    let domain = &shared.config.node.domain;
+    let identity = shared.told().identity;
+    for peer in observer.peers() {
+        if let Some(told) = peer.told
+            && told.has_data
+            && told.identity == identity
+        {
+            queue.learn_cursor(&cursor_name(domain, &peer.name), told.flush);
+        }
+    }
+    let prefix = cursor_name(domain, "");
+    for (name, _, _) in queue.cursors() {
+        let node = name.strip_prefix(&prefix);
+        if node.is_some_and(|node| !shared.config.peers.contains_key(node)) {
+            queue.drop_cursor(&name);
         }
     }
 }

@@ -157,6 +157,13 @@ impl Observer {
         self.parents.get(index).map(|parent| &parent.info)
     }
 
+    /// Address of a server of the parent domain that answers.
+    pub fn parent_in_sight(&self) -> Option<ConnInfo> {
+        let answers = |parent: &Peer| parent.sight == Sight::Answers;
+        let index = self.parents().iter().position(answers)?;
+        self.parent_info(index).cloned()
+    }
+
     /// Positions of child domains as the other servers of the domain know them.
     pub fn child_cursors(&self) -> BTreeMap<String, Lsn> {
         let seen = self.seen();

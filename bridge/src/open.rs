@@ -1,6 +1,7 @@
 //! What a node starts from: the queue on its disk and the position in its database,
 //! or, when there is neither, a copy of another server's data.
 
+use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,10 +14,10 @@ use crate::conninfo::ConnInfo;
 use crate::domain::{Source, choose_parent, copy_source};
 use crate::lsn::{Identity, Lsn};
 use crate::observe::Observer;
-use crate::queue::{Queue, Writer};
+use crate::queue::{Queue, QueueError, Writer};
 use crate::status::{Role, Shared, State, View};
 use crate::upstream::connect;
-use crate::{copy, report};
+use crate::{copy, report, timeline};
 
 /// Longest pause between two tries.
 const MAX_PAUSE: Duration = Duration::from_secs(5);
@@ -39,7 +40,14 @@ pub async fn open_or_copy(
     observer: &Arc<Observer>,
 ) -> anyhow::Result<Opened> {
     let dir = shared.config.node.data_dir.join("queue");
-    let opened = Queue::open(&dir)?;
+    let opened = match Queue::open(&dir) {
+        Err(error @ QueueError::Damaged { .. }) => {
+            shared.event("damaged", &error.to_string());
+            set_queue_aside(shared)?;
+            None
+        }
+        opened => opened?,
+    };
     if shared.config.parent.is_none() {
         return open_at_top(shared, &dir, opened).await;
     }
@@ -83,6 +91,17 @@ pub async fn open_or_copy(
     }
 }
 
+/// A queue of which a part cannot be read is kept for whoever wants to know why, and is
+/// begun anew where the database stands.
+pub fn set_queue_aside(shared: &Shared) -> anyhow::Result<()> {
+    let dir = shared.config.node.data_dir.join("queue");
+    let aside = shared.config.node.data_dir.join("queue.damaged");
+    if aside.exists() {
+        fs::remove_dir_all(&aside).with_context(|| format!("remove {}", aside.display()))?;
+    }
+    fs::rename(&dir, &aside).with_context(|| format!("rename {}", dir.display()))
+}
+
 /// Forgets the position of the data here, so that it is copied anew.
 pub async fn forget(shared: &Arc<Shared>, from_parent: bool) {
     let mut pause = Duration::from_millis(100);
@@ -94,6 +113,7 @@ pub async fn forget(shared: &Arc<Shared>, from_parent: bool) {
         sleep(pause).await;
         pause = (pause * 2).min(MAX_PAUSE);
     }
+    timeline::forget_divergence(&shared.config.node.data_dir);
     shared.set_no_data();
 }
 
@@ -114,6 +134,9 @@ fn resume(
         _ => Queue::create(dir, identity.clone(), lsn)?,
     };
     shared.set_identity(queue.identity(), true);
+    if let Some(problem) = timeline::divergence(&shared.config.node.data_dir) {
+        shared.set_diverged(problem);
+    }
     shared.replayed.send_replace(lsn);
     Ok(Opened {
         queue,
@@ -237,6 +260,10 @@ async fn copy_from_somewhere(
         Source::Wait => return Ok(None),
         Source::Peer(name) => (observer.peer_info(&name), false),
         Source::Parent => {
+            // Another server of the domain may have what seems to be nowhere.
+            if let Some(problem) = observer.problem() {
+                bail!(problem);
+            }
             let mut anywhere = told;
             anywhere.flush = Lsn::MAX;
             let index = choose_parent(&anywhere, &parents, None, &[], limit);
@@ -271,6 +298,7 @@ fn publish_view(shared: &Shared, observer: &Observer, copying: bool) {
     shared.set_view(View {
         parent_ok: observer.parents().iter().any(answers),
         copying,
+        report_to: observer.parent_in_sight(),
         problem: observer.problem(),
         domains: vec![shared.config.node.domain.clone()],
         ..View::default()

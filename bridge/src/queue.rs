@@ -58,7 +58,7 @@ pub enum QueueError {
         source: io::Error,
     },
     /// Bytes that were on disk have changed.
-    #[error("queue segment {} is damaged at offset {offset}: {problem}; stop the bridge, remove the directory and start it again to fetch the range anew", path.display())]
+    #[error("queue segment {} is damaged at offset {offset}: {problem}", path.display())]
     Damaged {
         /// The segment file.
         path: PathBuf,
@@ -75,6 +75,9 @@ pub enum QueueError {
         /// The oldest position to start from.
         first: Lsn,
     },
+    /// The history goes on with another timeline.
+    #[error("the history goes on with timeline {0} of the top: connect again")]
+    Timeline(u32),
     /// A record came that cannot follow what is there.
     #[error("record refused: {0}")]
     Order(&'static str),
@@ -386,6 +389,27 @@ impl Queue {
         saved
     }
 
+    /// Removes a damaged segment, and those before it, if the database has replayed all
+    /// that is in them: what follows is the queue then. False when it has not.
+    pub fn remove_damaged(&self, path: &Path, replayed: Lsn) -> Result<bool, QueueError> {
+        let removed: Vec<Arc<Segment>> = {
+            let mut segments = lock(&self.inner.segments);
+            let Some(at) = segments.iter().position(|segment| segment.path == path) else {
+                // It has been removed already.
+                return Ok(true);
+            };
+            match segments.get(at + 1) {
+                Some(next) if next.start <= replayed => segments.drain(..=at).collect(),
+                _ => return Ok(false),
+            }
+        };
+        for segment in removed {
+            let path = &segment.path;
+            fs::remove_file(path).map_err(QueueError::io("remove", path))?;
+        }
+        Ok(true)
+    }
+
     /// Removes old segments that nobody needs: those below `replayed` (durable in
     /// the local Postgres) and every cursor, keeping at least `retain_min` bytes.
     /// Beyond `retain_max` bytes cursors are passed by; their names are returned.
@@ -415,7 +439,8 @@ impl Queue {
                 for (name, cursor) in &mut cursors.by_name {
                     if !cursor.lost && Lsn(cursor.lsn) < next_start {
                         cursor.lost = total > retain_max;
-                        holders.push(name.clone());
+                        // A session's own finds out by itself.
+                        holders.push((name.clone(), cursor.temporary));
                     }
                 }
                 cursors.dirty |= !holders.is_empty();
@@ -423,7 +448,8 @@ impl Queue {
             if !holders.is_empty() && total <= retain_max {
                 return Ok(lost);
             }
-            lost.append(&mut holders);
+            let lasting = holders.into_iter().filter(|(_, temporary)| !temporary);
+            lost.extend(lasting.map(|(name, _)| name));
             lock(&self.inner.segments).remove(0);
             fs::remove_file(&oldest.path).map_err(QueueError::io("remove", &oldest.path))?;
         }

@@ -48,6 +48,8 @@ struct Relay {
 struct Holder {
     session: u32,
     application: String,
+    /// Of a bridge: which data directory it has.
+    instance: Option<String>,
     end: CancellationToken,
 }
 

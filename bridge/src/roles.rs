@@ -5,13 +5,14 @@
 //! node looks around again and decides anew. A link has a thread of its own, for it
 //! writes to the disk: when that hangs the node goes on deciding and telling.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinHandle, spawn_blocking};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::client::{Client, quote_ident};
@@ -21,6 +22,7 @@ use crate::lsn::Lsn;
 use crate::observe::{Observer, command};
 use crate::queue::Writer;
 use crate::status::{Role, Shared, State, View, cursor_name};
+use crate::timeline;
 use crate::upstream::{LinkEnd, Target, follow};
 
 /// Decides at least this often.
@@ -61,6 +63,12 @@ pub enum End {
         /// No other server of the domain has better data.
         from_parent: bool,
     },
+    /// A part of the queue cannot be read: fetch what follows the database's position
+    /// anew.
+    Fetch {
+        /// For people.
+        reason: String,
+    },
 }
 
 /// Plays the node's roles.
@@ -72,7 +80,12 @@ pub struct Roles {
     tried: Vec<(usize, Instant)>,
     /// The one that is followed or tried.
     parent: Option<usize>,
-    gap_told: bool,
+    /// The last try at the parent has shown that the slot is lost.
+    slot_lost: Option<String>,
+    /// The data here cannot be gone on with, and no other server's can.
+    in_gap: bool,
+    /// A file says that the history here is another one than the top's.
+    kept_divergence: bool,
     /// No link before this: the disk has just refused what the last one brought.
     rest_until: Instant,
 }
@@ -86,7 +99,7 @@ enum Next {
     Go(Target),
     Leave,
     HandOver(String),
-    CopyAnew(End),
+    End(End),
 }
 
 impl Roles {
@@ -96,11 +109,13 @@ impl Roles {
         let decider = Decider::new(failover.takeover_after, shared.config.peers.len() + 1);
         Roles {
             decider,
+            kept_divergence: shared.has_diverged(),
             shared,
             observer,
             tried: Vec::new(),
             parent: None,
-            gap_told: false,
+            slot_lost: None,
+            in_gap: false,
             rest_until: Instant::now(),
         }
     }
@@ -124,7 +139,7 @@ impl Roles {
                     writer = back;
                     end
                 }
-                Next::CopyAnew(end) => return end,
+                Next::End(end) => return end,
                 _ => tokio::select! {
                     () = sleep(TICK) => None,
                     _ = changes.changed() => None,
@@ -151,7 +166,7 @@ impl Roles {
         let shared = Arc::clone(&self.shared);
         let ending = cancel.child_token();
         let mut changes = self.observer.changes();
-        let (mut asked, mut copy_anew, mut told_to_end) = (None, None, None);
+        let (mut asked, mut done, mut told_to_end) = (None, None, None);
         let started = Instant::now();
         let target = Arc::new(target);
         let mut following = self.start_link(&target, writer, &ending);
@@ -162,7 +177,7 @@ impl Roles {
                 _ = changes.changed() => {}
                 Some(ordered) = orders.recv() => {
                     let link = self.link_of(&target);
-                    copy_anew = self.obey(ordered, &link).await.or(copy_anew);
+                    done = self.obey(ordered, &link).await.or(done);
                 }
             }
             if ending.is_cancelled() {
@@ -177,7 +192,7 @@ impl Roles {
             }
             let link = self.link_of(&target);
             match self.next(&link) {
-                _ if copy_anew.is_some() => ending.cancel(),
+                _ if done.is_some() => ending.cancel(),
                 Next::Nothing => {}
                 Next::Go(other) if link == Link::None && other.name == target.name => {}
                 Next::Go(_) | Next::Leave => ending.cancel(),
@@ -185,8 +200,8 @@ impl Roles {
                     asked = Some(to);
                     ending.cancel();
                 }
-                Next::CopyAnew(end) => {
-                    copy_anew = Some(end);
+                Next::End(end) => {
+                    done = Some(end);
                     ending.cancel();
                 }
             }
@@ -197,7 +212,7 @@ impl Roles {
         if let Some(to) = asked {
             self.hand_over(&to).await;
         }
-        (writer, copy_anew)
+        (writer, done)
     }
 
     fn start_link(
@@ -242,6 +257,9 @@ impl Roles {
     fn next(&mut self, link: &Link) -> Next {
         let (peers, parents) = (self.observer.peers(), self.observer.parents());
         self.publish_view(link, &peers, &parents);
+        if let Some((segment, reason)) = self.shared.take_damage() {
+            return self.damaged(&segment, reason);
+        }
         if self.shared.config.parent.is_none() {
             return match link {
                 Link::None => Next::Go(self.own_database()),
@@ -251,6 +269,16 @@ impl Roles {
         if *link == Link::Parent {
             self.decider.leads();
         }
+        if *link != Link::None {
+            self.in_gap = false;
+            if std::mem::take(&mut self.kept_divergence) {
+                let shared = Arc::clone(&self.shared);
+                spawn_blocking(move || timeline::forget_divergence(&shared.config.node.data_dir));
+            }
+        }
+        if let Some(reason) = self.slot_lost.take() {
+            return self.tell_gap(State::Stalled, reason, true, &peers);
+        }
         self.observer.hurry(*link == Link::None);
         let own = Own {
             told: self.shared.told(),
@@ -258,7 +286,7 @@ impl Roles {
             parent: self.parent_sight(link, &parents),
         };
         let decision = self.decider.decide(self.observer.now(), &own, &peers);
-        match decision {
+        match self.with_care(decision) {
             Decision::Stay if *link == Link::Parent => self.better_parent(&own, &parents),
             Decision::Stay => Next::Nothing,
             Decision::Lead { depose } => self.lead(&own, &parents, depose),
@@ -276,32 +304,82 @@ impl Roles {
                 }
                 Next::HandOver(to)
             }
-            Decision::Gap(confirmed) => self.gap(confirmed),
-            Decision::CopyAnew => Next::CopyAnew(End::CopyAnew {
+            Decision::Gap { confirmed, unseen } => self.gap(confirmed, &unseen, &peers),
+            Decision::CopyAnew => Next::End(End::CopyAnew {
                 reason: "no server of the domain keeps what follows this one's end".into(),
                 from_parent: false,
             }),
         }
     }
 
-    fn gap(&mut self, confirmed: Lsn) -> Next {
+    /// A part of the queue cannot be read. If the database has it, only a server that
+    /// follows may miss it, and finds it elsewhere.
+    fn damaged(&self, segment: &Path, reason: String) -> Next {
+        let queue = self.shared.queue.borrow().clone();
+        let replayed = *self.shared.replayed.borrow();
+        let gone = queue.map(|open| open.queue.remove_damaged(segment, replayed));
+        match gone {
+            Some(Ok(true)) => {
+                self.shared.event("damaged", &reason);
+                Next::Nothing
+            }
+            Some(Err(error)) => {
+                tracing::warn!("{error}");
+                Next::Nothing
+            }
+            _ => Next::End(End::Fetch { reason }),
+        }
+    }
+
+    /// While the servers of the domain do not name each other as they should, what is
+    /// seen of the domain may not be all of it: nothing is done that cannot be undone.
+    fn with_care(&self, decision: Decision) -> Decision {
+        let unsure = self.observer.problem().is_some();
+        match decision {
+            Decision::Lead { depose: true } if unsure => Decision::Lead { depose: false },
+            Decision::Gap { .. } | Decision::CopyAnew if unsure => Decision::Stay,
+            decision => decision,
+        }
+    }
+
+    fn gap(&mut self, confirmed: Lsn, unseen: &[String], peers: &[Peer]) -> Next {
         let end = self.shared.told().flush;
-        let reason = format!(
+        let mut reason = format!(
             "the parent has forgotten what lies between {end} and {confirmed}, and no server of \
              the domain has it"
         );
-        if self.shared.config.failover.resync_on_gap {
-            let from_parent = true;
-            return Next::CopyAnew(End::CopyAnew {
-                reason,
-                from_parent,
-            });
+        if !unseen.is_empty() {
+            reason += &format!(
+                ", unless one of those that do not answer: {}",
+                unseen.join(", ")
+            );
         }
-        if !std::mem::replace(&mut self.gap_told, true) {
+        self.tell_gap(State::Gap, reason, unseen.is_empty(), peers)
+    }
+
+    /// No server of the domain can go on. When it is allowed, and sure, one of them copies
+    /// from the parent; the others serve what they have until they can copy from that one.
+    fn tell_gap(&mut self, state: State, reason: String, sure: bool, peers: &[Peer]) -> Next {
+        let failover = &self.shared.config.failover;
+        if failover.resync_on_gap && sure && self.observer.problem().is_none() {
+            let own = self.shared.told();
+            if domain::copies_first(&own, peers, failover.takeover_after) {
+                return Next::End(End::CopyAnew {
+                    reason,
+                    from_parent: true,
+                });
+            }
+        }
+        if !std::mem::replace(&mut self.in_gap, true) {
             self.shared.event("gap", &reason);
         }
-        let hint = "; copy the data anew with terrace-bridge resync, or set failover.resync_on_gap";
-        self.shared.set_link(State::Gap, Some(reason + hint));
+        let hint = match failover.resync_on_gap {
+            true => "; waits for another server of the domain to copy anew",
+            false => {
+                "; copy the data anew with terrace-bridge resync, or set failover.resync_on_gap"
+            }
+        };
+        self.shared.set_link(state, Some(reason + hint));
         Next::Nothing
     }
 
@@ -327,9 +405,15 @@ impl Roles {
             let told = peer.told.as_ref();
             peer.sight == Sight::Answers && told.is_some_and(|told| told.role == Role::Master)
         };
+        let own = self.shared.told().identity;
         for peer in peers.iter().filter(|peer| peer.sight == Sight::Answers) {
-            let flush = peer.told.as_ref().map_or(Lsn::ZERO, |told| told.flush);
-            self.shared.set_member_flush(&peer.name, flush);
+            // Positions of another history, or of one that is in doubt, are none of ours.
+            if let Some(told) = &peer.told
+                && told.serves
+                && told.identity == own
+            {
+                self.shared.set_member_flush(&peer.name, told.flush);
+            }
         }
         self.shared.set_view(View {
             parent_ok: self.parent_sight(link, parents) == Sight::Answers,
@@ -341,6 +425,7 @@ impl Roles {
             path,
             domains,
             yields_to: self.decider.yields_to(),
+            report_to: self.observer.parent_in_sight(),
             problem: self.observer.problem(),
         });
     }
@@ -438,7 +523,16 @@ impl Roles {
             }
             LinkEnd::Gap { confirmed, .. } => {
                 self.decider.refused(now, Refusal::Ahead(*confirmed));
-                State::Catchup
+                // Asked again, and nothing is new.
+                match self.in_gap {
+                    true => return,
+                    false => State::Catchup,
+                }
+            }
+            LinkEnd::NoSlot(_) => {
+                self.slot_lost = Some(problem);
+                self.decider.failed(now);
+                return;
             }
             LinkEnd::Diverged { .. } => State::Diverged,
             LinkEnd::Queue(_) => {
@@ -460,7 +554,17 @@ impl Roles {
         if state == State::Diverged {
             self.shared.event_once("diverged", &problem);
             let hint = "; if that history is the one to keep, copy it with terrace-bridge resync";
-            self.shared.set_diverged(problem + hint);
+            let problem = problem + hint;
+            // After a restart nothing is served either, before the parent has been asked.
+            self.kept_divergence = true;
+            let (shared, text) = (Arc::clone(&self.shared), problem.clone());
+            spawn_blocking(move || {
+                let dir = &shared.config.node.data_dir;
+                if let Err(error) = timeline::save_divergence(dir, &text) {
+                    tracing::warn!("{error}");
+                }
+            });
+            self.shared.set_diverged(problem);
             self.shared.stop_serving();
         }
     }
@@ -471,9 +575,12 @@ impl Roles {
         let now = self.observer.now();
         let (outcome, end) = match order {
             Order::Resync => {
+                // What the others hold is no better, unless one of them leads.
+                let state = self.shared.state().0;
+                let lost = self.in_gap || matches!(state, State::Gap | State::Diverged);
                 let end = End::CopyAnew {
                     reason: "asked to copy anew".into(),
-                    from_parent: self.shared.config.peers.is_empty(),
+                    from_parent: lost || self.shared.config.peers.is_empty(),
                 };
                 (Ok(()), Some(end))
             }
@@ -517,6 +624,9 @@ impl Roles {
                 "node \"{to}\" is not in order; see its state in terrace.lag"
             ));
         }
+        if !told.parent_ok {
+            return Err(format!("node \"{to}\" does not reach the parent"));
+        }
         let behind = own.flush.0.saturating_sub(told.flush.0);
         if behind > SWITCHOVER_BYTES {
             return Err(format!(
@@ -559,10 +669,15 @@ impl Roles {
             return;
         };
         let text = format!("TAKE_OVER {}", self.shared.told().flush);
-        if let Err(error) = command(info, &self.shared.config.node.name, &text).await {
-            tracing::warn!("hand over to {to}: {error}");
-            self.decider.keep();
-        }
+        let told = command(info, &self.shared.config.node.name, &text);
+        // The others wait for it as long as we do.
+        let problem = match timeout(domain::HANDOVER / 2, told).await {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "no answer".into(),
+        };
+        tracing::warn!("hand over to {to}: {problem}");
+        self.decider.keep();
     }
 }
 

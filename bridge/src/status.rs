@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -21,7 +22,7 @@ use crate::conninfo::ConnInfo;
 use crate::domain::Told;
 use crate::lsn::{Identity, Lsn};
 use crate::matching::{Dispute, Standing, Windows};
-use crate::queue::Queue;
+use crate::queue::{Queue, QueueError};
 use crate::rate::RateMeter;
 
 /// A node this far behind, by the top's clock, is catching up.
@@ -73,6 +74,19 @@ pub enum State {
     /// Not in contact.
     #[default]
     Down,
+}
+
+impl State {
+    /// Each of them.
+    pub const ALL: [State; 7] = [
+        State::Copying,
+        State::Catchup,
+        State::Streaming,
+        State::Stalled,
+        State::Gap,
+        State::Diverged,
+        State::Down,
+    ];
 }
 
 impl fmt::Display for State {
@@ -157,6 +171,12 @@ struct Inner {
     has_data: bool,
     diverged: Option<String>,
     matching: Matching,
+    /// How often each kind of event has happened.
+    happened: BTreeMap<String, u64>,
+    /// The queue has come to its limit, as the database takes nothing from it.
+    full: bool,
+    /// A segment of the queue that cannot be read, and why.
+    damage: Option<(PathBuf, String)>,
 }
 
 impl Inner {
@@ -186,6 +206,8 @@ pub struct View {
     pub path: Vec<String>,
     pub domains: Vec<String>,
     pub yields_to: Option<String>,
+    /// Server to report to while nobody is followed.
+    pub report_to: Option<ConnInfo>,
     /// What is wrong with how the servers of the domain name each other.
     pub problem: Option<String>,
 }
@@ -260,7 +282,7 @@ impl Shared {
     pub fn set_role(&self, role: Role, upstream: Option<(String, ConnInfo)>, reason: &str) {
         let before = self.change(|inner| {
             let before = std::mem::replace(&mut inner.role, role);
-            if role == Role::Master {
+            if role != Role::None {
                 inner.diverged = None;
             }
             let (name, conninfo) = upstream.unzip();
@@ -335,6 +357,31 @@ impl Shared {
         Some(doubt.end())
     }
 
+    /// Notes that the queue has come to its limit, or that it has room again.
+    pub fn set_full(&self, full: bool) {
+        let before = self.change(|inner| std::mem::replace(&mut inner.full, full));
+        if full && !before {
+            tracing::warn!("the queue has come to retain_max: nothing more is received");
+        }
+    }
+
+    /// Whether the upstream is not to be read for now.
+    pub fn is_full(&self) -> bool {
+        self.inner().full
+    }
+
+    /// Notes it if the error is that a part of the queue cannot be read.
+    pub fn note_damage(&self, error: &QueueError) {
+        if let QueueError::Damaged { path, .. } = error {
+            self.inner().damage = Some((path.clone(), error.to_string()));
+        }
+    }
+
+    /// The segment of the queue that cannot be read, and why; once.
+    pub fn take_damage(&self) -> Option<(PathBuf, String)> {
+        self.inner().damage.take()
+    }
+
     /// Ends every stream from the queue. New ones are refused while the state lasts.
     pub fn stop_serving(&self) {
         self.queue.send_if_modified(|open| {
@@ -345,7 +392,7 @@ impl Shared {
         });
     }
 
-    /// Says that it does, until a link to the parent shows otherwise.
+    /// Says that it does, until a link shows otherwise.
     pub fn set_diverged(&self, problem: String) {
         self.change(|inner| inner.diverged = Some(problem));
     }
@@ -380,6 +427,7 @@ impl Shared {
         let disk_ok = self.disk_problem().is_none();
         let inner = self.inner();
         let failing = inner.apply_failing_since;
+        let serves = inner.diverged.is_none() && inner.matching.outvoted.is_none();
         let mut view = inner.view.clone();
         // Where it stands is known from its data also while it follows nobody.
         let path = inner.domain_path.iter();
@@ -392,9 +440,9 @@ impl Shared {
             role: inner.role,
             has_data: inner.has_data,
             copying: view.copying,
-            healthy: disk_ok
-                && inner.matching.outvoted.is_none()
-                && failing.is_none_or(|since| since.elapsed() < PATIENCE),
+            healthy: disk_ok && serves && failing.is_none_or(|since| since.elapsed() < PATIENCE),
+            serves,
+            identity: inner.identity.as_ref().map(Identity::to_string),
             parent_ok: view.parent_ok,
             master_ok: view.master.is_some(),
             flush,
@@ -439,6 +487,11 @@ impl Shared {
     /// Records a durable or shared fact: which history, and that data is here.
     pub fn set_identity(&self, identity: Identity, has_data: bool) {
         self.change(|inner| {
+            if inner.identity.as_ref() != Some(&identity) {
+                // What others hold is of the old one.
+                inner.member_flush.clear();
+                inner.downstreams.clear();
+            }
             inner.identity = Some(identity);
             inner.has_data = has_data;
             inner.copy_progress = None;
@@ -514,14 +567,15 @@ impl Shared {
     }
 
     /// Server to report to: the one that is followed, else the domain's master if it
-    /// is in sight, so that whoever cannot follow it is heard of all the same.
+    /// is in sight, else one above, so that whoever follows nobody is heard of all the same.
     pub fn upstream(&self) -> Option<ConnInfo> {
         let inner = self.inner();
         let in_sight = || {
             let master = inner.view.master.as_ref()?;
             ConnInfo::parse(self.config.peers.get(master)?).ok()
         };
-        inner.upstream.clone().or_else(in_sight)
+        let upstream = inner.upstream.clone().or_else(in_sight);
+        upstream.or_else(|| inner.view.report_to.clone())
     }
 
     /// Notes what a downstream bridge holds.
@@ -587,8 +641,11 @@ impl Shared {
     pub fn event(&self, kind: &str, reason: &str) {
         let unix_micros = unix_micros();
         let node = &self.config.node;
-        tracing::info!(node = %node.name, domain = %node.domain, kind, reason, "event");
+        let (flush, replay) = (*self.flushed.borrow(), *self.replayed.borrow());
+        tracing::info!(node = %node.name, domain = %node.domain, kind, reason, %flush, %replay,
+            "event");
         self.change(|inner| {
+            *inner.happened.entry(kind.into()).or_default() += 1;
             let id = format!("{}-{unix_micros}-{kind}", self.instance);
             let event = Event {
                 id,
@@ -609,6 +666,11 @@ impl Shared {
         if known != (kind.to_owned(), reason.to_owned()) {
             self.event(kind, reason);
         }
+    }
+
+    /// How often an event of this kind has happened since the start.
+    pub fn happened(&self, kind: &str) -> u64 {
+        self.inner().happened.get(kind).copied().unwrap_or_default()
     }
 
     /// The waiting events; [`Shared::events_reported`] removes them.
@@ -666,7 +728,6 @@ impl Shared {
             "state": state,
             "reason": reason,
             "upstream": inner.upstream_name,
-            "identity": inner.identity.as_ref().map(Identity::to_string),
             "received_lsn": inner.received.to_string(),
             "replay_lsn": replayed.to_string(),
             "replay_time": (top_time != 0).then(|| timestamp(top_time + PG_EPOCH_MICROS)),
@@ -720,11 +781,13 @@ fn state_of(inner: &Inner, replayed: Lsn, disk: Option<String>) -> (State, Optio
     if let Some(problem) = &inner.report_problem {
         return (State::Stalled, Some(problem.clone()));
     }
-    let reason = inner
-        .link_problem
-        .clone()
-        .or_else(|| inner.degraded.clone())
-        .or_else(|| inner.view.problem.clone());
+    let full = || "the queue has come to retain_max: nothing more is received for now".to_owned();
+    // A wrong configuration is behind much else.
+    let reason = inner.view.problem.clone();
+    let reason = reason
+        .or_else(|| inner.full.then(full))
+        .or_else(|| inner.link_problem.clone())
+        .or_else(|| inner.degraded.clone());
     match (inner.link, inner.copy_progress) {
         (State::Copying, Some((done, total))) => (
             State::Copying,

@@ -20,7 +20,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::assemble::{AssembleError, Assembler, passes};
-use crate::client::{Client, PgError, SessionOptions, quote_ident};
+use crate::client::{Client, PgError, SessionOptions, quote_ident, quote_literal};
 use crate::clock::{PG_EPOCH_MICROS, unix_micros};
 use crate::conninfo::ConnInfo;
 use crate::lsn::{Identity, Lsn};
@@ -70,6 +70,9 @@ pub enum LinkEnd {
     /// The upstream no longer keeps what follows our end.
     #[error("{0}")]
     Gone(String),
+    /// The slot is lost, and with it what follows our end at the parent.
+    #[error("{0}")]
+    NoSlot(String),
     /// The upstream tells another history.
     #[error("the upstream's history {theirs} is not this server's {ours}")]
     Diverged {
@@ -91,10 +94,9 @@ impl From<PgError> for LinkEnd {
         match error.code() {
             Some("55006") => LinkEnd::Busy(error.to_string()),
             Some("58P01") => LinkEnd::Gone(error.to_string()),
-            Some("42704") => LinkEnd::Refused(format!(
-                "{error}; if it was dropped, copy the data anew with terrace-bridge resync"
-            )),
-            Some("28P01" | "28000" | "3D000" | "42501") => LinkEnd::Refused(error.to_string()),
+            Some("28P01" | "28000" | "3D000" | "42501" | "42704" | "42710") => {
+                LinkEnd::Refused(error.to_string())
+            }
             _ => LinkEnd::Lost(error.to_string()),
         }
     }
@@ -171,7 +173,9 @@ pub async fn connect(
     let mut client = session(conninfo, application, true).await?;
     // Asked first: one that is no standby now will be none while the session lasts.
     if !client.extension_accepted(BRIDGE_PARAMETER) {
-        let rows = client.simple("SELECT pg_catalog.pg_is_in_recovery()").await?;
+        let rows = client
+            .simple("SELECT pg_catalog.pg_is_in_recovery()")
+            .await?;
         let answer = rows.first().and_then(|row| row.first()?.as_deref());
         if answer != Some("f") {
             return Err(PgError::Standby);
@@ -274,29 +278,39 @@ impl<'a> Link<'a> {
         let (mut client, theirs) = connect(&target.conninfo, &node.name).await?;
         if theirs != writer.queue().identity() {
             adopt_timeline(shared, &mut client, &theirs, writer).await?;
+        } else if theirs.timeline > 1 {
+            same_timeline(shared, &mut client, &theirs).await?;
+        }
+        if target.role == Role::Master && shared.config.parent.is_some() {
+            check_members(shared, &mut client).await?;
         }
         let bridge = client.extension_accepted(BRIDGE_PARAMETER);
         let end = writer.end();
-        let depose = match (target.depose, bridge) {
-            (true, true) => ", depose 'true'",
-            _ => "",
-        };
+        let mut options = String::new();
+        if bridge {
+            options = format!(", instance {}", quote_literal(&shared.instance));
+            if target.depose {
+                options += ", depose 'true'";
+            }
+        }
         let start = format!(
             "START_REPLICATION SLOT {} LOGICAL {end} \
-             (proto_version '1', publication_names '\"{PUBLICATION}\"', messages 'true'{depose})",
+             (proto_version '1', publication_names '\"{PUBLICATION}\"', messages 'true'{options})",
             quote_ident(&target.slot)
         );
         if target.depose {
             let reason = format!("ends the connection of whoever holds slot {}", target.slot);
             shared.event("depose", &reason);
         }
-        if target.depose && !bridge {
-            depose_holder(target).await?;
-            start_when_free(&mut client, &start).await?;
-        } else {
+        if bridge {
             client.copy_both(&start).await?;
-        }
-        if !bridge {
+        } else {
+            if target.depose {
+                depose_holder(target).await?;
+            }
+            if let Err(error) = start_when_free(&mut client, &start, target.depose).await {
+                return Err(why_not_started(target, error).await);
+            }
             verify_slot(target, end).await?;
         }
         // Behind a bridge that does not tell yet how far it has replayed, what
@@ -337,8 +351,14 @@ impl<'a> Link<'a> {
         self.drain(writer).await?;
         self.publish(writer)?;
         loop {
+            // With no room in the queue nothing is taken: the upstream waits, and is told
+            // all the while that we are there.
+            let full = self.shared.is_full();
+            if full {
+                heard = Instant::now();
+            }
             tokio::select! {
-                filled = self.client.fill() => {
+                filled = self.client.fill(), if !full => {
                     filled?;
                     heard = Instant::now();
                     let taken = self.drain(writer).await?;
@@ -557,12 +577,63 @@ async fn adopt_timeline(
     timeline::save(&shared.config.node.data_dir, theirs.timeline, &history)?;
     writer.adopt(theirs)?;
     shared.set_identity(theirs.clone(), true);
+    // They come again, and learn of it.
+    shared.stop_serving();
     let reason = format!(
         "goes on at {end} with timeline {} of the top",
         theirs.timeline
     );
     shared.event("timeline", &reason);
     Ok(())
+}
+
+/// Two standbys that are promoted from one history both begin the same timeline, and
+/// mostly not at the same place.
+async fn same_timeline(
+    shared: &Shared,
+    client: &mut Client,
+    theirs: &Identity,
+) -> Result<(), LinkEnd> {
+    let dir = &shared.config.node.data_dir;
+    let Some(ours) = timeline::load(dir, theirs.timeline) else {
+        return Ok(());
+    };
+    match timeline_history(client, theirs.timeline).await {
+        Ok(history) if timeline::same(&history, &ours) => Ok(()),
+        Ok(_) => Err(LinkEnd::Diverged {
+            theirs: format!("{theirs} (another one of that number)"),
+            ours: theirs.to_string(),
+        }),
+        // A bridge whose data came to it on this timeline may not have it.
+        Err(error) if error.code() == Some("58P01") => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A server that its domain's `[peers]` here leave out makes this node's picture of the
+/// domain a wrong one: it would depose that server, or miss what it holds.
+async fn check_members(shared: &Shared, client: &mut Client) -> Result<(), LinkEnd> {
+    let node = &shared.config.node;
+    let sql = format!(
+        "SELECT node FROM terrace.lag WHERE domain = {} AND node <> {} \
+         AND reply_time > now() - interval '5 s'",
+        quote_literal(&node.domain),
+        quote_literal(&node.name)
+    );
+    // What is not there to be asked says nothing.
+    let Ok(rows) = client.simple(&sql).await else {
+        return Ok(());
+    };
+    let names = rows.into_iter().filter_map(|row| row.into_iter().next()?);
+    let mut unknown = names.filter(|name| !shared.config.peers.contains_key(name));
+    match unknown.next() {
+        None => Ok(()),
+        Some(name) => Err(LinkEnd::Refused(format!(
+            "node \"{name}\" reports as a server of domain \"{}\" and is not in [peers] here; \
+             add it, on both, or stop it",
+            node.domain
+        ))),
+    }
 }
 
 /// The history file of a timeline as the server has it.
@@ -587,36 +658,38 @@ async fn depose_holder(target: &Target) -> Result<(), LinkEnd> {
     Ok(())
 }
 
-/// A walsender that has been told to end lets its slot go a moment later.
-async fn start_when_free(client: &mut Client, start: &str) -> Result<(), LinkEnd> {
-    for _ in 0..20 {
+/// Starts; a walsender that has been told to end lets its slot go a moment later.
+async fn start_when_free(client: &mut Client, start: &str, deposed: bool) -> Result<(), PgError> {
+    let mut tries = if deposed { 20 } else { 1 };
+    loop {
+        tries -= 1;
         match client.copy_both(start).await {
-            Err(error) if error.code() == Some("55006") => sleep(DEPOSE_STEP).await,
-            result => return Ok(result?),
+            Err(error) if error.code() == Some("55006") && tries > 0 => sleep(DEPOSE_STEP).await,
+            result => return result,
         }
     }
-    Err(LinkEnd::Busy(
-        "the holder of the slot does not let it go".into(),
-    ))
+}
+
+/// A slot that is gone, or was invalidated to keep the disk from filling, does not come
+/// back by itself.
+async fn why_not_started(target: &Target, error: PgError) -> LinkEnd {
+    let invalidated = match error.code() {
+        Some("42704") => true,
+        Some("55000") => slot_value(target, "wal_status")
+            .await
+            .is_ok_and(|status| status.as_deref() == Some("lost")),
+        _ => false,
+    };
+    match invalidated {
+        true => LinkEnd::NoSlot(error.to_string()),
+        false => error.into(),
+    }
 }
 
 /// Rule A: with the slot ours, its confirmed position must not be above our end.
 async fn verify_slot(target: &Target, end: Lsn) -> Result<(), LinkEnd> {
-    let options = SessionOptions {
-        application_name: "terrace".into(),
-        ..Default::default()
-    };
-    let mut client = Client::connect(&target.conninfo, &options).await?;
-    let rows = client
-        .query(
-            "SELECT confirmed_flush_lsn FROM pg_catalog.pg_replication_slots WHERE slot_name = $1",
-            &[Some(&target.slot)],
-        )
-        .await?;
-    let confirmed = rows
-        .first()
-        .and_then(|row| row.first()?.as_deref()?.parse::<Lsn>().ok());
-    match confirmed {
+    let confirmed = slot_value(target, "confirmed_flush_lsn").await?;
+    match confirmed.and_then(|text| text.parse::<Lsn>().ok()) {
         Some(confirmed) if confirmed > end => Err(LinkEnd::Gap { confirmed, end }),
         Some(_) => Ok(()),
         None => Err(LinkEnd::Lost(format!(
@@ -624,4 +697,22 @@ async fn verify_slot(target: &Target, end: Lsn) -> Result<(), LinkEnd> {
             target.slot
         ))),
     }
+}
+
+/// What `pg_replication_slots` says of the slot.
+async fn slot_value(target: &Target, column: &str) -> Result<Option<String>, PgError> {
+    let options = SessionOptions {
+        application_name: "terrace".into(),
+        ..Default::default()
+    };
+    let mut client = Client::connect(&target.conninfo, &options).await?;
+    let sql = format!(
+        "SELECT {} FROM pg_catalog.pg_replication_slots WHERE slot_name = $1",
+        quote_ident(column)
+    );
+    let rows = client.query(&sql, &[Some(&target.slot)]).await?;
+    Ok(rows
+        .into_iter()
+        .next()
+        .and_then(|row| row.into_iter().next()?))
 }

@@ -15,6 +15,7 @@ fn told(node: &str, role: Role, flush: u64) -> Told {
         role,
         has_data: true,
         healthy: true,
+        serves: true,
         parent_ok: true,
         flush: Lsn(flush),
         ..Told::default()

@@ -23,6 +23,7 @@ pub struct Reader {
     /// Nothing above `from` has been come to yet. The queue may end below it: a
     /// downstream can be ahead of a server that it has gone to.
     seeking: bool,
+    last_timeline: u32,
 }
 
 impl Reader {
@@ -36,6 +37,7 @@ impl Reader {
             schema: VecDeque::new(),
             from,
             seeking: true,
+            last_timeline: u32::MAX,
         };
         reader.seek()?;
         Ok(reader)
@@ -119,7 +121,18 @@ impl Reader {
         }
     }
 
+    /// Reads nothing of a later timeline than the queue is of now: who follows is to ask
+    /// anew, and learns of it then.
+    pub fn of_this_timeline(mut self) -> Reader {
+        self.last_timeline = self.queue.identity().timeline;
+        self
+    }
+
     fn enter(&mut self, next: Arc<Segment>) -> Result<(), QueueError> {
+        let timeline = next.identity().timeline;
+        if timeline > self.last_timeline {
+            return Err(QueueError::Timeline(timeline));
+        }
         if next.start > self.from {
             return Err(QueueError::Gone {
                 wanted: self.from,

@@ -113,10 +113,23 @@ fn another_timeline_is_gone_on_with() {
         assert_eq!(reader.try_next().unwrap().unwrap().lsn, Lsn(end));
         assert_eq!(queue.identity(), timeline(number));
     }
+    // Who follows reads what both have in common, and must ask for the rest.
+    let mut follower = queue.reader(Lsn(100)).unwrap().of_this_timeline();
+    writer.adopt(&timeline(4)).unwrap();
+    writer.append(&transaction(130, 10)).unwrap();
+    writer.publish().unwrap();
+    assert_eq!(follower.try_next().unwrap().unwrap().lsn, Lsn(110));
+    assert_eq!(follower.try_next().unwrap().unwrap().lsn, Lsn(120));
+    assert!(matches!(follower.try_next(), Err(QueueError::Timeline(4))));
+    let mut follower = queue.reader(Lsn(100)).unwrap().of_this_timeline();
+    let rest: Vec<Lsn> = std::iter::from_fn(|| follower.try_next().unwrap())
+        .map(|record| record.lsn)
+        .collect();
+    assert_eq!(rest, [Lsn(110), Lsn(120), Lsn(130)]);
     drop((reader, queue, writer));
     let (queue, _writer) = Queue::open(dir.path()).unwrap().unwrap();
-    assert_eq!(queue.identity(), timeline(3));
-    assert_eq!(all(&queue, 100), [(Kind::Commit, 110), (Kind::Commit, 120)]);
+    assert_eq!(queue.identity(), timeline(4));
+    assert_eq!(all(&queue, 115), [(Kind::Commit, 120), (Kind::Commit, 130)]);
 }
 
 #[test]

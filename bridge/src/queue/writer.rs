@@ -208,17 +208,18 @@ impl Writer {
     /// identity, in a segment of its own.
     pub fn adopt(&mut self, identity: &Identity) -> Result<(), QueueError> {
         self.cut()?;
-        *lock(&self.queue.inner.identity) = identity.clone();
         // An empty segment has the name that the next one would get.
         if self.segment.start < self.end {
-            self.roll()
+            self.roll_to(identity)?;
         } else {
             self.segment = Arc::new(self.replace_empty(identity)?);
             if let Some(last) = lock(&self.queue.inner.segments).last_mut() {
                 *last = Arc::clone(&self.segment);
             }
-            Ok(())
         }
+        // Not before there is a segment for it: what failed is tried again.
+        *lock(&self.queue.inner.identity) = identity.clone();
+        Ok(())
     }
 
     fn replace_empty(&mut self, identity: &Identity) -> Result<Segment, QueueError> {
@@ -231,13 +232,16 @@ impl Writer {
     }
 
     fn roll(&mut self) -> Result<(), QueueError> {
+        self.roll_to(&self.queue.identity())
+    }
+
+    fn roll_to(&mut self, identity: &Identity) -> Result<(), QueueError> {
         self.publish()?;
         let inner = &self.queue.inner;
-        let identity = self.queue.identity();
         let synced = inner.disk.wait(|| self.segment.sync());
         // Who keeps the queue durable ends the bridge.
         synced.inspect_err(|_| inner.written.send_modify(|_| {}))?;
-        let create = || Segment::create(&inner.dir, &identity, self.end, &self.schema);
+        let create = || Segment::create(&inner.dir, identity, self.end, &self.schema);
         let next = inner.disk.write(create)?;
         self.segment = Arc::new(next);
         self.offset = self.segment.visible();

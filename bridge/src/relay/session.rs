@@ -18,7 +18,7 @@ use super::{Holder, Relay, splice};
 use crate::client::{Client, PgError, SessionOptions};
 use crate::conninfo::ConnInfo;
 use crate::lsn::Lsn;
-use crate::queue::{Queue, Reader};
+use crate::queue::{Queue, QueueError, Reader};
 use crate::roles::Order;
 use crate::status::OpenQueue;
 use crate::timeline;
@@ -436,7 +436,7 @@ impl Session {
             Ok(opened) => opened,
             Err(refusal) => return Ok(Err(refusal)),
         };
-        let active = match self.activate(&slot, options.depose).await {
+        let active = match self.activate(&slot, &options).await {
             Ok(active) => active,
             Err(refusal) => return Ok(Err(refusal)),
         };
@@ -452,7 +452,12 @@ impl Session {
             queue: &open.queue,
         };
         tokio::select! {
-            outcome = stream(&self.relay, &mut self.framed, reader, &start) => outcome.map(Ok),
+            outcome = stream(&self.relay, &mut self.framed, reader, &start) => {
+                if let Some(error) = outcome.as_ref().err().and_then(|e| e.downcast_ref::<QueueError>()) {
+                    self.relay.shared.note_damage(error);
+                }
+                outcome.map(Ok)
+            }
             () = active.end.cancelled() => bail!("another session takes the cursor"),
             () = open.closed.cancelled() => {
                 // As a walsender ends; a client comes again.
@@ -487,14 +492,17 @@ impl Session {
             let text = format!("what follows {from} is disputed; see the reason in terrace.lag");
             return refuse("55000", text);
         }
-        let reader = open.queue.reader(from);
-        let reader = reader.map_err(|error| Refusal("58P01", error.to_string()))?;
+        let reader = open.queue.reader(from).map(Reader::of_this_timeline);
+        let reader = reader.map_err(|error| {
+            self.relay.shared.note_damage(&error);
+            Refusal("58P01", error.to_string())
+        })?;
         Ok((open, reader, from))
     }
 
     /// Takes the cursor, from another session only if that is an older one of the
     /// same bridge, or is to be deposed.
-    async fn activate(&self, slot: &str, depose: bool) -> Result<ActiveCursor, Refusal> {
+    async fn activate(&self, slot: &str, options: &Options) -> Result<ActiveCursor, Refusal> {
         let application = self
             .parameters
             .get("application_name")
@@ -503,6 +511,7 @@ impl Session {
         let holder = Holder {
             session: self.id,
             application,
+            instance: options.instance.clone(),
             end: CancellationToken::new(),
         };
         let deadline = Instant::now() + FAREWELL;
@@ -521,7 +530,16 @@ impl Session {
                     Some(other) => other.clone(),
                 }
             };
-            let replaces = self.bridge && (depose || other.application == holder.application);
+            let same_name = self.bridge && other.application == holder.application;
+            if same_name && other.instance != holder.instance {
+                let text = format!(
+                    "node \"{}\" is another bridge that is connected here, with a data_dir of its \
+                     own; give one of them another name",
+                    other.application
+                );
+                return refuse("42710", text);
+            }
+            let replaces = same_name || self.bridge && options.depose;
             if !replaces || Instant::now() > deadline {
                 return is_active(slot, other.session);
             }
@@ -611,12 +629,14 @@ impl Drop for ActiveCursor {
 struct Options {
     messages: bool,
     depose: bool,
+    /// Of the bridge: its data directory's.
+    instance: Option<String>,
 }
 
 /// pgoutput's options, and for a bridge our own.
 fn check_options(options: &[(String, Option<String>)], bridge: bool) -> Result<Options, Refusal> {
     let (mut protocol, mut publications) = (None, None);
-    let (mut messages, mut depose) = (false, false);
+    let (mut messages, mut depose, mut instance) = (false, false, None);
     for (name, value) in options {
         let value = value.as_deref().unwrap_or("on");
         let on = matches!(value, "on" | "true" | "1" | "yes");
@@ -625,6 +645,7 @@ fn check_options(options: &[(String, Option<String>)], bridge: bool) -> Result<O
             "publication_names" => publications = Some(value),
             "messages" => messages = on,
             "depose" if bridge => depose = on,
+            "instance" if bridge => instance = Some(value.to_owned()),
             "streaming" | "origin" => {}
             "binary" | "two_phase" if !on => {}
             "binary" | "two_phase" => {
@@ -652,5 +673,9 @@ fn check_options(options: &[(String, Option<String>)], bridge: bool) -> Result<O
             return refuse("42704", format!("publication \"{name}\" does not exist"));
         }
     }
-    Ok(Options { messages, depose })
+    Ok(Options {
+        messages,
+        depose,
+        instance,
+    })
 }
