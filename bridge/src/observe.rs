@@ -49,8 +49,6 @@ struct Status {
     cursors: BTreeMap<String, Lsn>,
     /// Servers that it knows of its domain.
     peers: Vec<String>,
-    /// Which history it holds.
-    identity: Option<String>,
     /// Hashes of parts of that.
     windows: Windows,
 }
@@ -184,7 +182,7 @@ impl Observer {
         let seen = self.seen();
         let told = |peer: &Watched| {
             let status = seen.get(&peer.name)?.status.as_ref()?;
-            let same = status.identity.as_deref() == Some(identity);
+            let same = status.told.identity.as_deref() == Some(identity);
             same.then(|| (peer.name.clone(), status.windows.clone()))
         };
         self.peers.iter().filter_map(told).collect()

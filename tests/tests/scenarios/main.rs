@@ -5,6 +5,7 @@ mod copy;
 mod extension;
 mod failover;
 mod matching;
+mod mistakes;
 mod network;
 mod partitions;
 mod refusals;

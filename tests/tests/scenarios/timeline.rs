@@ -2,7 +2,7 @@
 
 use terrace_tests::bridge::options;
 use terrace_tests::load::{GAPLESS, STEPS, count_up};
-use terrace_tests::{Bridge, Scratch, Server, ServerOptions, wait_until};
+use terrace_tests::{Bridge, Scratch, Server, ServerOptions, Tree, wait_until};
 
 const SLOT: &str = "terrace_region";
 
@@ -157,4 +157,68 @@ fn a_standby_that_has_less_is_not_followed_and_nothing_is_served() {
     wait_until("the new top's rows are there", || {
         story.region.value("SELECT max(n) FROM steps") == "1000000"
     });
+}
+
+// A slave that stays connected to its master used to store the new top's transactions as
+// the old one's, and what it held beyond the switch counted for an acknowledgement.
+#[test]
+fn every_server_of_a_domain_learns_of_the_new_timeline() {
+    let mut tree = Tree::plant(STEPS).expect("boot the top");
+    tree.top.sql("ALTER SYSTEM SET wal_keep_size = '1GB'");
+    tree.top.sql("SELECT pg_reload_conf()");
+    tree.boot(&[("region", None, 2)]).expect("boot");
+    let mut standby = tree
+        .top
+        .standby(&tree.scratch, "standby")
+        .expect("make a standby");
+    // Both name the standby as another server of the level above.
+    let (top, other) = (tree.top.conninfo(), standby.conninfo());
+    for node in &tree.nodes {
+        let config = node.bridge.config();
+        let text = std::fs::read_to_string(&config).expect("read");
+        let both = format!("servers = [\"{top}\", \"{other}\"]");
+        let text = text.replace(&format!("servers = [\"{top}\"]"), &both);
+        assert!(text.contains(&both), "{text}");
+        std::fs::write(&config, text).expect("write");
+    }
+    tree.start_bridges().expect("start the bridges");
+    tree.wait_streaming();
+    let counting = count_up(&tree.top);
+    counting.go_on(50);
+    counting.stop();
+    let rows = "SELECT format('%s %s', count(*), max(n)) FROM steps";
+    let has = |server: &Server, all: &str| {
+        wait_until("the rows are there", || server.value(rows) == all);
+    };
+    let all = tree.top.value(rows);
+    tree.nodes.iter().for_each(|node| has(&node.server, &all));
+    has(&standby, &all);
+    tree.top.sql("CHECKPOINT");
+    standby.stop();
+    standby.take_slot(&tree.top, SLOT).expect("copy the slot");
+    tree.top.stop();
+    standby.restart().expect("start the standby");
+    standby.sql("SELECT pg_promote()");
+    wait_until("it is the top", || {
+        standby.value("SELECT pg_is_in_recovery()") == "f"
+    });
+    let counting = count_up(&standby);
+    counting.go_on(30);
+    counting.stop();
+    let all = standby.value(rows);
+    let told = "SELECT count(*) FROM terrace.progress WHERE split_part(identity, '/', 2) = '2'";
+    for node in &mut tree.nodes {
+        has(&node.server, &all);
+        wait_until("the database says so", || node.server.value(told) == "1");
+        // What is in its queue is the new top's by name too: it starts from that.
+        node.bridge.stop();
+        node.bridge.restart().expect("start the bridge");
+    }
+    let counting = count_up(&standby);
+    counting.go_on(30);
+    counting.stop();
+    let all = standby.value(rows);
+    tree.nodes.iter().for_each(|node| has(&node.server, &all));
+    let wrong = "SELECT count(*) FROM terrace.events WHERE kind IN ('diverged', 'resync', 'gap')";
+    assert_eq!(standby.value(wrong), "0");
 }

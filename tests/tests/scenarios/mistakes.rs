@@ -1,0 +1,293 @@
+//! What people and disks do wrong to a domain: it says so, and throws nothing away.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use terrace_tests::bridge::{Bridge, BridgeOptions};
+use terrace_tests::load::{STEPS, count_up};
+use terrace_tests::scratch::free_port;
+use terrace_tests::{Server, ServerOptions, Tree, wait_until};
+
+const TWO: [(&str, Option<&str>, usize); 1] = [("region", None, 2)];
+const THREE: [(&str, Option<&str>, usize); 1] = [("region", None, 3)];
+const COPIES: &str = "SELECT count(*) FROM terrace.events WHERE kind IN ('gap', 'resync')";
+
+fn tree_with(settings: &str, domains: &[(&str, Option<&str>, usize)]) -> Tree {
+    let mut tree = Tree::plant(STEPS).expect("boot the top");
+    tree.settings = settings.into();
+    tree.grow_on(domains)
+}
+
+fn reason(tree: &mut Tree, node: &str) -> String {
+    let sql = format!(
+        "SELECT state || ': ' || coalesce(reason, '') FROM terrace.lag WHERE node = '{node}'"
+    );
+    tree.node(node).server.value(&sql)
+}
+
+/// `terrace-bridge resync` on a node.
+fn resync(tree: &mut Tree, node: &str) {
+    let output = tree.node(node).bridge.run("resync").expect("run resync");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+}
+
+// A server that lists nobody used to be the majority of its domain all by itself: it took
+// the slot, found that it lacked something, and began anew; the others followed it there.
+#[test]
+fn a_server_that_lists_no_peers_harms_nobody() {
+    let mut tree = tree_with("[failover]\nresync_on_gap = true", &THREE);
+    let counting = count_up(&tree.top);
+    counting.go_on(50);
+    let master = tree.settled_master("region");
+    let slave = tree.with_role("region", "slave");
+    let config = tree.node(&slave).bridge.config();
+    let text = fs::read_to_string(&config).expect("read");
+    let peers = text.find("[peers]").expect("peers");
+    let relay = text.find("[relay]").expect("relay");
+    let alone = format!("{}{}", &text[..peers], &text[relay..]);
+    fs::write(&config, alone).expect("write");
+    tree.node(&slave).bridge.stop();
+    counting.go_on(50);
+    tree.node(&slave).bridge.restart().expect("start");
+    wait_until("it says what is wrong", || {
+        let said = reason(&mut tree, &slave);
+        said.starts_with("stalled") && said.contains("is not in [peers] here")
+    });
+    // Also with the slot free for a moment.
+    tree.node(&master).bridge.kill9();
+    let next = tree.successor("region", &master);
+    assert_ne!(next, slave, "the one that knows nobody does not lead");
+    tree.rows_arrive(&next, Duration::from_secs(5));
+    tree.node(&master).bridge.restart().expect("start");
+    fs::write(&config, text).expect("write");
+    tree.node(&slave).bridge.stop();
+    tree.node(&slave).bridge.restart().expect("start");
+    tree.wait_streaming();
+    assert_eq!(tree.top.value(COPIES), "0", "nobody has copied anew");
+    tree.all_is_well(counting);
+}
+
+// Both servers are told to copy anew, as the message has it; they used to copy from each
+// other for ever.
+#[test]
+fn a_gap_of_a_whole_domain_ends_with_resync_on_one_after_the_other() {
+    let mut tree = Tree::grow(STEPS, &TWO);
+    let counting = count_up(&tree.top);
+    counting.go_on(20);
+    for node in &mut tree.nodes {
+        node.bridge.stop();
+    }
+    counting.go_on(20);
+    tree.top
+        .sql("SELECT pg_replication_slot_advance('terrace_region', pg_current_wal_lsn())");
+    counting.go_on(20);
+    tree.start_bridges().expect("start the bridges");
+    for name in ["region-1", "region-2"] {
+        wait_until("the gap is told", || {
+            reason(&mut tree, name).starts_with("gap")
+        });
+    }
+    for name in ["region-1", "region-2"] {
+        // The second one may have found a master to copy from by itself.
+        resync(&mut tree, name);
+        wait_until("it has copied", || {
+            reason(&mut tree, name).starts_with("streaming")
+        });
+    }
+    tree.wait_streaming();
+    tree.all_is_well(counting);
+}
+
+// PostgreSQL gives a slot up that would fill its disk: that is no failure of the network.
+#[test]
+fn a_slot_that_was_given_up_is_a_gap_that_is_mended_when_allowed() {
+    let mut tree = tree_with("[failover]\nresync_on_gap = true", &TWO);
+    tree.top
+        .sql("ALTER SYSTEM SET max_slot_wal_keep_size = '1MB'");
+    tree.top.sql("SELECT pg_reload_conf()");
+    let counting = count_up(&tree.top);
+    counting.go_on(20);
+    for node in &mut tree.nodes {
+        node.bridge.stop();
+    }
+    let lost = "SELECT wal_status FROM pg_replication_slots WHERE slot_name = 'terrace_region'";
+    wait_until("the slot is given up", || {
+        tree.top.sql("SELECT pg_switch_wal(); CHECKPOINT");
+        tree.top.value(lost) == "lost"
+    });
+    tree.start_bridges().expect("start the bridges");
+    let told = "SELECT count(*) > 0 FROM terrace.events WHERE kind = 'resync' AND reason LIKE \
+                '%terrace_region%'";
+    wait_until("it copies anew by itself", || tree.top.value(told) == "t");
+    tree.wait_streaming();
+    tree.all_is_well(counting);
+}
+
+// What a master's queue keeps for a slave that has become master itself used to be kept
+// for ever.
+#[test]
+fn nothing_is_kept_for_a_server_that_needs_nothing() {
+    let wide = "CREATE TABLE wide (id int PRIMARY KEY, v text);
+                ALTER TABLE wide ALTER v SET STORAGE EXTERNAL; SELECT terrace.add_table('wide')";
+    let mut tree = Tree::plant(wide).expect("boot the top");
+    tree.settings = "[queue]\nretain_min = \"1MiB\"".into();
+    let mut tree = tree.grow_on(&TWO);
+    let old = tree.settled_master("region");
+    let output = tree
+        .node(&old)
+        .bridge
+        .command("switchover", &["--domain", "region"]);
+    let output = output.expect("run switchover");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    tree.successor("region", &old);
+    for part in 0..10 {
+        let (from, to) = (part * 12 + 1, part * 12 + 12);
+        tree.top.sql(&format!(
+            "INSERT INTO wide SELECT g, repeat('x', 1 << 20) FROM generate_series({from}, {to}) g"
+        ));
+    }
+    let server = &tree.node(&old).server;
+    wait_until("the rows are there", || {
+        server.value("SELECT count(*) FROM wide") == "120"
+    });
+    let queue = tree.node(&old).bridge.directory().join("data/queue");
+    wait_until("what all have is forgotten", || {
+        let segments = fs::read_dir(&queue).expect("read the queue").flatten();
+        segments
+            .filter_map(|file| file.metadata().ok())
+            .map(|file| file.len())
+            .sum::<u64>()
+            < 40 << 20
+    });
+    assert_eq!(
+        tree.top.value(COPIES),
+        "0",
+        "and nobody is said to have lost his place"
+    );
+}
+
+// Two bridges of one name used to throw each other out a hundred times a second.
+#[test]
+fn a_second_server_of_a_name_is_refused_and_the_first_goes_on() {
+    let mut tree = Tree::grow(STEPS, &TWO);
+    let counting = count_up(&tree.top);
+    counting.go_on(20);
+    let master = tree.settled_master("region");
+    let slave = tree.with_role("region", "slave");
+    let server = Server::start(&tree.scratch, "twin", &ServerOptions::default()).expect("boot");
+    let options = BridgeOptions {
+        node: slave.clone(),
+        domain: "region".into(),
+        database: server.conninfo(),
+        parents: vec![tree.top.conninfo()],
+        peers: vec![(master.clone(), tree.node(&master).bridge.conninfo())],
+        ..Default::default()
+    };
+    // In a directory of its own, as on another machine.
+    let elsewhere = terrace_tests::Scratch::new("terrace-").expect("scratch");
+    let twin = Bridge::prepare(&elsewhere, &options, free_port());
+    let mut twin = twin.expect("prepare");
+    twin.restart().expect("start");
+    wait_until("the twin is told", || {
+        let said = server.value("SELECT coalesce(max(reason), '') FROM terrace.lag");
+        said.contains("give one of them another name") || said.contains("is used by another")
+    });
+    let links = || {
+        let told = "SELECT count(*) FROM terrace.events WHERE kind = 'slave'";
+        tree.top.value(told).parse::<i64>().expect("count")
+    };
+    let before = links();
+    tree.rows_arrive(&slave, Duration::from_secs(5));
+    std::thread::sleep(Duration::from_secs(2));
+    assert!(links() <= before + 1, "the first one is left alone");
+    drop(twin);
+    tree.all_is_well(counting);
+}
+
+fn segments(tree: &mut Tree, node: &str) -> Vec<PathBuf> {
+    let queue = tree.node(node).bridge.directory().join("data/queue");
+    let files = fs::read_dir(queue).expect("read the queue").flatten();
+    let mut paths: Vec<PathBuf> = files
+        .map(|file| file.path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "seg"))
+        .collect();
+    paths.sort();
+    paths
+}
+
+/// Turns a bit in the middle of a file.
+fn damage(path: &PathBuf) {
+    let mut bytes = fs::read(path).expect("read");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 4;
+    fs::write(path, bytes).expect("write");
+}
+
+#[test]
+fn a_damaged_queue_is_fetched_anew_from_a_sibling() {
+    let mut tree = Tree::grow(STEPS, &THREE);
+    let counting = count_up(&tree.top);
+    counting.go_on(1500);
+    let slave = tree.with_role("region", "slave");
+    // Received, durable, and not replayed yet.
+    tree.node(&slave).server.kill9();
+    counting.go_on(1500);
+    tree.node(&slave).bridge.stop();
+    let all = segments(&mut tree, &slave);
+    damage(all.last().expect("a segment"));
+    tree.node(&slave)
+        .server
+        .restart()
+        .expect("start the server");
+    tree.node(&slave)
+        .bridge
+        .restart()
+        .expect("start the bridge");
+    let told = format!(
+        "SELECT count(*) > 0 FROM terrace.events WHERE kind = 'damaged' AND node = '{slave}'"
+    );
+    wait_until("the damage is told", || tree.top.value(&told) == "t");
+    tree.wait_streaming();
+    assert_eq!(tree.top.value(COPIES), "0", "without a copy");
+    assert_eq!(tree.node(&slave).bridge.metric("damages_total"), Some(1));
+    tree.all_is_well(counting);
+}
+
+// A database that takes nothing used to fill the disk under the queue.
+#[test]
+fn a_queue_that_its_database_does_not_empty_stops_at_its_limit() {
+    let wide = "CREATE TABLE wide (id int PRIMARY KEY, v text);
+                ALTER TABLE wide ALTER v SET STORAGE EXTERNAL; SELECT terrace.add_table('wide')";
+    let mut tree = Tree::plant(wide).expect("boot the top");
+    tree.settings = "[queue]\nretain_min = \"1MiB\"\nretain_max = \"32MiB\"".into();
+    let mut tree = tree.grow_on(&[("region", None, 1)]);
+    let server = &tree.nodes[0].server;
+    let mut blocker = server.connect();
+    blocker
+        .batch_execute("BEGIN; LOCK TABLE wide")
+        .expect("lock the table");
+    for part in 0..16 {
+        let (from, to) = (part * 12 + 1, part * 12 + 12);
+        tree.top.sql(&format!(
+            "INSERT INTO wide SELECT g, repeat('x', 1 << 20) FROM generate_series({from}, {to}) g"
+        ));
+    }
+    wait_until("it says that it is full", || {
+        reason(&mut tree, "region-1").contains("retain_max")
+    });
+    // Longer than a session lives that does not answer.
+    std::thread::sleep(Duration::from_secs(12));
+    let held: u64 = segments(&mut tree, "region-1")
+        .iter()
+        .map(|path| path.metadata().expect("size").len())
+        .sum();
+    assert!(held < 160 << 20, "{held} bytes are held");
+    let active = "SELECT active FROM pg_replication_slots WHERE slot_name = 'terrace_region'";
+    assert_eq!(tree.top.value(active), "t", "the link lives");
+    blocker.batch_execute("ROLLBACK").expect("unlock");
+    tree.wait_for_equal(&["wide"]);
+    tree.wait_streaming();
+}
