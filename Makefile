@@ -57,7 +57,28 @@ check:
 	cargo clippy --locked --workspace --all-targets --no-default-features --features terrace/pg$(PG_MAJOR) -- -D warnings
 	cargo test --locked -p terrace-bridge
 	cargo test --locked -p terrace-bench
-	cargo test --locked -p terrace-tests -- --test-threads 3
+	$(MAKE) --no-print-directory scenarios
+
+# The stories on real servers alone.
+.PHONY: scenarios
+scenarios:
+	cargo test --locked -p terrace-tests -- --test-threads 4
+
+# The same with another PostgreSQL, as in `make test-pg-17`: 15 to 18 are fetched to PG_ROOT, once.
+PG_ROOT ?= /opt/pgtest
+$(PG_ROOT)/%/.ok: scripts/pg-fetch
+	$(SUDO) apt-get install -y -q patchelf tzdata
+	$(SUDO) scripts/pg-fetch $* $(PG_ROOT)/$*
+	$(SUDO) touch $@
+.PRECIOUS: $(PG_ROOT)/%/.ok
+
+test-pg-%: $(PG_ROOT)/%/.ok
+	$(MAKE) --no-print-directory PG_CONFIG=$(PG_ROOT)/$*/bin/pg_config compile install-files scenarios
+
+# Licences and sources of all crates; needs cargo-deny.
+.PHONY: audit
+audit:
+	cargo deny check licenses bans sources
 
 # Terrace and native subscriptions side by side. QUICK=1 for the short form; ONLY="drain tree" for
 # some of: drain, tree, latency, memory, tag, failover (or one of failover-deaths, failover-silences,

@@ -466,7 +466,7 @@ impl Decider {
             return None;
         }
         // One that has it all but not from our end on will be master, and copied from.
-        let has_all = |told: &Told| told.has_data && told.serves && told.flush >= confirmed;
+        let has_all = |told: &Told| told.has_data && view.gives(told) && told.flush >= confirmed;
         if view.live().any(|(_, told)| has_all(told)) {
             return Some(Decision::Stay);
         }

@@ -84,3 +84,77 @@ fn who_takes_over_ends_a_session_that_nobody_in_sight_has() {
         assert_eq!(decision, Decision::Lead { depose }, "{role}");
     }
 }
+
+fn keeps(node: &str, role: Role, first: u64, flush: u64) -> Peer {
+    peer(Told {
+        first: Lsn(first),
+        ..told(node, role, flush)
+    })
+}
+
+// The master has forgotten what follows our end, and the sibling that keeps it was silent
+// for a moment, or not asked yet: everything used to be copied anew.
+#[test]
+fn who_is_silent_for_a_moment_may_have_what_is_missing() {
+    for sight in [Sight::Unknown, Sight::Silent(seconds(5)), Sight::Refused] {
+        let mut decider = Decider::new(TAKEOVER_AFTER, 3);
+        let master = keeps("two", Role::Master, 80, 100);
+        let mut sibling = keeps("three", Role::Slave, 10, 100);
+        (sibling.sight, sibling.age) = (sight, seconds(5));
+        if sight == Sight::Unknown {
+            sibling.told = None;
+        }
+        let own = own(50, Link::None);
+        let peers = [master.clone(), sibling];
+        assert_eq!(decider.decide(seconds(10), &own, &peers), Decision::Stay);
+        assert_eq!(decider.decide(seconds(20), &own, &peers), Decision::Stay);
+        // One that never comes back is not waited for for ever.
+        let decision = decider.decide(seconds(41), &own, &peers);
+        assert_eq!(decision, Decision::CopyAnew, "{sight:?}");
+        let back = [master, keeps("three", Role::Slave, 10, 100)];
+        let follow = Decision::Follow("three".into());
+        assert_eq!(decider.decide(seconds(42), &own, &back), follow);
+    }
+}
+
+// The parent's position can go back, as it is saved late: one that lacked something used
+// to wait for ever for a server that had died for good.
+#[test]
+fn the_parent_is_asked_again_for_what_it_has_confirmed() {
+    let mut decider = Decider::new(TAKEOVER_AFTER, 2);
+    let mut dead = peer(told("two", Role::None, 90));
+    (dead.sight, dead.age) = (Sight::Refused, seconds(100));
+    let (own, peers) = (own(50, Link::None), [dead]);
+    decider.refused(seconds(10), Refusal::Ahead(Lsn(90)));
+    assert_eq!(decider.decide(seconds(11), &own, &peers), Decision::Stay);
+    // It is known who may have it, and not sure that nobody has.
+    decider.refused(seconds(20), Refusal::Ahead(Lsn(90)));
+    let gap = Decision::Gap {
+        confirmed: Lsn(90),
+        unseen: vec!["two".into()],
+    };
+    assert_eq!(decider.decide(seconds(21), &own, &peers), gap);
+    let lead = Decision::Lead { depose: false };
+    assert_eq!(decider.decide(seconds(24), &own, &peers), lead);
+}
+
+// Positions of another history are none, and one that has diverged serves nobody.
+#[test]
+fn who_tells_another_history_is_neither_followed_nor_waited_for() {
+    let identity = |system: u32| Some(format!("{system}/1/terrace/1/app"));
+    let mut me = own(50, Link::None);
+    me.told.identity = identity(1);
+    let mut diverged = told("two", Role::None, 90);
+    (diverged.serves, diverged.healthy, diverged.identity) = (false, false, identity(1));
+    let mut other = told("three", Role::None, 90);
+    other.identity = identity(2);
+    let peers = [peer(diverged), peer(other)];
+    let mut decider = Decider::new(TAKEOVER_AFTER, 3);
+    let lead = Decision::Lead { depose: false };
+    assert_eq!(decider.decide(seconds(10), &me, &peers), lead);
+    decider.refused(seconds(11), Refusal::Ahead(Lsn(90)));
+    let gap =
+        |decision: &Decision| matches!(decision, Decision::Gap { unseen, .. } if unseen.is_empty());
+    let decision = decider.decide(seconds(12), &me, &peers);
+    assert!(gap(&decision), "{decision:?}");
+}

@@ -113,7 +113,8 @@ fn make_template(top: bool) -> Result<PathBuf> {
         "--encoding=UTF8",
     ]);
     initdb
-        .args(["--no-locale", "--pgdata"])
+        // Each server is a copy of it: of 40 MB, 16 would be one empty segment of WAL.
+        .args(["--wal-segsize=1", "--no-locale", "--pgdata"])
         .arg(&data)
         .current_dir(&scratch);
     run(initdb, "initdb")?;

@@ -116,6 +116,12 @@ fn another_leads_until(tree: &Tree, counting: Background, words: &str, mend: imp
          AND reason LIKE '%{words}%'"
     );
     wait_until("the top knows of the disk", || tree.top.value(&told) == "1");
+    // Nobody relies on it: not even who asks for it.
+    let asked = tree.nodes.iter().find(|node| node.server.name == next);
+    let asked = &asked.expect("the successor").bridge;
+    let output = asked.command("switchover", &["--domain", "region", "--to", "region-1"]);
+    let said = String::from_utf8(output.expect("run switchover").stderr).expect("UTF-8");
+    assert!(said.contains("is not in order"), "{said}");
     counting.go_on(500);
     tree.rows_arrive("branch-1", Duration::from_secs(2));
     mend();

@@ -89,6 +89,9 @@ fn a_gap_of_a_whole_domain_ends_with_resync_on_one_after_the_other() {
             reason(&mut tree, name).starts_with("gap")
         });
     }
+    // Those who follow nobody are heard of at the top all the same.
+    let told = "SELECT count(*) FROM terrace.lag WHERE state = 'gap' AND reason LIKE '%resync%'";
+    wait_until("the top knows", || tree.top.value(told) == "2");
     for name in ["region-1", "region-2"] {
         // The second one may have found a master to copy from by itself.
         resync(&mut tree, name);
