@@ -372,8 +372,10 @@ CREATE FUNCTION report(report jsonb) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     n jsonb;
+    e jsonb;
     first boolean := true;
     heard timestamptz;
+    told boolean := false;
 BEGIN
     FOR n IN SELECT jsonb_array_elements(report -> 'nodes') LOOP
         BEGIN
@@ -396,38 +398,72 @@ BEGIN
         WHERE s.instance <> EXCLUDED.instance OR s.reply_time < clock_timestamp() - interval '5 s'
            OR coalesce((s.report ->> 'seq')::bigint, 0) < (EXCLUDED.report ->> 'seq')::bigint;
     END LOOP;
-    INSERT INTO terrace.event ("id", "time", node, domain, kind, reason)
-    SELECT e ->> 'id', (e ->> 'time')::timestamptz, e ->> 'node', e ->> 'domain', e ->> 'kind',
-           e ->> 'reason'
-    FROM jsonb_array_elements(report -> 'events') e
-    ON CONFLICT DO NOTHING;
-    IF FOUND THEN
+    FOR e IN SELECT jsonb_array_elements(report -> 'events') LOOP
+        -- One that is wrong would come again with every report, and keep the others away.
+        BEGIN
+            INSERT INTO terrace.event ("id", "time", node, domain, kind, reason)
+            SELECT e ->> 'id', (e ->> 'time')::timestamptz, e ->> 'node', e ->> 'domain', e ->> 'kind',
+                   e ->> 'reason'
+            WHERE isfinite((e ->> 'time')::timestamptz)
+            ON CONFLICT DO NOTHING;
+            told := told OR FOUND;
+        EXCEPTION WHEN data_exception OR integrity_constraint_violation OR program_limit_exceeded THEN
+            CONTINUE;
+        END;
+    END LOOP;
+    IF told THEN
         DELETE FROM terrace.event WHERE seq < (SELECT max(seq) FROM terrace.event) - 10000;
     END IF;
 END $$;
 
+-- The views cast and subtract what a report says, and one that they fail on would
+-- hide the whole tree from every server above: it must not get in.
 CREATE FUNCTION check_reporter(n jsonb) RETURNS void
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    r record;
+    key text;
 BEGIN
-    IF n ->> 'domain' <> 'top'
-       AND NOT EXISTS (SELECT FROM terrace.domain d WHERE d.name = n ->> 'domain')
+    SELECT * INTO r FROM jsonb_to_record(n) AS r(node text, instance text, domain text, "self" boolean,
+        received_lsn pg_lsn, flush_lsn pg_lsn, replay_lsn pg_lsn, replay_time timestamptz,
+        caught_up boolean, apply_rate float8, catchup_seconds float8, age_ms float8, seq bigint);
+    FOREACH key IN ARRAY ARRAY['node', 'instance', 'domain'] LOOP
+        IF coalesce(octet_length(n ->> key), 0) NOT BETWEEN 1 AND 200 THEN
+            RAISE EXCEPTION '"%" of a report must have 1 to 200 bytes', key
+                USING ERRCODE = 'invalid_parameter_value';
+        END IF;
+    END LOOP;
+    FOREACH key IN ARRAY ARRAY['received_lsn', 'flush_lsn', 'replay_lsn'] LOOP
+        PERFORM ((n ->> key)::pg_lsn - '0/0')::bigint;
+    END LOOP;
+    -- A comparison takes NaN for more than any number.
+    FOREACH key IN ARRAY ARRAY['apply_rate', 'catchup_seconds', 'age_ms'] LOOP
+        IF abs((n ->> key)::float8) > 1e12 THEN
+            RAISE EXCEPTION '"%" of a report is out of range', key
+                USING ERRCODE = 'numeric_value_out_of_range';
+        END IF;
+    END LOOP;
+    PERFORM make_interval(secs => r.catchup_seconds),
+            clock_timestamp() - make_interval(secs => r.age_ms / 1000);
+    IF NOT isfinite(r.replay_time)
+       OR EXISTS (SELECT FROM jsonb_to_recordset(nullif(n -> 'conflicts', 'null'))
+                      AS c("table" text, kind text, count bigint, last_seen timestamptz)
+                  WHERE NOT isfinite(c.last_seen)) THEN
+        RAISE EXCEPTION 'a time in a report is infinite' USING ERRCODE = 'datetime_field_overflow';
+    END IF;
+    IF r.domain <> 'top'
+       AND NOT EXISTS (SELECT FROM terrace.domain d WHERE d.name = r.domain)
        AND NOT terrace.is_own_report(n) THEN
-        RAISE EXCEPTION 'domain "%" does not exist', n ->> 'domain'
+        RAISE EXCEPTION 'domain "%" does not exist', r.domain
             USING ERRCODE = 'undefined_object',
                   HINT = 'Create it at the top with terrace.create_domain.';
     END IF;
     IF EXISTS (SELECT FROM terrace.status s
-               WHERE s.node = n ->> 'node' AND s.instance <> n ->> 'instance'
+               WHERE s.node = r.node AND s.instance <> r.instance
                  AND s.reply_time > clock_timestamp() - interval '5 s') THEN
-        RAISE EXCEPTION 'node name "%" is already in use by another bridge', n ->> 'node'
+        RAISE EXCEPTION 'node name "%" is already in use by another bridge', r.node
             USING ERRCODE = 'duplicate_object', HINT = 'Give each server its own node.name.';
     END IF;
-    -- The views cast these: what cannot be cast must not get in.
-    PERFORM r.* FROM jsonb_to_record(n) AS r(received_lsn pg_lsn, flush_lsn pg_lsn, replay_lsn pg_lsn,
-        replay_time timestamptz, caught_up boolean, apply_rate float8, catchup_seconds float8,
-        age_ms float8, seq bigint);
-    PERFORM c.* FROM jsonb_to_recordset(nullif(n -> 'conflicts', 'null'))
-        AS c("table" text, kind text, count bigint, last_seen timestamptz);
 END $$;
 
 -- Only the bridge beside this server, a superuser, tells of the server itself.

@@ -109,3 +109,110 @@ fn dropping_the_extension_leaves_nothing() {
     }
     top.sql("INSERT INTO t VALUES (2); CREATE EXTENSION terrace");
 }
+
+// One report with an infinite time made terrace.lag fail on every server above, for ever.
+#[test]
+fn a_report_that_cannot_be_shown_is_refused() {
+    let (top, _scratch) = top();
+    top.sql("SELECT terrace.create_domain('region')");
+    let node = |name: &str, bad: &str| {
+        format!(
+            "jsonb_build_object('node', '{name}', 'instance', 'i-{name}', 'domain', 'region', \
+             'role', 'slave', 'state', 'streaming', 'received_lsn', '0/10', 'flush_lsn', '0/10', \
+             'replay_lsn', '0/10', 'replay_time', now(), 'caught_up', false, 'apply_rate', 1, \
+             'catchup_seconds', 1, 'age_ms', 0, 'seq', 1) || '{bad}'"
+        )
+    };
+    let report = |nodes: &[String]| {
+        format!(
+            "SELECT terrace.report(jsonb_build_object('nodes', jsonb_build_array({}), 'events', '[]'::jsonb))",
+            nodes.join(", ")
+        )
+    };
+    let long = format!(r#"{{"node": "{}"}}"#, "md5 ".repeat(5000));
+    let bad = [
+        r#"{"replay_time": "-infinity"}"#,
+        r#"{"replay_time": "infinity"}"#,
+        r#"{"catchup_seconds": "NaN"}"#,
+        r#"{"catchup_seconds": "-Infinity"}"#,
+        r#"{"catchup_seconds": 1e300}"#,
+        r#"{"catchup_seconds": 1e15}"#,
+        r#"{"apply_rate": "NaN"}"#,
+        r#"{"apply_rate": "Infinity"}"#,
+        r#"{"age_ms": "Infinity"}"#,
+        r#"{"age_ms": "NaN"}"#,
+        r#"{"age_ms": 1e300}"#,
+        r#"{"replay_lsn": "FFFFFFFF/FFFFFFFF"}"#,
+        r#"{"received_lsn": "FFFFFFFF/FFFFFFFF"}"#,
+        r#"{"self": "perhaps"}"#,
+        r#"{"node": null}"#,
+        r#"{"instance": null}"#,
+        r#"{"domain": null}"#,
+        r#"{"conflicts": 7}"#,
+        r#"{"conflicts": [{"table": "t", "kind": "k", "count": 1, "last_seen": "infinity"}]}"#,
+        r#"{"conflicts": [{"table": "t", "kind": "k", "count": "x"}]}"#,
+        &long,
+    ];
+    let views = [
+        "lag",
+        "topology",
+        "events",
+        "conflicts",
+        "node_status",
+        "domains",
+        "tables",
+    ];
+    let all_show = |what: &str| {
+        for view in views {
+            let shown = top
+                .connect()
+                .simple_query(&format!("SELECT * FROM terrace.{view}"));
+            shown.unwrap_or_else(|error| panic!("{what}: {view}: {}", explain(&error)));
+        }
+        top.value("SELECT terrace.to_report(0)");
+    };
+    let mut taken = Vec::new();
+    for bad in bad {
+        if top
+            .connect()
+            .batch_execute(&report(&[node("n", bad)]))
+            .is_ok()
+        {
+            taken.push(bad);
+        }
+        all_show(bad);
+        // From below it is left out, and what comes with it is not.
+        top.sql("TRUNCATE terrace.status");
+        top.sql(&report(&[
+            node("first", "{}"),
+            node("n", bad),
+            node("last", "{}"),
+        ]));
+        let nodes = "SELECT string_agg(node, ' ' ORDER BY node) FROM terrace.status";
+        assert_eq!(top.value(nodes), "first last", "{bad}");
+        all_show(bad);
+        top.sql("TRUNCATE terrace.status");
+    }
+    assert!(taken.is_empty(), "{taken:?}");
+
+    // An event that is wrong keeps none of the others away.
+    let event = |id: &str, time: &str| {
+        format!(r#"{{"id": {id}, "time": "{time}", "node": "n", "domain": "region", "kind": "k"}}"#)
+    };
+    let events = [
+        event("\"a\"", "2026-01-01"),
+        event("\"b\"", "infinity"),
+        event("null", "2026-01-01"),
+        event("\"c\"", "yesterday or so"),
+        event("\"d\"", "2026-01-02"),
+    ];
+    top.sql(&format!(
+        "SELECT terrace.report('{{\"nodes\": [], \"events\": [{}]}}')",
+        events.join(", ")
+    ));
+    assert_eq!(
+        top.value("SELECT string_agg(id, ' ' ORDER BY id) FROM terrace.event"),
+        "a d"
+    );
+    all_show("events");
+}
