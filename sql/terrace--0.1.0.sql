@@ -106,12 +106,75 @@ BEGIN
     RETURN NULL;
 END $$;
 
+-- Columns that tell one row from the others in the stream; NULL when there are none.
+CREATE FUNCTION identity_of(rel regclass) RETURNS int2[]
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT CASE relreplident
+        WHEN 'f' THEN (SELECT array_agg(attnum) FROM pg_attribute
+                       WHERE attrelid = rel AND attnum > 0 AND NOT attisdropped)
+        -- PostgreSQL does not take a key that may be violated for a while.
+        ELSE (SELECT (indkey::int2[])[0:indnkeyatts - 1] FROM pg_index
+              WHERE indrelid = rel AND indisvalid AND indimmediate
+                AND (relreplident = 'd' AND indisprimary OR relreplident = 'i' AND indisreplident))
+        END
+    FROM pg_class WHERE oid = rel
+$$;
+
+CREATE FUNCTION in_publication(rel regclass) RETURNS boolean
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT EXISTS (SELECT FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
+                   WHERE p.pubname = 'terrace' AND r.prrelid = rel)
+$$;
+
+-- PostgreSQL refuses every UPDATE and DELETE of a published table, on each server,
+-- whose old rows cannot be told or that is published by columns outside of that.
+CREATE FUNCTION ensure_identity(rel regclass, columns text[]) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    identity int2[] := terrace.identity_of(rel);
+    problem text;
+    needed int2[] := ARRAY(
+        SELECT DISTINCT m[1]::int2 FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid,
+            regexp_matches(r.prqual::text, ':varattno (-?[0-9]+)', 'g') m
+        WHERE p.pubname = 'terrace' AND r.prrelid = rel);
+BEGIN
+    IF identity IS NULL THEN
+        problem := 'has no usable replica identity';
+    ELSIF NOT needed <@ identity
+          AND (SELECT relreplident FROM pg_class WHERE oid = rel) <> 'f' THEN
+        problem := 'has a filter on columns outside its replica identity';
+    END IF;
+    IF columns IS NOT NULL THEN
+        IF problem IS NULL AND (
+            (SELECT relreplident FROM pg_class WHERE oid = rel) = 'f'
+            OR NOT identity <@ ARRAY(SELECT attnum FROM pg_attribute
+                                     WHERE attrelid = rel AND attname = ANY (columns))) THEN
+            problem := 'has columns in its replica identity that are not listed';
+        END IF;
+        IF problem IS NULL THEN
+            RETURN;
+        ELSIF terrace.is_top() THEN
+            RAISE EXCEPTION 'table "%" %', rel, problem
+                USING ERRCODE = 'invalid_parameter_value',
+                      DETAIL = 'With a list of columns, rows could not be updated or deleted.',
+                      HINT = 'List the columns of the primary key and of the filter too, or leave columns out.';
+        ELSIF terrace.in_publication(rel) THEN
+            EXECUTE format('ALTER PUBLICATION terrace DROP TABLE ONLY %s', rel);  -- nothing reads it here
+        END IF;
+    ELSIF problem IS NOT NULL THEN
+        IF terrace.is_top() AND NOT (SELECT relispartition FROM pg_class WHERE oid = rel) THEN
+            RAISE NOTICE 'table "%" %, setting REPLICA IDENTITY FULL', rel, problem;
+        END IF;
+        EXECUTE format('ALTER TABLE %s REPLICA IDENTITY FULL', rel);
+    END IF;
+END $$;
+
 CREATE FUNCTION attach_table(schema_name text, table_name text) RETURNS void
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    qualified text := format('%I.%I', schema_name, table_name);
     rel regclass := to_regclass(format('%I.%I', schema_name, table_name));
     setting terrace.sync_table;
+    parts regclass[];
     part regclass;
 BEGIN
     IF rel IS NULL THEN
@@ -119,13 +182,8 @@ BEGIN
     END IF;
     SELECT * INTO setting FROM terrace.sync_table
     WHERE nspname = schema_name AND relname = table_name;
-    IF NOT EXISTS (SELECT FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
-                   WHERE p.pubname = 'terrace' AND r.prrelid = rel) THEN
-        EXECUTE format('ALTER PUBLICATION terrace ADD TABLE %s%s%s', qualified,
-            (SELECT '(' || string_agg(quote_ident(c), ', ') || ')' FROM unnest(setting.columns) c),
-            ' WHERE (' || setting.filter || ')');
-    END IF;
-    FOR part IN SELECT relid FROM pg_partition_tree(rel) UNION SELECT rel LOOP
+    parts := ARRAY(SELECT relid FROM pg_partition_tree(rel) UNION SELECT rel);
+    FOREACH part IN ARRAY parts LOOP
         IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = part AND tgname = 'terrace_tag') THEN
             EXECUTE format('CREATE TRIGGER terrace_tag BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE '
                 'ON %s FOR EACH STATEMENT EXECUTE FUNCTION terrace.arm_tag()', part);
@@ -134,6 +192,14 @@ BEGIN
         EXECUTE format('GRANT SELECT ON %s TO terrace_reader', part);
     END LOOP;
     EXECUTE format('GRANT USAGE ON SCHEMA %I TO terrace_reader', schema_name);
+    IF NOT terrace.in_publication(rel) THEN
+        EXECUTE format('ALTER PUBLICATION terrace ADD TABLE %s%s%s', rel,
+            (SELECT '(' || string_agg(quote_ident(c), ', ') || ')' FROM unnest(setting.columns) c),
+            ' WHERE (' || setting.filter || ')');
+    END IF;
+    FOREACH part IN ARRAY parts LOOP
+        PERFORM terrace.ensure_identity(part, setting.columns);
+    END LOOP;
 END $$;
 
 CREATE FUNCTION detach_table(schema_name text, table_name text) RETURNS void
@@ -145,8 +211,7 @@ BEGIN
     IF rel IS NULL THEN
         RETURN;
     END IF;
-    IF EXISTS (SELECT FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
-               WHERE p.pubname = 'terrace' AND r.prrelid = rel) THEN
+    IF terrace.in_publication(rel) THEN
         EXECUTE format('ALTER PUBLICATION terrace DROP TABLE %s', rel);
     END IF;
     FOR part IN SELECT relid FROM pg_partition_tree(rel) UNION SELECT rel LOOP
@@ -262,10 +327,9 @@ CREATE FUNCTION add_table(rel regclass, domains text[] DEFAULT NULL, filter text
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     class record;
-    part regclass;
 BEGIN
     PERFORM terrace.must_be_top();
-    SELECT n.nspname, c.relname, c.relkind, c.relpersistence, c.relreplident INTO class
+    SELECT n.nspname, c.relname, c.relkind, c.relpersistence INTO class
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = rel;
     IF class.relkind IS NULL OR class.relkind NOT IN ('r', 'p') THEN
         RAISE EXCEPTION '"%" is not a table', rel
@@ -285,13 +349,6 @@ BEGIN
     END IF;
     IF domains IS NOT NULL THEN
         domains := terrace.with_ancestors(domains);
-    END IF;
-    IF class.relreplident = 'n' OR class.relreplident = 'd'
-       AND NOT EXISTS (SELECT FROM pg_index WHERE indrelid = rel AND indisprimary) THEN
-        RAISE NOTICE 'table "%" has no usable replica identity, setting REPLICA IDENTITY FULL', rel;
-        FOR part IN SELECT relid FROM pg_partition_tree(rel) UNION SELECT rel LOOP
-            EXECUTE format('ALTER TABLE %s REPLICA IDENTITY FULL', part);
-        END LOOP;
     END IF;
     INSERT INTO terrace.sync_table VALUES (class.nspname, class.relname, domains, columns, filter);
 END $$;

@@ -1,5 +1,8 @@
 //! What SQL users meet at the top.
 
+use std::sync::{Arc, Mutex};
+
+use postgres::NoTls;
 use terrace_tests::server::explain;
 use terrace_tests::{Scratch, Server, ServerOptions};
 
@@ -110,6 +113,33 @@ fn dropping_the_extension_leaves_nothing() {
     top.sql("INSERT INTO t VALUES (2); CREATE EXTENSION terrace");
 }
 
+/// Warnings and notices that `sql` raises.
+fn notices(top: &Server, sql: &str) -> String {
+    let heard = Arc::new(Mutex::new(String::new()));
+    let hear = Arc::clone(&heard);
+    let mut config = top.config();
+    config.notice_callback(move |notice| {
+        let mut heard = hear.lock().expect("no panic");
+        *heard += &format!(
+            "{}: {} {}\n",
+            notice.severity(),
+            notice.message(),
+            notice.hint().unwrap_or_default()
+        );
+    });
+    let mut client = config.connect(NoTls).expect("connect");
+    client
+        .batch_execute(sql)
+        .unwrap_or_else(|error| panic!("{sql}: {}", explain(&error)));
+    drop(client);
+    let heard = heard.lock().expect("no panic");
+    heard.clone()
+}
+
+fn refusal(top: &Server, sql: &str) -> String {
+    explain(&top.connect().batch_execute(sql).expect_err(sql))
+}
+
 // One report with an infinite time made terrace.lag fail on every server above, for ever.
 #[test]
 fn a_report_that_cannot_be_shown_is_refused() {
@@ -215,4 +245,49 @@ fn a_report_that_cannot_be_shown_is_refused() {
         "a d"
     );
     all_show("events");
+}
+
+// PostgreSQL refuses every UPDATE and DELETE of a published table whose old rows cannot
+// be told.
+#[test]
+fn what_is_added_can_be_updated() {
+    let (top, _scratch) = top();
+    top.sql(
+        "CREATE TABLE late (id int PRIMARY KEY DEFERRABLE, v int);
+         CREATE TABLE seen (id int PRIMARY KEY, open bool);
+         CREATE TABLE pair (id int PRIMARY KEY, a int, b int);
+         CREATE TABLE inner_key (id int, a int PRIMARY KEY, b int);
+         CREATE TABLE keyless (a int, b int);
+         CREATE TABLE parted (a int, b int) PARTITION BY LIST (a);
+         CREATE TABLE parted_1 PARTITION OF parted FOR VALUES IN (1)",
+    );
+    let said = notices(
+        &top,
+        "SELECT terrace.add_table('late'), terrace.add_table('parted')",
+    );
+    assert_eq!(said.matches("REPLICA IDENTITY FULL").count(), 2, "{said}");
+    let said = notices(&top, "SELECT terrace.add_table('seen', filter => 'open')");
+    assert!(
+        said.contains("\"public.seen\"") && said.contains("REPLICA IDENTITY FULL"),
+        "{said}"
+    );
+    let said = notices(
+        &top,
+        "SELECT terrace.add_table('pair', columns => '{id, a}', filter => 'id > 0')",
+    );
+    assert_eq!(said, "");
+    for sql in [
+        "SELECT terrace.add_table('inner_key', columns => '{id, b}')",
+        "SELECT terrace.add_table('keyless', columns => '{a}')",
+        "SELECT terrace.add_table('inner_key', columns => '{a, b}', filter => 'b > 0')",
+    ] {
+        let said = refusal(&top, sql);
+        assert!(said.contains("replica identity"), "{sql}: {said}");
+    }
+    top.sql(
+        "INSERT INTO late VALUES (1, 1); UPDATE late SET v = 2; DELETE FROM late;
+         INSERT INTO seen VALUES (1, true); UPDATE seen SET open = false; DELETE FROM seen;
+         INSERT INTO pair VALUES (1, 1, 1); UPDATE pair SET a = 2; DELETE FROM pair;
+         INSERT INTO parted VALUES (1, 1); UPDATE parted SET b = 2; DELETE FROM parted",
+    );
 }
