@@ -193,7 +193,8 @@ BEGIN
     END LOOP;
     EXECUTE format('GRANT USAGE ON SCHEMA %I TO terrace_reader', schema_name);
     IF NOT terrace.in_publication(rel) THEN
-        EXECUTE format('ALTER PUBLICATION terrace ADD TABLE %s%s%s', rel,
+        -- Those that inherit from it are tables of their own; partitions come along anyhow.
+        EXECUTE format('ALTER PUBLICATION terrace ADD TABLE ONLY %s%s%s', rel,
             (SELECT '(' || string_agg(quote_ident(c), ', ') || ')' FROM unnest(setting.columns) c),
             ' WHERE (' || setting.filter || ')');
     END IF;
@@ -212,7 +213,7 @@ BEGIN
         RETURN;
     END IF;
     IF terrace.in_publication(rel) THEN
-        EXECUTE format('ALTER PUBLICATION terrace DROP TABLE %s', rel);
+        EXECUTE format('ALTER PUBLICATION terrace DROP TABLE ONLY %s', rel);
     END IF;
     FOR part IN SELECT relid FROM pg_partition_tree(rel) UNION SELECT rel LOOP
         EXECUTE format('DROP TRIGGER IF EXISTS terrace_tag ON %s', part);

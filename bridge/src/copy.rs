@@ -86,7 +86,7 @@ impl Table {
             None => format!("COPY {table}{list} TO STDOUT"),
             Some(filter) => {
                 let columns = if columns.is_empty() { "*" } else { &columns };
-                format!("COPY (SELECT {columns} FROM {table} WHERE {filter}) TO STDOUT")
+                format!("COPY (SELECT {columns} FROM ONLY {table} WHERE {filter}) TO STDOUT")
             }
         };
         (read, format!("COPY {table}{list} FROM STDIN"))
@@ -367,7 +367,7 @@ async fn prepare_schema(
     for table in &present {
         let name = table.qualified();
         let full = local
-            .simple(&format!("SELECT 1 FROM {name} LIMIT 1"))
+            .simple(&format!("SELECT 1 FROM ONLY {name} LIMIT 1"))
             .await?;
         if !full.is_empty() && ours.is_empty() {
             bail!(
@@ -377,7 +377,10 @@ async fn prepare_schema(
         }
     }
     if !present.is_empty() && !ours.is_empty() {
-        let names: Vec<String> = present.iter().map(|table| table.qualified()).collect();
+        let names: Vec<String> = present
+            .iter()
+            .map(|table| format!("ONLY {}", table.qualified()))
+            .collect();
         local
             .simple(&format!("TRUNCATE {}", names.join(", ")))
             .await

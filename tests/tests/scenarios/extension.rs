@@ -291,3 +291,22 @@ fn what_is_added_can_be_updated() {
          INSERT INTO parted VALUES (1, 1); UPDATE parted SET b = 2; DELETE FROM parted",
     );
 }
+
+// A parent table dragged the tables that inherit from it into the publication, and took
+// one that was synchronised in its own right out with it.
+#[test]
+fn a_table_joins_without_those_that_inherit_from_it() {
+    let (top, _scratch) = top();
+    top.sql(
+        "CREATE TABLE parent (id int PRIMARY KEY); CREATE TABLE child (PRIMARY KEY (id)) INHERITS (parent);
+         CREATE TABLE other (PRIMARY KEY (id)) INHERITS (parent);
+         SELECT terrace.add_table('parent')",
+    );
+    let published = "SELECT string_agg(tablename, ' ' ORDER BY tablename) \
+                     FROM pg_publication_tables WHERE pubname = 'terrace' AND schemaname <> 'terrace'";
+    assert_eq!(top.value(published), "parent");
+    top.sql("SELECT terrace.add_table('child')");
+    assert_eq!(top.value(published), "child parent");
+    top.sql("SELECT terrace.remove_table('parent')");
+    assert_eq!(top.value(published), "child");
+}
