@@ -183,6 +183,7 @@ BEGIN
     SELECT * INTO setting FROM terrace.sync_table
     WHERE nspname = schema_name AND relname = table_name;
     parts := ARRAY(SELECT relid FROM pg_partition_tree(rel) UNION SELECT rel);
+    -- The triggers first: where they are, follow_made has nothing to do.
     FOREACH part IN ARRAY parts LOOP
         IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = part AND tgname = 'terrace_tag') THEN
             EXECUTE format('CREATE TRIGGER terrace_tag BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE '
@@ -218,6 +219,44 @@ BEGIN
     FOR part IN SELECT relid FROM pg_partition_tree(rel) UNION SELECT rel LOOP
         EXECUTE format('DROP TRIGGER IF EXISTS terrace_tag ON %s', part);
         EXECUTE format('REVOKE SELECT ON %s FROM terrace_reader', part);
+    END LOOP;
+END $$;
+
+-- A table that is made where it is listed already, or a partition that comes later.
+CREATE FUNCTION follow_made() RETURNS event_trigger
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    found record;
+BEGIN
+    FOR found IN
+        SELECT DISTINCT s.nspname, s.relname
+        FROM pg_event_trigger_ddl_commands() made
+        CROSS JOIN LATERAL (SELECT made.objid UNION SELECT relid FROM pg_partition_ancestors(made.objid)) up
+        JOIN pg_class c ON c.oid = up.objid AND c.relkind IN ('r', 'p')
+        JOIN pg_namespace n ON n.oid = c.relnamespace
+        JOIN terrace.sync_table s ON s.nspname = n.nspname AND s.relname = c.relname
+        WHERE made.classid = 'pg_class'::regclass
+          AND EXISTS (SELECT FROM (SELECT c.oid UNION SELECT relid FROM pg_partition_tree(c.oid)) part
+                      WHERE NOT EXISTS (SELECT FROM pg_trigger t
+                                        WHERE t.tgrelid = part.oid AND t.tgname = 'terrace_tag'))
+    LOOP
+        PERFORM terrace.attach_table(found.nspname, found.relname);
+    END LOOP;
+END $$;
+
+-- What is dropped at the top is listed no more; below, the top's list counts.
+CREATE FUNCTION follow_dropped() RETURNS event_trigger
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    gone record;
+BEGIN
+    FOR gone IN
+        SELECT s.nspname, s.relname
+        FROM pg_event_trigger_dropped_objects() d
+        JOIN terrace.sync_table s ON s.nspname = d.schema_name AND s.relname = d.object_name
+        WHERE d.object_type = 'table' AND terrace.is_top()
+    LOOP
+        DELETE FROM terrace.sync_table s WHERE s.nspname = gone.nspname AND s.relname = gone.relname;
     END LOOP;
 END $$;
 
@@ -637,3 +676,9 @@ GRANT EXECUTE ON FUNCTION arm_now(), current_tag(), with_ancestors(text[]), send
 GRANT EXECUTE ON FUNCTION report(jsonb) TO terrace_reader;
 GRANT SELECT ON domain, sync_table, domains, tables, status, node_status, lag, topology, event,
     events, conflict, conflicts, progress TO PUBLIC;
+
+-- Last, as they would fire for the tables of this file.
+CREATE EVENT TRIGGER terrace_made ON ddl_command_end
+    WHEN TAG IN ('CREATE TABLE', 'CREATE TABLE AS', 'SELECT INTO', 'CREATE SCHEMA', 'ALTER TABLE')
+    EXECUTE FUNCTION follow_made();
+CREATE EVENT TRIGGER terrace_dropped ON sql_drop EXECUTE FUNCTION follow_dropped();

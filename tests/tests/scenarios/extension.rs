@@ -310,3 +310,42 @@ fn a_table_joins_without_those_that_inherit_from_it() {
     top.sql("SELECT terrace.remove_table('parent')");
     assert_eq!(top.value(published), "child");
 }
+
+const JOINED: &str = "SELECT string_agg(c.relname, ' ' ORDER BY c.relname) FROM pg_class c \
+     WHERE c.relkind IN ('r', 'p') AND c.relnamespace = 'public'::regnamespace \
+       AND has_table_privilege('terrace_reader', c.oid, 'SELECT') \
+       AND EXISTS (SELECT FROM pg_trigger WHERE tgrelid = c.oid AND tgname = 'terrace_tag') \
+       AND c.relreplident = CASE WHEN c.relname LIKE 'bare%' THEN 'f' ELSE 'd' END::\"char\"";
+
+#[test]
+fn later_partitions_join_and_dropped_tables_leave() {
+    let (top, _scratch) = top();
+    top.sql(
+        "CREATE TABLE bare (a int, b int) PARTITION BY LIST (a);
+         CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE u (id int PRIMARY KEY);
+         CREATE SCHEMA shop; CREATE TABLE shop.price (id int PRIMARY KEY);
+         SELECT terrace.add_table('bare'), terrace.add_table('t'), terrace.add_table('u'), terrace.add_schema('shop')",
+    );
+    top.sql(
+        "CREATE TABLE bare_1 PARTITION OF bare FOR VALUES IN (1) PARTITION BY LIST (b);
+         CREATE TABLE bare_1_1 PARTITION OF bare_1 FOR VALUES IN (1);
+         CREATE TABLE bare_2 (a int, b int); ALTER TABLE bare ATTACH PARTITION bare_2 FOR VALUES IN (2);
+         CREATE TABLE apart (a int)",
+    );
+    assert_eq!(top.value(JOINED), "bare bare_1 bare_1_1 bare_2 t u");
+    top.sql("INSERT INTO bare VALUES (1, 1), (2, 2); UPDATE bare SET b = b");
+
+    let known = "SELECT string_agg(\"table\", ' ' ORDER BY \"table\") FROM terrace.tables";
+    top.sql("DROP TABLE t; DROP SCHEMA shop CASCADE; DROP TABLE bare_2");
+    assert_eq!(top.value(known), "public.bare public.u");
+    top.sql("CREATE TABLE t (id int PRIMARY KEY); SELECT terrace.add_table('t')");
+    assert_eq!(top.value(known), "public.bare public.t public.u");
+    // Whoever may drop a table need not know of us.
+    top.sql(
+        "CREATE ROLE owner LOGIN; GRANT CREATE ON SCHEMA public TO owner; ALTER TABLE u OWNER TO owner;
+         SET ROLE owner; CREATE TABLE theirs (a int); DROP TABLE theirs; DROP TABLE u",
+    );
+    assert_eq!(top.value(known), "public.bare public.t");
+    top.sql("DROP EXTENSION terrace; DROP TABLE t; CREATE TABLE t (id int)");
+    assert_eq!(top.value("SELECT count(*) FROM pg_event_trigger"), "0");
+}
