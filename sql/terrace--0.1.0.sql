@@ -367,6 +367,7 @@ CREATE FUNCTION add_table(rel regclass, domains text[] DEFAULT NULL, filter text
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     class record;
+    has_rows boolean;
 BEGIN
     PERFORM terrace.must_be_top();
     SELECT n.nspname, c.relname, c.relkind, c.relpersistence INTO class
@@ -391,6 +392,14 @@ BEGIN
         domains := terrace.with_ancestors(domains);
     END IF;
     INSERT INTO terrace.sync_table VALUES (class.nspname, class.relname, domains, columns, filter);
+    EXECUTE format('SELECT EXISTS (SELECT FROM %s%s)',
+        CASE class.relkind WHEN 'r' THEN 'ONLY ' END, rel) INTO has_rows;
+    IF has_rows AND (EXISTS (SELECT FROM terrace.status s WHERE s.domain <> 'top')
+                     OR EXISTS (SELECT FROM pg_replication_slots WHERE slot_name LIKE 'terrace\_%')) THEN
+        RAISE WARNING 'rows that table "%" has now do not reach servers that receive already', rel
+            USING HINT = 'Only later changes do. Write the rows again, or run terrace-bridge resync on the servers below, '
+                'parents first.';
+    END IF;
 END $$;
 
 CREATE FUNCTION add_schema(name text) RETURNS integer

@@ -349,3 +349,24 @@ fn later_partitions_join_and_dropped_tables_leave() {
     top.sql("DROP EXTENSION terrace; DROP TABLE t; CREATE TABLE t (id int)");
     assert_eq!(top.value("SELECT count(*) FROM pg_event_trigger"), "0");
 }
+
+#[test]
+fn rows_that_will_not_arrive_are_warned_of() {
+    let (top, _scratch) = top();
+    top.sql(
+        "CREATE TABLE t AS SELECT 1 AS a; CREATE TABLE u AS SELECT 1 AS a; CREATE TABLE empty (a int);
+         SELECT terrace.create_domain('region')",
+    );
+    let said = notices(&top, "SELECT terrace.add_table('t')");
+    assert!(!said.contains("WARNING"), "nobody receives yet: {said}");
+    top.sql(
+        "SELECT terrace.report('{\"nodes\": [{\"node\": \"region-1\", \"instance\": \"x\", \
+         \"domain\": \"region\"}], \"events\": []}')",
+    );
+    let said = notices(&top, "SELECT terrace.add_table('empty')");
+    assert!(!said.contains("WARNING"), "{said}");
+    let said = notices(&top, "SELECT terrace.add_table('u')");
+    for words in ["WARNING", "\"public.u\"", "terrace-bridge resync"] {
+        assert!(said.contains(words), "{words}: {said}");
+    }
+}
