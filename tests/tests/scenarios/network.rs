@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::sys::signal::Signal;
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
-use terrace_tests::bridge::{Bridge, BridgeOptions, options};
+use terrace_tests::bridge::{Bridge, BridgeOptions, bridge_program, options};
 use terrace_tests::process::{Process, command};
 use terrace_tests::scratch::free_port;
 use terrace_tests::server::program;
@@ -371,6 +371,37 @@ fn a_port_for_others_needs_an_auth_file() {
         let said = told(output).expect_err("a refusal");
         assert!(said.contains("relay.auth_file"), "{address}: {said}");
     }
+}
+
+#[test]
+fn the_password_file_may_be_named_by_the_environment() {
+    let scratch = Scratch::new("terrace-").expect("scratch");
+    let server = Server::start(&scratch, "server", &ServerOptions::default()).expect("boot");
+    let passfile = scratch.path().join("passfile");
+    fs::write(&passfile, format!("*:*:app:terrace:{PASSWORD}\n")).expect("write");
+    fs::set_permissions(&passfile, fs::Permissions::from_mode(0o600)).expect("chmod");
+    let database = server
+        .conninfo()
+        .replace(&format!(" password={PASSWORD}"), "");
+    let options = BridgeOptions {
+        node: "probe".into(),
+        domain: "probe".into(),
+        database,
+        ..Default::default()
+    };
+    let probe = Bridge::prepare(&scratch, &options, free_port()).expect("prepare");
+    let status = |passfile: &Path| {
+        let mut status = limited(&bridge_program().to_string_lossy());
+        status
+            .args(["status", "-c"])
+            .arg(probe.config())
+            .env("PGPASSFILE", passfile)
+            .env("HOME", scratch.path());
+        told(status.output().expect("run status"))
+    };
+    status(&passfile).unwrap_or_else(|said| panic!("{said}"));
+    let said = status(Path::new("/nowhere")).expect_err("no password");
+    assert!(said.contains("passfile"), "{said}");
 }
 
 // ----- stock clients ------------------------------------------------------------
