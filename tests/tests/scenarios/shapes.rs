@@ -61,6 +61,81 @@ fn a_table_that_is_made_later_is_copied_on() {
     tree.wait_for_equal(&["parted"]);
 }
 
+// Objects that have nothing to do with what is synchronised kept the first copy from being made.
+#[test]
+fn strange_neighbours_do_not_block_the_copy() {
+    let schema = "
+        CREATE SCHEMA vault; CREATE TYPE vault.mood AS ENUM ('good', 'bad');
+        CREATE TABLE cust (id int PRIMARY KEY, name text);
+        CREATE FUNCTION all_cust() RETURNS SETOF cust LANGUAGE sql AS 'SELECT * FROM cust';
+        CREATE FUNCTION one_cust(cust) RETURNS int LANGUAGE sql AS 'SELECT 1';
+        CREATE FUNCTION doubled(n int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS $f$
+        BEGIN
+        -- a body that looks like a dump
+        --
+        -- Name: fake; Type: TABLE; Schema: public; Owner: -
+        --
+        RETURN n * 2;
+        END $f$;
+        CREATE FUNCTION atomic(n int) RETURNS int LANGUAGE sql BEGIN ATOMIC SELECT n + 1; SELECT n + 2; END;
+        CREATE VIEW seen AS SELECT * FROM cust;
+        CREATE FUNCTION of_view() RETURNS SETOF seen LANGUAGE sql AS 'SELECT * FROM seen';
+        CREATE TABLE line (
+            id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, cust int REFERENCES cust, other int,
+            mood vault.mood DEFAULT 'good', twice int GENERATED ALWAYS AS (doubled(other)) STORED,
+            txt text DEFAULT 'it''s; a -- text', UNIQUE (other));
+        CREATE TABLE part (line int REFERENCES line, n int CHECK (n > 0));
+        CREATE INDEX ON part (n);
+        INSERT INTO cust VALUES (1, 'a');
+        INSERT INTO line (cust, other) SELECT 1, g FROM generate_series(1, 10) g;
+        INSERT INTO part SELECT g, g FROM generate_series(1, 10) g;
+        SELECT terrace.add_table('line'), terrace.add_table('part')";
+    let mut tree = Tree::plant(schema).expect("boot the top");
+    tree.boot(&[("region", None, 1), ("branch", Some("region"), 1)])
+        .expect("boot the servers");
+    // Left by an earlier try, or made by hand.
+    tree.nodes[0]
+        .server
+        .sql("CREATE SCHEMA vault; CREATE TYPE vault.mood AS ENUM ('good', 'bad')");
+    tree.start_bridges().expect("start the bridges");
+    tree.wait_streaming();
+    tree.top.sql(
+        "INSERT INTO line (cust, other) VALUES (1, 11); UPDATE part SET n = 20 WHERE line = 2",
+    );
+    tree.wait_for_equal(&["line", "part"]);
+    let has = |server: &Server, what: &str| server.value(&format!("SELECT count(*) FROM {what}"));
+    for node in &tree.nodes {
+        let server = &node.server;
+        for (what, count) in [
+            (
+                "pg_constraint WHERE conrelid = 'line'::regclass AND contype = 'f'",
+                "0",
+            ),
+            (
+                "pg_constraint WHERE conrelid = 'part'::regclass AND contype IN ('f', 'c')",
+                "2",
+            ),
+            (
+                "pg_index WHERE indrelid IN ('line'::regclass, 'part'::regclass)",
+                "3",
+            ),
+            ("pg_proc WHERE proname IN ('doubled', 'atomic')", "2"),
+            (
+                "pg_proc WHERE proname = 'doubled' AND prosrc LIKE '%looks like a dump%fake%'",
+                "1",
+            ),
+        ] {
+            assert_eq!(has(server, what), count, "{what} on {}", server.name);
+        }
+        let told = "SELECT reason FROM terrace.events WHERE kind = 'left_out' ORDER BY 1";
+        let told = server.value(told);
+        assert!(
+            node.domain == "branch" || told.contains("line_cust_fkey"),
+            "{told}"
+        );
+    }
+}
+
 // Tables that are copied by a filter read those that inherit from them as well.
 #[test]
 fn rows_of_inheriting_tables_stay_out_of_the_copy() {
