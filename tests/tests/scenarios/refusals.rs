@@ -301,7 +301,20 @@ fn a_node_name_is_used_once() {
     let server = Server::start(&directory, "second", &ServerOptions::default()).expect("boot");
     let mut twin = options(&server, "other", &[tree.top.conninfo()]);
     twin.node = "region-1".into();
-    let bridge = Bridge::start(&directory, &twin).expect("start");
+    let check = |bridge: &Bridge| {
+        let output = bridge.run("check").expect("run check");
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        (output.status.code(), said)
+    };
+    let mut bridge = Bridge::prepare(&directory, &twin, free_port()).expect("prepare");
+    let (code, said) = check(&bridge);
+    assert!(
+        code == Some(1) && said.contains("\"region-1\" is already in use"),
+        "{said}"
+    );
+    let (code, said) = check(&tree.nodes[0].bridge);
+    assert_eq!(code, Some(0), "{said}");
+    bridge.restart().expect("start");
     wait_until("the name is refused", || {
         bridge.logged().contains("already in use")
     });
