@@ -3,6 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -170,6 +171,13 @@ async fn serve(
 
 fn lock_data_dir(dir: &Path) -> anyhow::Result<File> {
     fs::create_dir_all(dir).with_context(|| format!("create data_dir {}", dir.display()))?;
+    // It holds rows of the database: nobody else on this machine is to read them.
+    let mode = fs::metadata(dir)?.permissions().mode();
+    if mode & 0o077 != 0
+        && let Err(error) = fs::set_permissions(dir, fs::Permissions::from_mode(0o700))
+    {
+        tracing::warn!("others can read data_dir {}: {error}", dir.display());
+    }
     let path = dir.join("lock");
     let file = File::options()
         .create(true)

@@ -1,7 +1,9 @@
 //! Wrong input and hostile clients: one clear message, and everybody else goes on.
 
+use std::fs::Permissions;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use postgres::{Client, NoTls};
@@ -321,4 +323,35 @@ fn a_node_name_is_used_once() {
     tree.top.sql("INSERT INTO t VALUES (1)");
     tree.wait_for_equal(&["t"]);
     assert!(tree.nodes[0].bridge.is_running());
+}
+
+#[test]
+fn what_is_on_disk_is_for_the_bridge_alone() {
+    let mut tree =
+        Tree::plant("CREATE TABLE t (id int PRIMARY KEY); SELECT terrace.add_table('t')")
+            .expect("boot the top");
+    tree.boot(&[("region", None, 1)]).expect("boot the server");
+    let data = tree.nodes[0].bridge.directory().join("data");
+    // Made by an administrator, or by an older bridge.
+    std::fs::create_dir(&data).expect("make the directory");
+    std::fs::set_permissions(&data, Permissions::from_mode(0o755)).expect("chmod");
+    tree.start_bridges().expect("start the bridge");
+    tree.wait_streaming();
+    tree.top.sql("INSERT INTO t VALUES (1)");
+    tree.wait_for_equal(&["t"]);
+    let (mut open, mut seen, mut waiting) = (Vec::new(), 0, vec![data]);
+    while let Some(path) = waiting.pop() {
+        let state = std::fs::symlink_metadata(&path).expect("stat");
+        let mode = state.permissions().mode() & 0o777;
+        seen += 1;
+        if mode & 0o077 != 0 {
+            open.push(format!("{} {mode:o}", path.display()));
+        }
+        if state.is_dir() {
+            let entries = std::fs::read_dir(&path).expect("list");
+            waiting.extend(entries.map(|entry| entry.expect("entry").path()));
+        }
+    }
+    assert!(seen > 4, "the queue and the socket are there");
+    assert!(open.is_empty(), "{open:#?}");
 }
