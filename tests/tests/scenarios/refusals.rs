@@ -4,7 +4,7 @@ use std::fs::Permissions;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::fs::PermissionsExt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use postgres::{Client, NoTls};
 use terrace_tests::bridge::{Bridge, BridgeOptions, options};
@@ -354,4 +354,26 @@ fn what_is_on_disk_is_for_the_bridge_alone() {
     }
     assert!(seen > 4, "the queue and the socket are there");
     assert!(open.is_empty(), "{open:#?}");
+}
+
+// Connections that say nothing took all places of the relay for 10 s each.
+#[test]
+fn idle_connections_keep_nobody_out() {
+    let tree = Tree::grow(
+        "CREATE TABLE t (id int PRIMARY KEY); SELECT terrace.add_table('t')",
+        &[("region", None, 2)],
+    );
+    let bridge = &tree.nodes[0].bridge;
+    let connect = || TcpStream::connect(("127.0.0.1", bridge.port));
+    let idle: Vec<TcpStream> = (0..650).filter_map(|_| connect().ok()).collect();
+    for _ in 0..5 {
+        let started = Instant::now();
+        let mut client = bridge.try_connect().expect("an SQL session");
+        client.batch_execute("SELECT 1").expect("an answer");
+        let waited = started.elapsed();
+        assert!(waited < Duration::from_secs(3), "waited {waited:?}");
+    }
+    tree.top.sql("INSERT INTO t VALUES (1)");
+    tree.wait_for_equal(&["t"]);
+    drop(idle);
 }
