@@ -51,6 +51,11 @@ CREATE FUNCTION arm_tag() RETURNS trigger
 CREATE FUNCTION arm_now() RETURNS void
     LANGUAGE c AS 'MODULE_PATHNAME', 'arm_now_wrapper';
 
+-- What a relay calls first in each session that it passes on. The pass-through role
+-- could change itself otherwise: no grant keeps a role from that.
+CREATE FUNCTION guard_session() RETURNS void
+    LANGUAGE c AS 'MODULE_PATHNAME', 'guard_session_wrapper';
+
 CREATE FUNCTION with_ancestors(names text[]) RETURNS text[]
     LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -679,10 +684,12 @@ END $$;
 
 -- ----- who may what ----------------------------------------------------------
 
+-- Whoever may write at the top may send, so send is for everybody; a session through
+-- a relay is kept from it by its guard, as it is from pg_notify and the like.
 REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA terrace FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION arm_now(), current_tag(), with_ancestors(text[]), send(text, text),
     top_lsn(), is_top(), wait_for(pg_lsn, text, interval) TO PUBLIC;
-GRANT EXECUTE ON FUNCTION report(jsonb) TO terrace_reader;
+GRANT EXECUTE ON FUNCTION report(jsonb), guard_session() TO terrace_reader;
 GRANT SELECT ON domain, sync_table, domains, tables, status, node_status, lag, topology, event,
     events, conflict, conflicts, progress TO PUBLIC;
 

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use postgres::{Client, NoTls};
 use terrace_tests::bridge::{Bridge, BridgeOptions, options};
 use terrace_tests::scratch::free_port;
+use terrace_tests::server::explain;
 use terrace_tests::{Scratch, Server, ServerOptions, Tree, wait_until};
 
 #[test]
@@ -323,6 +324,84 @@ fn a_node_name_is_used_once() {
     tree.top.sql("INSERT INTO t VALUES (1)");
     tree.wait_for_equal(&["t"]);
     assert!(tree.nodes[0].bridge.is_running());
+}
+
+// A role may change itself: one client could keep all others out, past the next start, or
+// give itself a password for the Postgres behind the relay.
+#[test]
+fn a_client_cannot_change_what_it_runs_under() {
+    let mut tree = Tree::grow(
+        "CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1); SELECT terrace.add_table('t')",
+        &[("region", None, 1)],
+    );
+    let node = &tree.nodes[0];
+    let mut passed = Vec::new();
+    for sql in [
+        "ALTER ROLE terrace_relay PASSWORD 'mine'",
+        "ALTER USER CURRENT_USER PASSWORD NULL",
+        "ALTER ROLE terrace_relay SET statement_timeout = 1",
+        "ALTER ROLE terrace_relay IN DATABASE app SET search_path = 'nowhere'",
+        "ALTER ROLE terrace_relay RESET ALL",
+        "GRANT terrace_relay TO terrace_reader",
+        "SET ROLE terrace_reader; DROP OWNED BY terrace_reader",
+        "DO $$ BEGIN EXECUTE 'ALTER ROLE terrace_relay SET lock_timeout = 1'; END $$",
+        "CREATE TEMP TABLE x (a int)",
+        "SELECT 1 AS a INTO TEMP x",
+        "SELECT lo_create(0)",
+        "SELECT lo_from_bytea(0, 'x')",
+        "SELECT pg_notify('a', 'b')",
+        "NOTIFY a",
+        "SELECT pg_logical_emit_message(true, 'terrace.send', '{}')",
+        "SELECT terrace.send('a', 'b')",
+        "SELECT terrace.attach_table('public', 't')",
+    ] {
+        let mut client = node.bridge.try_connect().expect("an SQL session");
+        if client.batch_execute(sql).is_ok() {
+            passed.push(sql);
+        }
+    }
+    for sql in [
+        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; LOCK TABLE t IN ACCESS SHARE MODE; \
+         SAVEPOINT a; DECLARE c CURSOR FOR SELECT * FROM t; FETCH c; CLOSE c; ROLLBACK TO a; COMMIT",
+        "SET statement_timeout = '1min'; SHOW statement_timeout; RESET statement_timeout",
+        "DISCARD ALL",
+        "PREPARE p AS SELECT * FROM t; EXECUTE p; DEALLOCATE p; EXPLAIN SELECT * FROM t; LISTEN x; UNLISTEN *",
+        "SELECT terrace.report('{\"nodes\": [], \"events\": []}'); SELECT * FROM terrace.lag",
+    ] {
+        let mut client = node.bridge.try_connect().expect("an SQL session");
+        client
+            .batch_execute(sql)
+            .unwrap_or_else(|error| panic!("{sql}: {}", explain(&error)));
+    }
+    assert!(passed.is_empty(), "{passed:#?}");
+    let settings = "SELECT count(*) FROM pg_db_role_setting s JOIN pg_roles r ON r.oid = s.setrole \
+                    WHERE rolname = 'terrace_relay'";
+    assert_eq!(node.server.value(settings), "0");
+
+    // Whatever became of the role, the next session has it as it must be.
+    node.server.sql(
+        "ALTER ROLE terrace_relay NOLOGIN CREATEDB PASSWORD 'other' VALID UNTIL '2020-01-01';
+         ALTER ROLE terrace_relay SET statement_timeout = 1;
+         ALTER ROLE terrace_relay IN DATABASE app SET default_transaction_isolation = 'serializable';
+         REVOKE terrace_reader FROM terrace_relay",
+    );
+    let mut client = node.bridge.try_connect().expect("an SQL session");
+    client
+        .batch_execute("SELECT pg_sleep(0.1) FROM t")
+        .expect("no timeout");
+    assert_eq!(node.server.value(settings), "0");
+    let attributes =
+        "SELECT rolcreatedb, rolcanlogin FROM pg_roles WHERE rolname = 'terrace_relay'";
+    assert_eq!(node.server.rows(attributes), [["f", "t"]]);
+    // Settings alone are put right by the next start.
+    node.server
+        .sql("ALTER ROLE terrace_relay SET statement_timeout = 1");
+    tree.nodes[0].bridge.stop();
+    tree.start_bridges().expect("start the bridge");
+    wait_until("sessions work", || {
+        let client = tree.nodes[0].bridge.try_connect();
+        client.is_ok_and(|mut client| client.batch_execute("SELECT pg_sleep(0.1)").is_ok())
+    });
 }
 
 #[test]
