@@ -39,7 +39,7 @@ const MAX_SESSIONS: usize = 600;
 /// Connections whose client has not yet shown who it is; for more the oldest ends.
 const MAX_STRANGERS: usize = 256;
 /// The same from one address: whoever sits there keeps out no others.
-const MAX_STRANGERS_PER_ADDRESS: usize = 64;
+const MAX_STRANGERS_PER_ADDRESS: usize = 128;
 /// Longest time to tell a client why it is refused.
 const FAREWELL: Duration = Duration::from_secs(2);
 
