@@ -94,7 +94,7 @@ pub async fn dump(
                     pg_catalog.pg_partition_tree(to_regclass(format('%I.%I', s.nspname, s.relname))) t \
                     WHERE t.relid = c.oid) \
                AND NOT EXISTS (SELECT FROM terrace.sync_table s \
-                    WHERE s.nspname = n.nspname AND s.relname = c.relname)",
+                    WHERE s.nspname = n.nspname AND s.relname = c.relname AND s.columns IS NULL)",
         )
         .await?;
     let mut command = Command::new(pg_dump_for(reader).await?);
@@ -127,8 +127,56 @@ pub async fn dump(
         );
     }
     let text = String::from_utf8(output.stdout).context("output of pg_dump")?;
-    Ok(text)
+    let parts = match section {
+        "pre-data" => PARTS_BEFORE_ROWS,
+        _ => PARTS_AFTER_ROWS,
+    };
+    // Within the transaction of the snapshot; names must say where they are from.
+    reader.simple("SET LOCAL search_path = ''").await?;
+    let parts = reader.simple(parts).await?;
+    let parts: String = parts.into_iter().flatten().flatten().collect();
+    // What they are made of comes before them, what refers to them after.
+    Ok(match section {
+        "pre-data" => text + &parts,
+        _ => parts + &text,
+    })
 }
+
+/// Of tables that are synchronised by some of their columns, as objects of a dump. pg_dump
+/// is no help: it locks a table, which takes the right to read all of it. Here they hold
+/// those columns alone, and as all values come from the source, no defaults.
+const PARTS_BEFORE_ROWS: &str = "\
+    SELECT format(E'\\n--\\n-- Name: %s; Type: TABLE; Schema: %s; Owner: -\\n--\\n\\nCREATE TABLE %I.%I (%s);\\n', \
+        c.relname, n.nspname, n.nspname, c.relname, \
+        (SELECT string_agg(format('%I %s%s%s', a.attname, format_type(a.atttypid, a.atttypmod), \
+                ' COLLATE ' || nullif(a.attcollation, t.typcollation)::regcollation, \
+                CASE WHEN a.attnotnull THEN ' NOT NULL' END), ', ' ORDER BY a.attnum) \
+         FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid \
+         WHERE a.attrelid = c.oid AND a.attname = ANY (s.columns) AND a.attnum > 0)) \
+    FROM terrace.sync_table s JOIN pg_namespace n ON n.nspname = s.nspname \
+    JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = s.relname \
+    WHERE s.columns IS NOT NULL ORDER BY 1";
+/// Constraints and indexes that speak of those columns alone.
+const PARTS_AFTER_ROWS: &str = "\
+    WITH part AS ( \
+        SELECT c.oid, n.nspname, c.relname, array_agg(a.attnum) AS columns \
+        FROM terrace.sync_table s JOIN pg_namespace n ON n.nspname = s.nspname \
+        JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = s.relname \
+        JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = ANY (s.columns) AND a.attnum > 0 \
+        GROUP BY c.oid, n.nspname, c.relname) \
+    SELECT format(E'\\n--\\n-- Name: %s; Type: CONSTRAINT; Schema: %s; Owner: -\\n--\\n\\n\
+                  ALTER TABLE %I.%I ADD CONSTRAINT %I %s;\\n', k.conname, p.nspname, p.nspname, p.relname, \
+                  k.conname, pg_get_constraintdef(k.oid)) \
+    FROM part p JOIN pg_constraint k ON k.conrelid = p.oid AND k.contype IN ('p', 'u', 'c', 'x') \
+    LEFT JOIN pg_index i ON i.indexrelid = k.conindid \
+    WHERE k.conkey <@ p.columns AND coalesce(i.indkey::int2[] <@ p.columns, true) \
+      AND i.indexprs IS NULL AND i.indpred IS NULL \
+    UNION ALL \
+    SELECT format(E'\\n--\\n-- Name: %s; Type: INDEX; Schema: %s; Owner: -\\n--\\n\\n%s;\\n', \
+                  i.indexrelid::regclass, p.nspname, pg_get_indexdef(i.indexrelid)) \
+    FROM part p JOIN pg_index i ON i.indrelid = p.oid AND i.indisvalid \
+    WHERE i.indkey::int2[] <@ p.columns AND i.indexprs IS NULL AND i.indpred IS NULL \
+      AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = i.indexrelid AND k.conrelid = p.oid)";
 
 /// One object of a dump.
 #[derive(Debug, Default, PartialEq, Eq)]

@@ -1,5 +1,7 @@
 //! Tables of every shape, made anywhere and at any time.
 
+use postgres::{Client, NoTls};
+use terrace_tests::server::explain;
 use terrace_tests::{Server, Tree, wait_until};
 
 const ONE: [(&str, Option<&str>, usize); 1] = [("region", None, 1)];
@@ -159,4 +161,65 @@ fn rows_of_inheriting_tables_stay_out_of_the_copy() {
             .value("SELECT string_agg(id::text, ' ' ORDER BY id) FROM parent")
             == "1 4"
     });
+}
+
+// Whoever may read the listed columns could read all others too, at the top and through any
+// relay; and a column that must not be null and is not listed kept the copy from being made.
+#[test]
+fn columns_that_are_not_listed_are_read_by_nobody() {
+    let schema = "
+        CREATE TYPE mood AS ENUM ('good', 'bad');
+        CREATE TABLE person (
+            id serial, name text COLLATE \"C\" NOT NULL, secret text NOT NULL, how mood DEFAULT 'good',
+            PRIMARY KEY (id) INCLUDE (name), UNIQUE (name), UNIQUE (secret), CHECK (id > 0), CHECK (secret <> ''));
+        CREATE INDEX ON person (how); CREATE INDEX ON person (secret, how);
+        CREATE TABLE pet (id int PRIMARY KEY, owner int REFERENCES person);
+        INSERT INTO person (name, secret) VALUES ('anna', 'a'), ('otto', 'b'); INSERT INTO pet VALUES (1, 2);
+        SELECT terrace.add_table('person', columns => '{id, name, how}', filter => 'id > 1'), terrace.add_table('pet')";
+    let mut tree = Tree::plant(schema).expect("boot the top");
+    tree.boot(&[("region", None, 1), ("branch", Some("region"), 1)])
+        .expect("boot the servers");
+    let reader = |conninfo: &str| Client::connect(conninfo, NoTls).expect("connect");
+    let mut at_top = reader(&tree.top.conninfo());
+    at_top
+        .batch_execute("SELECT id, name, how FROM person")
+        .expect("what is listed is read");
+    let refused = at_top.batch_execute("SELECT secret FROM person");
+    assert!(explain(&refused.expect_err("a secret")).contains("permission denied"));
+    tree.start_bridges().expect("start the bridges");
+    tree.wait_streaming();
+    tree.top.sql(
+        "INSERT INTO person (name, secret) VALUES ('emil', 'c'); UPDATE person SET name = 'OTTO' WHERE id = 2;
+         UPDATE person SET secret = secret || 'd'; INSERT INTO pet VALUES (2, 3)",
+    );
+    tree.wait_for_equal(&["pet"]);
+    for node in &tree.nodes {
+        let server = &node.server;
+        let rows = server.rows("SELECT * FROM person ORDER BY id");
+        assert_eq!(
+            rows,
+            [["2", "OTTO", "good"], ["3", "emil", "good"]],
+            "{}",
+            server.name
+        );
+        let made = "SELECT string_agg(pg_get_constraintdef(oid), '; ' ORDER BY contype, conname) \
+                    FROM pg_constraint WHERE conrelid = 'person'::regclass";
+        assert_eq!(
+            server.value(made),
+            "CHECK ((id > 0)); PRIMARY KEY (id) INCLUDE (name); UNIQUE (name)"
+        );
+        let indexes = "SELECT count(*) FROM pg_index WHERE indrelid = 'person'::regclass";
+        assert_eq!(server.value(indexes), "3");
+        let foreign =
+            "SELECT count(*) FROM pg_constraint WHERE conrelid = 'pet'::regclass AND contype = 'f'";
+        assert_eq!(server.value(foreign), "1");
+        let mut client = reader(&node.bridge.conninfo());
+        client
+            .batch_execute("SELECT id, name, how FROM person")
+            .expect("what is listed is read");
+    }
+    tree.top.sql("SELECT terrace.remove_table('person')");
+    at_top
+        .batch_execute("SELECT id FROM person")
+        .expect_err("it is granted no more");
 }
