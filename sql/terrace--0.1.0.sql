@@ -51,6 +51,11 @@ CREATE FUNCTION arm_tag() RETURNS trigger
 CREATE FUNCTION arm_now() RETURNS void
     LANGUAGE c AS 'MODULE_PATHNAME', 'arm_now_wrapper';
 
+-- What a relay calls first in each session that it passes on. The pass-through role
+-- could change itself otherwise: no grant keeps a role from that.
+CREATE FUNCTION guard_session() RETURNS void
+    LANGUAGE c AS 'MODULE_PATHNAME', 'guard_session_wrapper';
+
 CREATE FUNCTION with_ancestors(names text[]) RETURNS text[]
     LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -106,12 +111,75 @@ BEGIN
     RETURN NULL;
 END $$;
 
+-- Columns that tell one row from the others in the stream; NULL when there are none.
+CREATE FUNCTION identity_of(rel regclass) RETURNS int2[]
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT CASE relreplident
+        WHEN 'f' THEN (SELECT array_agg(attnum) FROM pg_attribute
+                       WHERE attrelid = rel AND attnum > 0 AND NOT attisdropped)
+        -- PostgreSQL does not take a key that may be violated for a while.
+        ELSE (SELECT (indkey::int2[])[0:indnkeyatts - 1] FROM pg_index
+              WHERE indrelid = rel AND indisvalid AND indimmediate
+                AND (relreplident = 'd' AND indisprimary OR relreplident = 'i' AND indisreplident))
+        END
+    FROM pg_class WHERE oid = rel
+$$;
+
+CREATE FUNCTION in_publication(rel regclass) RETURNS boolean
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT EXISTS (SELECT FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
+                   WHERE p.pubname = 'terrace' AND r.prrelid = rel)
+$$;
+
+-- PostgreSQL refuses every UPDATE and DELETE of a published table, on each server,
+-- whose old rows cannot be told or that is published by columns outside of that.
+CREATE FUNCTION ensure_identity(rel regclass, columns text[]) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    identity int2[] := terrace.identity_of(rel);
+    problem text;
+    needed int2[] := ARRAY(
+        SELECT DISTINCT m[1]::int2 FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid,
+            regexp_matches(r.prqual::text, ':varattno (-?[0-9]+)', 'g') m
+        WHERE p.pubname = 'terrace' AND r.prrelid = rel);
+BEGIN
+    IF identity IS NULL THEN
+        problem := 'has no usable replica identity';
+    ELSIF NOT needed <@ identity
+          AND (SELECT relreplident FROM pg_class WHERE oid = rel) <> 'f' THEN
+        problem := 'has a filter on columns outside its replica identity';
+    END IF;
+    IF columns IS NOT NULL THEN
+        IF problem IS NULL AND (
+            (SELECT relreplident FROM pg_class WHERE oid = rel) = 'f'
+            OR NOT identity <@ ARRAY(SELECT attnum FROM pg_attribute
+                                     WHERE attrelid = rel AND attname = ANY (columns))) THEN
+            problem := 'has columns in its replica identity that are not listed';
+        END IF;
+        IF problem IS NULL THEN
+            RETURN;
+        ELSIF terrace.is_top() THEN
+            RAISE EXCEPTION 'table "%" %', rel, problem
+                USING ERRCODE = 'invalid_parameter_value',
+                      DETAIL = 'With a list of columns, rows could not be updated or deleted.',
+                      HINT = 'List the columns of the primary key and of the filter too, or leave columns out.';
+        ELSIF terrace.in_publication(rel) THEN
+            EXECUTE format('ALTER PUBLICATION terrace DROP TABLE ONLY %s', rel);  -- nothing reads it here
+        END IF;
+    ELSIF problem IS NOT NULL THEN
+        IF terrace.is_top() AND NOT (SELECT relispartition FROM pg_class WHERE oid = rel) THEN
+            RAISE NOTICE 'table "%" %, setting REPLICA IDENTITY FULL', rel, problem;
+        END IF;
+        EXECUTE format('ALTER TABLE %s REPLICA IDENTITY FULL', rel);
+    END IF;
+END $$;
+
 CREATE FUNCTION attach_table(schema_name text, table_name text) RETURNS void
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    qualified text := format('%I.%I', schema_name, table_name);
     rel regclass := to_regclass(format('%I.%I', schema_name, table_name));
     setting terrace.sync_table;
+    parts regclass[];
     part regclass;
 BEGIN
     IF rel IS NULL THEN
@@ -119,21 +187,27 @@ BEGIN
     END IF;
     SELECT * INTO setting FROM terrace.sync_table
     WHERE nspname = schema_name AND relname = table_name;
-    IF NOT EXISTS (SELECT FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
-                   WHERE p.pubname = 'terrace' AND r.prrelid = rel) THEN
-        EXECUTE format('ALTER PUBLICATION terrace ADD TABLE %s%s%s', qualified,
-            (SELECT '(' || string_agg(quote_ident(c), ', ') || ')' FROM unnest(setting.columns) c),
-            ' WHERE (' || setting.filter || ')');
-    END IF;
-    FOR part IN SELECT relid FROM pg_partition_tree(rel) UNION SELECT rel LOOP
+    parts := ARRAY(SELECT relid FROM pg_partition_tree(rel) UNION SELECT rel);
+    -- The triggers first: where they are, follow_made has nothing to do.
+    FOREACH part IN ARRAY parts LOOP
         IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = part AND tgname = 'terrace_tag') THEN
             EXECUTE format('CREATE TRIGGER terrace_tag BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE '
                 'ON %s FOR EACH STATEMENT EXECUTE FUNCTION terrace.arm_tag()', part);
             EXECUTE format('ALTER TRIGGER terrace_tag ON %s DEPENDS ON EXTENSION terrace', part);
         END IF;
-        EXECUTE format('GRANT SELECT ON %s TO terrace_reader', part);
+        EXECUTE format('GRANT SELECT%s ON %s TO terrace_reader',
+            (SELECT ' (' || string_agg(quote_ident(c), ', ') || ')' FROM unnest(setting.columns) c), part);
     END LOOP;
     EXECUTE format('GRANT USAGE ON SCHEMA %I TO terrace_reader', schema_name);
+    IF NOT terrace.in_publication(rel) THEN
+        -- Those that inherit from it are tables of their own; partitions come along anyhow.
+        EXECUTE format('ALTER PUBLICATION terrace ADD TABLE ONLY %s%s%s', rel,
+            (SELECT '(' || string_agg(quote_ident(c), ', ') || ')' FROM unnest(setting.columns) c),
+            ' WHERE (' || setting.filter || ')');
+    END IF;
+    FOREACH part IN ARRAY parts LOOP
+        PERFORM terrace.ensure_identity(part, setting.columns);
+    END LOOP;
 END $$;
 
 CREATE FUNCTION detach_table(schema_name text, table_name text) RETURNS void
@@ -145,13 +219,50 @@ BEGIN
     IF rel IS NULL THEN
         RETURN;
     END IF;
-    IF EXISTS (SELECT FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
-               WHERE p.pubname = 'terrace' AND r.prrelid = rel) THEN
-        EXECUTE format('ALTER PUBLICATION terrace DROP TABLE %s', rel);
+    IF terrace.in_publication(rel) THEN
+        EXECUTE format('ALTER PUBLICATION terrace DROP TABLE ONLY %s', rel);
     END IF;
     FOR part IN SELECT relid FROM pg_partition_tree(rel) UNION SELECT rel LOOP
         EXECUTE format('DROP TRIGGER IF EXISTS terrace_tag ON %s', part);
         EXECUTE format('REVOKE SELECT ON %s FROM terrace_reader', part);
+    END LOOP;
+END $$;
+
+-- A table that is made where it is listed already, or a partition that comes later.
+CREATE FUNCTION follow_made() RETURNS event_trigger
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    found record;
+BEGIN
+    FOR found IN
+        SELECT DISTINCT s.nspname, s.relname
+        FROM pg_event_trigger_ddl_commands() made
+        CROSS JOIN LATERAL (SELECT made.objid UNION SELECT relid FROM pg_partition_ancestors(made.objid)) up
+        JOIN pg_class c ON c.oid = up.objid AND c.relkind IN ('r', 'p')
+        JOIN pg_namespace n ON n.oid = c.relnamespace
+        JOIN terrace.sync_table s ON s.nspname = n.nspname AND s.relname = c.relname
+        WHERE made.classid = 'pg_class'::regclass
+          AND EXISTS (SELECT FROM (SELECT c.oid UNION SELECT relid FROM pg_partition_tree(c.oid)) part
+                      WHERE NOT EXISTS (SELECT FROM pg_trigger t
+                                        WHERE t.tgrelid = part.oid AND t.tgname = 'terrace_tag'))
+    LOOP
+        PERFORM terrace.attach_table(found.nspname, found.relname);
+    END LOOP;
+END $$;
+
+-- What is dropped at the top is listed no more; below, the top's list counts.
+CREATE FUNCTION follow_dropped() RETURNS event_trigger
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    gone record;
+BEGIN
+    FOR gone IN
+        SELECT s.nspname, s.relname
+        FROM pg_event_trigger_dropped_objects() d
+        JOIN terrace.sync_table s ON s.nspname = d.schema_name AND s.relname = d.object_name
+        WHERE d.object_type = 'table' AND terrace.is_top()
+    LOOP
+        DELETE FROM terrace.sync_table s WHERE s.nspname = gone.nspname AND s.relname = gone.relname;
     END LOOP;
 END $$;
 
@@ -262,10 +373,10 @@ CREATE FUNCTION add_table(rel regclass, domains text[] DEFAULT NULL, filter text
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     class record;
-    part regclass;
+    has_rows boolean;
 BEGIN
     PERFORM terrace.must_be_top();
-    SELECT n.nspname, c.relname, c.relkind, c.relpersistence, c.relreplident INTO class
+    SELECT n.nspname, c.relname, c.relkind, c.relpersistence INTO class
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = rel;
     IF class.relkind IS NULL OR class.relkind NOT IN ('r', 'p') THEN
         RAISE EXCEPTION '"%" is not a table', rel
@@ -286,14 +397,15 @@ BEGIN
     IF domains IS NOT NULL THEN
         domains := terrace.with_ancestors(domains);
     END IF;
-    IF class.relreplident = 'n' OR class.relreplident = 'd'
-       AND NOT EXISTS (SELECT FROM pg_index WHERE indrelid = rel AND indisprimary) THEN
-        RAISE NOTICE 'table "%" has no usable replica identity, setting REPLICA IDENTITY FULL', rel;
-        FOR part IN SELECT relid FROM pg_partition_tree(rel) UNION SELECT rel LOOP
-            EXECUTE format('ALTER TABLE %s REPLICA IDENTITY FULL', part);
-        END LOOP;
-    END IF;
     INSERT INTO terrace.sync_table VALUES (class.nspname, class.relname, domains, columns, filter);
+    EXECUTE format('SELECT EXISTS (SELECT FROM %s%s)',
+        CASE class.relkind WHEN 'r' THEN 'ONLY ' END, rel) INTO has_rows;
+    IF has_rows AND (EXISTS (SELECT FROM terrace.status s WHERE s.domain <> 'top')
+                     OR EXISTS (SELECT FROM pg_replication_slots WHERE slot_name LIKE 'terrace\_%')) THEN
+        RAISE WARNING 'rows that table "%" has now do not reach servers that receive already', rel
+            USING HINT = 'Only later changes do. Write the rows again, or run terrace-bridge resync on the servers below, '
+                'parents first.';
+    END IF;
 END $$;
 
 CREATE FUNCTION add_schema(name text) RETURNS integer
@@ -372,8 +484,10 @@ CREATE FUNCTION report(report jsonb) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     n jsonb;
+    e jsonb;
     first boolean := true;
     heard timestamptz;
+    told boolean := false;
 BEGIN
     FOR n IN SELECT jsonb_array_elements(report -> 'nodes') LOOP
         BEGIN
@@ -396,38 +510,72 @@ BEGIN
         WHERE s.instance <> EXCLUDED.instance OR s.reply_time < clock_timestamp() - interval '5 s'
            OR coalesce((s.report ->> 'seq')::bigint, 0) < (EXCLUDED.report ->> 'seq')::bigint;
     END LOOP;
-    INSERT INTO terrace.event ("id", "time", node, domain, kind, reason)
-    SELECT e ->> 'id', (e ->> 'time')::timestamptz, e ->> 'node', e ->> 'domain', e ->> 'kind',
-           e ->> 'reason'
-    FROM jsonb_array_elements(report -> 'events') e
-    ON CONFLICT DO NOTHING;
-    IF FOUND THEN
+    FOR e IN SELECT jsonb_array_elements(report -> 'events') LOOP
+        -- One that is wrong would come again with every report, and keep the others away.
+        BEGIN
+            INSERT INTO terrace.event ("id", "time", node, domain, kind, reason)
+            SELECT e ->> 'id', (e ->> 'time')::timestamptz, e ->> 'node', e ->> 'domain', e ->> 'kind',
+                   e ->> 'reason'
+            WHERE isfinite((e ->> 'time')::timestamptz)
+            ON CONFLICT DO NOTHING;
+            told := told OR FOUND;
+        EXCEPTION WHEN data_exception OR integrity_constraint_violation OR program_limit_exceeded THEN
+            CONTINUE;
+        END;
+    END LOOP;
+    IF told THEN
         DELETE FROM terrace.event WHERE seq < (SELECT max(seq) FROM terrace.event) - 10000;
     END IF;
 END $$;
 
+-- The views cast and subtract what a report says, and one that they fail on would
+-- hide the whole tree from every server above: it must not get in.
 CREATE FUNCTION check_reporter(n jsonb) RETURNS void
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    r record;
+    key text;
 BEGIN
-    IF n ->> 'domain' <> 'top'
-       AND NOT EXISTS (SELECT FROM terrace.domain d WHERE d.name = n ->> 'domain')
+    SELECT * INTO r FROM jsonb_to_record(n) AS r(node text, instance text, domain text, "self" boolean,
+        received_lsn pg_lsn, flush_lsn pg_lsn, replay_lsn pg_lsn, replay_time timestamptz,
+        caught_up boolean, apply_rate float8, catchup_seconds float8, age_ms float8, seq bigint);
+    FOREACH key IN ARRAY ARRAY['node', 'instance', 'domain'] LOOP
+        IF coalesce(octet_length(n ->> key), 0) NOT BETWEEN 1 AND 200 THEN
+            RAISE EXCEPTION '"%" of a report must have 1 to 200 bytes', key
+                USING ERRCODE = 'invalid_parameter_value';
+        END IF;
+    END LOOP;
+    FOREACH key IN ARRAY ARRAY['received_lsn', 'flush_lsn', 'replay_lsn'] LOOP
+        PERFORM ((n ->> key)::pg_lsn - '0/0')::bigint;
+    END LOOP;
+    -- A comparison takes NaN for more than any number.
+    FOREACH key IN ARRAY ARRAY['apply_rate', 'catchup_seconds', 'age_ms'] LOOP
+        IF abs((n ->> key)::float8) > 1e12 THEN
+            RAISE EXCEPTION '"%" of a report is out of range', key
+                USING ERRCODE = 'numeric_value_out_of_range';
+        END IF;
+    END LOOP;
+    PERFORM make_interval(secs => r.catchup_seconds),
+            clock_timestamp() - make_interval(secs => r.age_ms / 1000);
+    IF NOT isfinite(r.replay_time)
+       OR EXISTS (SELECT FROM jsonb_to_recordset(nullif(n -> 'conflicts', 'null'))
+                      AS c("table" text, kind text, count bigint, last_seen timestamptz)
+                  WHERE NOT isfinite(c.last_seen)) THEN
+        RAISE EXCEPTION 'a time in a report is infinite' USING ERRCODE = 'datetime_field_overflow';
+    END IF;
+    IF r.domain <> 'top'
+       AND NOT EXISTS (SELECT FROM terrace.domain d WHERE d.name = r.domain)
        AND NOT terrace.is_own_report(n) THEN
-        RAISE EXCEPTION 'domain "%" does not exist', n ->> 'domain'
+        RAISE EXCEPTION 'domain "%" does not exist', r.domain
             USING ERRCODE = 'undefined_object',
                   HINT = 'Create it at the top with terrace.create_domain.';
     END IF;
     IF EXISTS (SELECT FROM terrace.status s
-               WHERE s.node = n ->> 'node' AND s.instance <> n ->> 'instance'
+               WHERE s.node = r.node AND s.instance <> r.instance
                  AND s.reply_time > clock_timestamp() - interval '5 s') THEN
-        RAISE EXCEPTION 'node name "%" is already in use by another bridge', n ->> 'node'
+        RAISE EXCEPTION 'node name "%" is already in use by another bridge', r.node
             USING ERRCODE = 'duplicate_object', HINT = 'Give each server its own node.name.';
     END IF;
-    -- The views cast these: what cannot be cast must not get in.
-    PERFORM r.* FROM jsonb_to_record(n) AS r(received_lsn pg_lsn, flush_lsn pg_lsn, replay_lsn pg_lsn,
-        replay_time timestamptz, caught_up boolean, apply_rate float8, catchup_seconds float8,
-        age_ms float8, seq bigint);
-    PERFORM c.* FROM jsonb_to_recordset(nullif(n -> 'conflicts', 'null'))
-        AS c("table" text, kind text, count bigint, last_seen timestamptz);
 END $$;
 
 -- Only the bridge beside this server, a superuser, tells of the server itself.
@@ -537,9 +685,17 @@ END $$;
 
 -- ----- who may what ----------------------------------------------------------
 
+-- Whoever may write at the top may send, so send is for everybody; a session through
+-- a relay is kept from it by its guard, as it is from pg_notify and the like.
 REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA terrace FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION arm_now(), current_tag(), with_ancestors(text[]), send(text, text),
     top_lsn(), is_top(), wait_for(pg_lsn, text, interval) TO PUBLIC;
-GRANT EXECUTE ON FUNCTION report(jsonb) TO terrace_reader;
+GRANT EXECUTE ON FUNCTION report(jsonb), guard_session() TO terrace_reader;
 GRANT SELECT ON domain, sync_table, domains, tables, status, node_status, lag, topology, event,
     events, conflict, conflicts, progress TO PUBLIC;
+
+-- Last, as they would fire for the tables of this file.
+CREATE EVENT TRIGGER terrace_made ON ddl_command_end
+    WHEN TAG IN ('CREATE TABLE', 'CREATE TABLE AS', 'SELECT INTO', 'CREATE SCHEMA', 'ALTER TABLE')
+    EXECUTE FUNCTION follow_made();
+CREATE EVENT TRIGGER terrace_dropped ON sql_drop EXECUTE FUNCTION follow_dropped();

@@ -2,10 +2,13 @@
 //!
 //! It changes nothing anywhere. Each finding is one line that names the thing.
 
+use std::io::ErrorKind;
+
 use crate::client::{Client, Row, SessionOptions, quote_literal};
 use crate::config::Config;
 use crate::conninfo::ConnInfo;
 use crate::handshake::Security;
+use crate::node::instance;
 use crate::upstream::{BRIDGE_PARAMETER, connect};
 
 /// One thing that was looked at.
@@ -205,8 +208,32 @@ impl Report {
                  SELECT terrace.create_domain('{domain}')"
             ));
         }
+        self.name(config, what, &mut client).await;
         if self.0.len() == before {
             self.good(format!("{what}: {} is ready", info.endpoint()));
+        }
+    }
+
+    /// Whether another bridge reports under our name.
+    async fn name(&mut self, config: &Config, what: &str, client: &mut Client) {
+        let ours = match instance(&config.node.data_dir) {
+            Ok(ours) => ours,
+            // Another user looks than the one who runs it.
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => return,
+            Err(_) => String::new(),
+        };
+        let name = &config.node.name;
+        let sql = format!(
+            "SELECT instance FROM terrace.status WHERE node = {} \
+             AND reply_time > pg_catalog.clock_timestamp() - interval '5 s'",
+            quote_literal(name)
+        );
+        let theirs = self.value(what, client, &sql).await;
+        if theirs.is_some_and(|theirs| theirs != ours) {
+            self.bad(format!(
+                "{what}: node name \"{name}\" is already in use by another bridge; give each \
+                 server its own node.name"
+            ));
         }
     }
 

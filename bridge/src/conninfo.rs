@@ -198,7 +198,8 @@ impl ConnInfo {
         if let Some(password) = self.get("password") {
             return Some(password.to_owned());
         }
-        let path = match self.get("passfile") {
+        let named = std::env::var_os("PGPASSFILE").filter(|path| !path.is_empty());
+        let path = match self.get("passfile").map(Into::into).or(named) {
             Some(path) => PathBuf::from(path),
             None => PathBuf::from(std::env::var_os("HOME")?).join(".pgpass"),
         };

@@ -26,6 +26,8 @@ use crate::upstream::{
 
 /// Tables copied at the same time.
 const WORKERS: usize = 4;
+/// So many objects that could not be made are named in an event.
+const TOLD: usize = 20;
 /// What is here is ours to empty or to drop, one line a thing.
 const MARKER: &str = "copy.marker";
 /// Line of the marker: the domain's own data and slot are of no use any more.
@@ -86,7 +88,7 @@ impl Table {
             None => format!("COPY {table}{list} TO STDOUT"),
             Some(filter) => {
                 let columns = if columns.is_empty() { "*" } else { &columns };
-                format!("COPY (SELECT {columns} FROM {table} WHERE {filter}) TO STDOUT")
+                format!("COPY (SELECT {columns} FROM ONLY {table} WHERE {filter}) TO STDOUT")
             }
         };
         (read, format!("COPY {table}{list} FROM STDIN"))
@@ -134,9 +136,8 @@ pub async fn initial_copy(shared: &Arc<Shared>, source: &ConnInfo) -> anyhow::Re
     copy_rows(shared, source, &snapshot, tables).await?;
     if fresh {
         let post = dump(source, &snapshot, &mut reader, "post-data").await?;
-        restore(&mut local, &post)
-            .await
-            .context("create indexes and constraints")?;
+        let made = restore(&mut local, &post).await;
+        tell_left_out(shared, &made.context("create indexes and constraints")?);
     }
     let copy_settings = ["domain", "sync_table"].map(|name| Table {
         namespace: "terrace".into(),
@@ -367,7 +368,7 @@ async fn prepare_schema(
     for table in &present {
         let name = table.qualified();
         let full = local
-            .simple(&format!("SELECT 1 FROM {name} LIMIT 1"))
+            .simple(&format!("SELECT 1 FROM ONLY {name} LIMIT 1"))
             .await?;
         if !full.is_empty() && ours.is_empty() {
             bail!(
@@ -377,7 +378,10 @@ async fn prepare_schema(
         }
     }
     if !present.is_empty() && !ours.is_empty() {
-        let names: Vec<String> = present.iter().map(|table| table.qualified()).collect();
+        let names: Vec<String> = present
+            .iter()
+            .map(|table| format!("ONLY {}", table.qualified()))
+            .collect();
         local
             .simple(&format!("TRUNCATE {}", names.join(", ")))
             .await
@@ -398,7 +402,8 @@ async fn prepare_schema(
     write_atomically(&shared.config.node.data_dir, MARKER, marker.as_bytes())?;
     if !missing.is_empty() {
         let pre = dump(source, snapshot, reader, "pre-data").await?;
-        restore(local, &pre).await.context("create the tables")?;
+        let made = restore(local, &pre).await;
+        tell_left_out(shared, &made.context("create the tables")?);
     }
     // They are made as one transaction: where there is one of them, all are.
     let names: Vec<String> = present.iter().map(|table| table.qualified()).collect();
@@ -408,6 +413,23 @@ async fn prepare_schema(
                              AND NOT tgisinternal AND tgname NOT LIKE 'terrace\\_%')";
     let made = local.query(sql, &[Some(&names.join("\u{1}"))]).await?;
     Ok(fresh && made.is_empty())
+}
+
+/// An event that somebody reads is worth more than a copy that is not made.
+fn tell_left_out(shared: &Shared, left_out: &[String]) {
+    if left_out.is_empty() {
+        return;
+    }
+    let mut reason = left_out
+        .iter()
+        .take(TOLD)
+        .cloned()
+        .collect::<Vec<_>>()
+        .join("; ");
+    if left_out.len() > TOLD {
+        reason += &format!("; and {} more, see the log", left_out.len() - TOLD);
+    }
+    shared.event("left_out", &reason);
 }
 
 fn marker_of(fresh: bool) -> &'static str {

@@ -68,6 +68,8 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    // What we write holds rows, and the socket takes orders.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     let arguments = Arguments::parse();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     let logs = tracing_subscriber::fmt()

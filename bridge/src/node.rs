@@ -2,7 +2,8 @@
 //! its role for ever, while the other tasks work from the queue.
 
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{self, Read};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -174,6 +175,13 @@ async fn serve(
 
 fn lock_data_dir(dir: &Path) -> anyhow::Result<File> {
     fs::create_dir_all(dir).with_context(|| format!("create data_dir {}", dir.display()))?;
+    // It holds rows of the database: nobody else on this machine is to read them.
+    let mode = fs::metadata(dir)?.permissions().mode();
+    if mode & 0o077 != 0
+        && let Err(error) = fs::set_permissions(dir, fs::Permissions::from_mode(0o700))
+    {
+        tracing::warn!("others can read data_dir {}: {error}", dir.display());
+    }
     let path = dir.join("lock");
     let file = File::options()
         .create(true)
@@ -203,10 +211,15 @@ fn random_hex() -> anyhow::Result<String> {
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
+/// What tells the bridge of this directory from all others, from its first start on.
+pub fn instance(dir: &Path) -> io::Result<String> {
+    fs::read_to_string(dir.join("instance")).map(|text| text.trim().to_owned())
+}
+
 fn instance_id(dir: &Path) -> anyhow::Result<String> {
     let path = dir.join("instance");
-    match fs::read_to_string(&path) {
-        Ok(text) if !text.trim().is_empty() => Ok(text.trim().to_owned()),
+    match instance(dir) {
+        Ok(id) if !id.is_empty() => Ok(id),
         _ => {
             let id = random_hex()?;
             fs::write(&path, &id).with_context(|| format!("write {}", path.display()))?;

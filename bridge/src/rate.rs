@@ -5,6 +5,9 @@ use std::time::{Duration, Instant};
 
 use crate::lsn::Lsn;
 
+/// Whoever needs more seconds than this does not catch up.
+const NEVER: f64 = 1e9;
+
 /// Rates over the last seconds.
 #[derive(Default)]
 pub struct RateMeter {
@@ -48,7 +51,7 @@ impl RateMeter {
         let closing = (gap(first) - gap(last)) / seconds;
         let catchup = match gap(last) {
             0.0 => Some(0.0),
-            open if closing > 0.0 => Some(open / closing),
+            open if closing > 0.0 => Some(open / closing).filter(|seconds| *seconds < NEVER),
             _ => None,
         };
         ((last.1 - first.1) as f64 / seconds, catchup)

@@ -12,13 +12,17 @@ mod session;
 mod splice;
 mod stream;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use anyhow::bail;
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::conninfo::ConnInfo;
@@ -30,8 +34,14 @@ use crate::status::Shared;
 use crate::upstream::BRIDGE_PARAMETER;
 use crate::wire::{self, Stream};
 
-/// More connections than this wait.
-const MAX_CONNECTIONS: usize = 600;
+/// More sessions than this are refused.
+const MAX_SESSIONS: usize = 600;
+/// Connections whose client has not yet shown who it is; for more the oldest ends.
+const MAX_STRANGERS: usize = 256;
+/// The same from one address: whoever sits there keeps out no others.
+const MAX_STRANGERS_PER_ADDRESS: usize = 128;
+/// Longest time to tell a client why it is refused.
+const FAREWELL: Duration = Duration::from_secs(2);
 
 /// What every session of the relay shares.
 struct Relay {
@@ -41,6 +51,65 @@ struct Relay {
     /// Cursors in use.
     active: Mutex<HashMap<String, Holder>>,
     sessions: AtomicU32,
+    strangers: Strangers,
+    places: Semaphore,
+}
+
+/// Connections before authentication. Letting one in takes milliseconds, so whoever has
+/// waited longest when it gets crowded is the one that says nothing.
+#[derive(Default)]
+struct Strangers(Mutex<(u64, BTreeMap<u64, Stranger>)>);
+
+struct Stranger {
+    address: IpAddr,
+    end: CancellationToken,
+}
+
+/// Leaves the strangers when dropped.
+struct Arrival<'a> {
+    strangers: &'a Strangers,
+    number: u64,
+    end: CancellationToken,
+}
+
+impl Strangers {
+    fn lock(&self) -> MutexGuard<'_, (u64, BTreeMap<u64, Stranger>)> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn arrive(&self, address: IpAddr) -> Arrival<'_> {
+        let mut inner = self.lock();
+        let (next, list) = &mut *inner;
+        let same = || list.iter().filter(|(_, known)| known.address == address);
+        let oldest = if same().count() >= MAX_STRANGERS_PER_ADDRESS {
+            same().next().map(|(number, _)| *number)
+        } else if list.len() >= MAX_STRANGERS {
+            list.keys().next().copied()
+        } else {
+            None
+        };
+        if let Some(oldest) = oldest.and_then(|number| list.remove(&number)) {
+            oldest.end.cancel();
+        }
+        *next += 1;
+        let end = CancellationToken::new();
+        let stranger = Stranger {
+            address,
+            end: end.clone(),
+        };
+        list.insert(*next, stranger);
+        Arrival {
+            strangers: self,
+            number: *next,
+            end,
+        }
+    }
+}
+
+impl Drop for Arrival<'_> {
+    fn drop(&mut self) {
+        self.strangers.lock().1.remove(&self.number);
+    }
 }
 
 /// The session that streams from a cursor.
@@ -80,21 +149,21 @@ pub async fn run(
         cancel: cancel.clone(),
         active: Mutex::default(),
         sessions: AtomicU32::new(1),
+        strangers: Strangers::default(),
+        places: Semaphore::new(MAX_SESSIONS),
     });
     let trusting = Arc::new(Security::trusting()?);
     let control = control::listen(&relay.shared.config.node.data_dir);
     if let Err(error) = &control {
         tracing::warn!("no orders can be given on this machine: {error:#}");
     }
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let accepted = tokio::select! {
-            accepted = accept_tcp(&listener, &places) => accepted,
-            // Whoever fills the places keeps nobody of this machine out.
+            accepted = accept_tcp(&listener) => accepted,
             accepted = accept_control(&control) => accepted.map(|stream| (stream, None)),
             () = cancel.cancelled() => return Ok(()),
         };
-        let (stream, place) = match accepted {
+        let (stream, address) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
                 // Out of file descriptors, most likely: others will end.
@@ -103,26 +172,27 @@ pub async fn run(
                 continue;
             }
         };
-        let (relay, local) = (Arc::clone(&relay), place.is_none());
-        let security = Arc::clone(if local { &trusting } else { &security });
+        let relay = Arc::clone(&relay);
+        let security = match address {
+            Some(_) => &security,
+            None => &trusting,
+        };
+        let security = Arc::clone(security);
         tokio::spawn(async move {
-            if let Err(error) = serve(relay, &security, stream, local).await {
+            if let Err(error) = serve(relay, &security, stream, address).await {
                 tracing::debug!("relay session ended: {error:#}");
             }
-            drop(place);
         });
     }
 }
 
-type Accept = io::Result<(Box<dyn Stream>, Option<OwnedSemaphorePermit>)>;
+type Accept = io::Result<(Box<dyn Stream>, Option<IpAddr>)>;
 
-async fn accept_tcp(listener: &TcpListener, places: &Arc<Semaphore>) -> Accept {
-    let place = Arc::clone(places).acquire_owned().await;
-    let place = place.map_err(io::Error::other)?;
+async fn accept_tcp(listener: &TcpListener) -> Accept {
     let (tcp, peer) = listener.accept().await?;
     wire::tune(&tcp)?;
     tracing::debug!(%peer, "connection");
-    Ok((Box::new(tcp), Some(place)))
+    Ok((Box::new(tcp), Some(peer.ip())))
 }
 
 async fn accept_control(listener: &anyhow::Result<UnixListener>) -> io::Result<Box<dyn Stream>> {
@@ -136,18 +206,43 @@ async fn serve(
     relay: Arc<Relay>,
     security: &Security,
     stream: Box<dyn Stream>,
-    local: bool,
+    address: Option<IpAddr>,
 ) -> anyhow::Result<()> {
-    match accept(stream, security).await? {
+    let local = address.is_none();
+    let arrival = address.map(|address| relay.strangers.arrive(address));
+    let accepted = match &arrival {
+        None => accept(stream, security).await?,
+        Some(arrival) => tokio::select! {
+            accepted = accept(stream, security) => accepted?,
+            () = arrival.end.cancelled() => bail!("said nothing while others came"),
+        },
+    };
+    match accepted {
+        // Nobody has shown who it is, so it goes on counting as a stranger.
         Accepted::Cancel(packet) => splice::cancel(&relay.local()?, &packet).await,
-        Accepted::Session { framed, parameters } => {
+        Accepted::Session {
+            mut framed,
+            parameters,
+        } => {
+            drop(arrival);
+            // Whoever fills the places keeps nobody of this machine out.
+            let place = if local {
+                None
+            } else {
+                relay.places.try_acquire().ok()
+            };
+            if !local && place.is_none() {
+                let text = "sorry, too many clients already";
+                wire::error_response(framed.out(), "FATAL", "53300", text, "");
+                return Ok(timeout(FAREWELL, framed.flush()).await??);
+            }
             let wanted = parameters.get("replication").map(String::as_str);
             let plain = matches!(wanted, None | Some("false" | "off" | "no" | "0"));
             if plain && !parameters.contains_key(BRIDGE_PARAMETER) {
                 return splice::run(&relay, framed, parameters).await;
             }
             let id = relay.sessions.fetch_add(1, Ordering::Relaxed);
-            session::Session::new(relay, framed, parameters, id, local)
+            session::Session::new(Arc::clone(&relay), framed, parameters, id, local)
                 .run()
                 .await
         }

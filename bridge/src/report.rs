@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::Context;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tokio::sync::Mutex;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -25,9 +26,13 @@ const CALL_LIMIT: Duration = Duration::from_secs(5);
 /// Role of what the relay passes through to the local Postgres.
 pub const RELAY_ROLE: &str = "terrace_relay";
 
-/// Makes the relay's restricted role usable with this run's password, and learns
-/// the local server's parameters.
+/// Two sessions that change one role at the same time fail.
+static PREPARING: Mutex<()> = Mutex::const_new(());
+
+/// Makes the relay's restricted role what it must be, with this run's password and
+/// without settings, whatever became of it; and learns the local server's parameters.
 pub async fn prepare_local(shared: &Arc<Shared>) -> anyhow::Result<()> {
+    let _alone = PREPARING.lock().await;
     let mut client = connect(&ConnInfo::parse(&shared.config.database.url)?, shared).await?;
     *shared
         .server_parameters
@@ -54,12 +59,22 @@ pub async fn prepare_local(shared: &Arc<Shared>) -> anyhow::Result<()> {
     let password = shared.relay_password.as_bytes();
     let verifier = postgres_protocol::password::scram_sha_256(password);
     let sql = format!(
-        "DO $$ BEGIN \
+        "DO $$ DECLARE place name; BEGIN \
            IF NOT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = '{RELAY_ROLE}') THEN \
-             CREATE ROLE {RELAY_ROLE} LOGIN IN ROLE terrace_reader; \
+             CREATE ROLE {RELAY_ROLE}; \
            END IF; \
+           IF NOT pg_catalog.pg_has_role('{RELAY_ROLE}', 'terrace_reader', 'USAGE') THEN \
+             GRANT terrace_reader TO {RELAY_ROLE}; \
+           END IF; \
+           FOR place IN SELECT d.datname FROM pg_catalog.pg_db_role_setting s \
+             JOIN pg_catalog.pg_database d ON d.oid = s.setdatabase \
+             WHERE s.setrole = '{RELAY_ROLE}'::pg_catalog.regrole LOOP \
+             EXECUTE pg_catalog.format('ALTER ROLE {RELAY_ROLE} IN DATABASE %I RESET ALL', place); \
+           END LOOP; \
          END $$; \
-         ALTER ROLE {RELAY_ROLE} LOGIN PASSWORD '{verifier}'"
+         ALTER ROLE {RELAY_ROLE} RESET ALL; \
+         ALTER ROLE {RELAY_ROLE} LOGIN INHERIT NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION \
+           NOBYPASSRLS CONNECTION LIMIT -1 VALID UNTIL 'infinity' PASSWORD '{verifier}'"
     );
     client
         .simple(&sql)

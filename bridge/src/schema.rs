@@ -7,7 +7,7 @@ use std::process::Stdio;
 use anyhow::{Context, bail};
 use tokio::process::Command;
 
-use crate::client::Client;
+use crate::client::{Client, PgError};
 use crate::conninfo::ConnInfo;
 
 /// The pg_dump to use for this server: one older than the server refuses, one much
@@ -94,7 +94,7 @@ pub async fn dump(
                     pg_catalog.pg_partition_tree(to_regclass(format('%I.%I', s.nspname, s.relname))) t \
                     WHERE t.relid = c.oid) \
                AND NOT EXISTS (SELECT FROM terrace.sync_table s \
-                    WHERE s.nspname = n.nspname AND s.relname = c.relname)",
+                    WHERE s.nspname = n.nspname AND s.relname = c.relname AND s.columns IS NULL)",
         )
         .await?;
     let mut command = Command::new(pg_dump_for(reader).await?);
@@ -104,6 +104,7 @@ pub async fn dump(
             "--no-owner",
             "--no-privileges",
             "--no-publications",
+            "--no-tablespaces",
         ])
         .args([
             "--no-subscriptions",
@@ -126,41 +127,268 @@ pub async fn dump(
         );
     }
     let text = String::from_utf8(output.stdout).context("output of pg_dump")?;
-    Ok(text)
+    let parts = match section {
+        "pre-data" => PARTS_BEFORE_ROWS,
+        _ => PARTS_AFTER_ROWS,
+    };
+    // Within the transaction of the snapshot; names must say where they are from.
+    reader.simple("SET LOCAL search_path = ''").await?;
+    let parts = reader.simple(parts).await?;
+    let parts: String = parts.into_iter().flatten().flatten().collect();
+    // What they are made of comes before them, what refers to them after.
+    Ok(match section {
+        "pre-data" => text + &parts,
+        _ => parts + &text,
+    })
 }
 
-/// Runs a section of a dump as one transaction, without what is the extension's.
-pub async fn restore(local: &mut Client, dump: &str) -> anyhow::Result<()> {
-    let mut sql = String::from("BEGIN;\n");
-    for line in dump.lines() {
-        // Each of these stands on a line of its own in a dump.
-        let skip = line.starts_with('\\')
-            || line.starts_with("CREATE EXTENSION IF NOT EXISTS terrace ")
-            || line.starts_with("COMMENT ON EXTENSION terrace ")
-            // From a newer pg_dump than the server that it goes to; off is the default.
-            || line == "SET transaction_timeout = 0;"
-            || line.starts_with("CREATE TRIGGER terrace_")
-            || line.starts_with("ALTER TRIGGER terrace_");
-        if !skip {
-            sql.push_str(line);
-            sql.push('\n');
+/// Of tables that are synchronised by some of their columns, as objects of a dump. pg_dump
+/// is no help: it locks a table, which takes the right to read all of it. Here they hold
+/// those columns alone, and as all values come from the source, no defaults.
+const PARTS_BEFORE_ROWS: &str = "\
+    SELECT format(E'\\n--\\n-- Name: %s; Type: TABLE; Schema: %s; Owner: -\\n--\\n\\nCREATE TABLE %I.%I (%s);\\n', \
+        c.relname, n.nspname, n.nspname, c.relname, \
+        (SELECT string_agg(format('%I %s%s%s', a.attname, format_type(a.atttypid, a.atttypmod), \
+                ' COLLATE ' || nullif(a.attcollation, t.typcollation)::regcollation, \
+                CASE WHEN a.attnotnull THEN ' NOT NULL' END), ', ' ORDER BY a.attnum) \
+         FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid \
+         WHERE a.attrelid = c.oid AND a.attname = ANY (s.columns) AND a.attnum > 0)) \
+    FROM terrace.sync_table s JOIN pg_namespace n ON n.nspname = s.nspname \
+    JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = s.relname \
+    WHERE s.columns IS NOT NULL ORDER BY 1";
+/// Constraints and indexes that speak of those columns alone.
+const PARTS_AFTER_ROWS: &str = "\
+    WITH part AS ( \
+        SELECT c.oid, n.nspname, c.relname, array_agg(a.attnum) AS columns \
+        FROM terrace.sync_table s JOIN pg_namespace n ON n.nspname = s.nspname \
+        JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = s.relname \
+        JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = ANY (s.columns) AND a.attnum > 0 \
+        GROUP BY c.oid, n.nspname, c.relname) \
+    SELECT format(E'\\n--\\n-- Name: %s; Type: CONSTRAINT; Schema: %s; Owner: -\\n--\\n\\n\
+                  ALTER TABLE %I.%I ADD CONSTRAINT %I %s;\\n', k.conname, p.nspname, p.nspname, p.relname, \
+                  k.conname, pg_get_constraintdef(k.oid)) \
+    FROM part p JOIN pg_constraint k ON k.conrelid = p.oid AND k.contype IN ('p', 'u', 'c', 'x') \
+    LEFT JOIN pg_index i ON i.indexrelid = k.conindid \
+    WHERE k.conkey <@ p.columns AND coalesce(i.indkey::int2[] <@ p.columns, true) \
+      AND i.indexprs IS NULL AND i.indpred IS NULL \
+    UNION ALL \
+    SELECT format(E'\\n--\\n-- Name: %s; Type: INDEX; Schema: %s; Owner: -\\n--\\n\\n%s;\\n', \
+                  i.indexrelid::regclass, p.nspname, pg_get_indexdef(i.indexrelid)) \
+    FROM part p JOIN pg_index i ON i.indrelid = p.oid AND i.indisvalid \
+    WHERE i.indkey::int2[] <@ p.columns AND i.indexprs IS NULL AND i.indpred IS NULL \
+      AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = i.indexrelid AND k.conrelid = p.oid)";
+
+/// One object of a dump.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Entry {
+    /// As pg_dump says: TABLE, FUNCTION, FK CONSTRAINT …; empty for settings.
+    kind: String,
+    name: String,
+    sql: String,
+}
+
+impl Entry {
+    /// From the comment that pg_dump puts before each object.
+    fn of_header(line: &str) -> Option<Entry> {
+        let rest = line.strip_prefix("-- Name: ")?;
+        let (name, rest) = rest.rsplit_once("; Type: ")?;
+        let (kind, _) = rest.split_once("; Schema: ")?;
+        Some(Entry {
+            kind: kind.to_owned(),
+            name: name.to_owned(),
+            sql: String::new(),
+        })
+    }
+
+    /// Made by CREATE EXTENSION, or when the lists of what is synchronised arrive.
+    fn is_extensions_own(&self) -> bool {
+        match self.kind.as_str() {
+            "EXTENSION" => self.name == "terrace",
+            "COMMENT" => self.name == "EXTENSION terrace",
+            "TRIGGER" => self.sql.contains("\nCREATE TRIGGER terrace_"),
+            _ => false,
         }
     }
-    sql.push_str("COMMIT;");
-    let result = local.simple(&sql).await;
-    if result.is_err() {
-        local.simple("ROLLBACK").await.ok();
+
+    /// Without these a synchronised table is not what it is at the source.
+    fn is_needed(&self) -> bool {
+        matches!(
+            self.kind.as_str(),
+            "" | "TABLE"
+                | "TABLE ATTACH"
+                | "DEFAULT"
+                | "SEQUENCE"
+                | "SEQUENCE OWNED BY"
+                | "CONSTRAINT"
+                | "CHECK CONSTRAINT"
+                | "INDEX"
+                | "INDEX ATTACH"
+        )
     }
+}
+
+/// Where in the text of SQL a line begins or ends.
+#[derive(Default)]
+enum Place {
+    #[default]
+    Plain,
+    /// Until this byte; whether a backslash hides the next one.
+    Quote(u8, bool),
+    /// Until this tag.
+    Dollar(String),
+    /// Comments nest.
+    Comment(u32),
+}
+
+impl Place {
+    /// Where a line that begins here ends.
+    fn after(self, line: &str) -> Place {
+        let bytes = line.as_bytes();
+        let is_word = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte >= 0x80;
+        let (mut place, mut at) = (self, 0);
+        while at < bytes.len() {
+            let rest = &bytes[at..];
+            let before = at.checked_sub(1).map(|before| bytes[before]);
+            let mut step = 1;
+            place = match place {
+                Place::Plain if rest.starts_with(b"--") => return Place::Plain,
+                Place::Plain if rest.starts_with(b"/*") => {
+                    step = 2;
+                    Place::Comment(1)
+                }
+                Place::Plain if rest[0] == b'"' => Place::Quote(b'"', false),
+                Place::Plain if rest[0] == b'\'' => {
+                    let escapes = before.is_some_and(|byte| byte.eq_ignore_ascii_case(&b'e'))
+                        && !at.checked_sub(2).is_some_and(|byte| is_word(bytes[byte]));
+                    Place::Quote(b'\'', escapes)
+                }
+                Place::Plain if rest[0] == b'$' && !before.is_some_and(is_word) => {
+                    let word = rest[1..].iter().take_while(|byte| is_word(**byte)).count();
+                    match rest.get(word + 1) {
+                        Some(b'$') => {
+                            step = word + 2;
+                            Place::Dollar(line[at..at + step].to_owned())
+                        }
+                        _ => Place::Plain,
+                    }
+                }
+                Place::Quote(_, true) if rest[0] == b'\\' => {
+                    step = 2;
+                    place
+                }
+                // A doubled quote ends one and begins the next, which is the same.
+                Place::Quote(quote, _) if rest[0] == quote => Place::Plain,
+                Place::Dollar(tag) if rest.starts_with(tag.as_bytes()) => {
+                    step = tag.len();
+                    Place::Plain
+                }
+                Place::Comment(depth) if rest.starts_with(b"/*") => {
+                    step = 2;
+                    Place::Comment(depth + 1)
+                }
+                Place::Comment(depth) if rest.starts_with(b"*/") => {
+                    step = 2;
+                    match depth {
+                        1 => Place::Plain,
+                        _ => Place::Comment(depth - 1),
+                    }
+                }
+                place => place,
+            };
+            at += step;
+        }
+        place
+    }
+}
+
+/// The objects of a dump, each with what makes it.
+fn entries(dump: &str) -> Vec<Entry> {
+    let mut entries = vec![Entry::default()];
+    let mut place = Place::default();
+    for line in dump.split_inclusive('\n') {
+        if matches!(place, Place::Plain) {
+            // Commands to psql, and what a newer pg_dump says to an older server; off is
+            // the default there.
+            if line.starts_with('\\') || line.trim_end() == "SET transaction_timeout = 0;" {
+                continue;
+            }
+            if let Some(entry) = Entry::of_header(line.trim_end()) {
+                entries.push(entry);
+                continue;
+            }
+            // For all that follows, whatever becomes of the object before.
+            if line.starts_with("SET default_") {
+                let sql = line.to_owned();
+                entries.push(Entry {
+                    sql,
+                    ..Entry::default()
+                });
+                continue;
+            }
+        }
+        place = place.after(line);
+        if let Some(entry) = entries.last_mut() {
+            entry.sql.push_str(line);
+        }
+    }
+    entries
+}
+
+/// What exists already is taken as it is.
+const EXISTS: &[&str] = &["42710", "42P06", "42P07", "42723"];
+
+/// Runs a section of a dump as one transaction, without what is the extension's. Tells
+/// what could not be made and is not needed: a foreign key to a table that is not
+/// synchronised, a function that speaks of one.
+pub async fn restore(local: &mut Client, dump: &str) -> anyhow::Result<Vec<String>> {
+    let result = restore_entries(local, dump).await;
+    let end = if result.is_ok() { "COMMIT" } else { "ROLLBACK" };
+    let ended = local.simple(end).await;
     // A dump empties the search path for what it runs.
     local
         .simple("RESET ALL; SET session_replication_role = replica")
         .await?;
-    result.map(drop).map_err(Into::into)
+    let left_out = result?;
+    ended?;
+    Ok(left_out)
+}
+
+async fn restore_entries(local: &mut Client, dump: &str) -> anyhow::Result<Vec<String>> {
+    let mut left_out = Vec::new();
+    local.simple("BEGIN").await?;
+    for entry in entries(dump) {
+        if entry.is_extensions_own() {
+            continue;
+        }
+        let Entry { kind, name, sql } = &entry;
+        let result = local
+            .simple(&format!("SAVEPOINT entry;\n{sql}\n;RELEASE entry"))
+            .await;
+        let error = match result {
+            Ok(_) => continue,
+            Err(PgError::Db(error)) => error,
+            Err(error) => return Err(error.into()),
+        };
+        if EXISTS.contains(&error.code.as_str()) {
+            tracing::info!("{kind} {name} exists already");
+        } else if entry.is_needed() {
+            let mut problem = format!("{kind} {name}: {error}");
+            if !left_out.is_empty() {
+                problem += &format!(" (after {})", left_out.join("; "));
+            }
+            bail!(problem);
+        } else {
+            tracing::warn!("left out at the copy: {kind} {name}: {error}");
+            left_out.push(format!("{kind} {name}: {}", error.message));
+        }
+        local.simple("ROLLBACK TO entry; RELEASE entry").await?;
+    }
+    Ok(left_out)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::parse_major;
+    use super::{entries, parse_major};
 
     #[test]
     fn the_major_version_is_read() {
@@ -174,5 +402,29 @@ mod tests {
         assert_eq!(of("pg_dump (PostgreSQL) 18\n"), Some(18));
         assert_eq!(of("something else"), None);
         assert_eq!(of(""), None);
+    }
+
+    #[test]
+    fn a_dump_falls_into_its_objects() {
+        let dump = "SET a = 1;\n\\restrict x\n--\n-- Name: f(int); Type: FUNCTION; Schema: s; Owner: -\n--\n\n\
+            CREATE FUNCTION f() AS $_$\n\\kept\n-- Name: x; Type: TABLE; Schema: s; Owner: -\n$a$ ' $_$;\n\
+            SELECT E'it\\'s\n-- Name: y; Type: TABLE; Schema: s; Owner: -\n', a$b, 'it''s\n\
+            -- Name: z; Type: TABLE; Schema: s; Owner: -\n' /* ' /* */\n\
+            -- Name: c; Type: TABLE; Schema: s; Owner: -\n*/;\nSET default_tablespace = '';\n\
+            --\n-- Name: t o; Type: FK CONSTRAINT; Schema: s; Owner: -\n--\n\nALTER TABLE t;\n";
+        let found: Vec<(String, String)> = entries(dump)
+            .into_iter()
+            .map(|entry| (entry.kind, entry.name))
+            .collect();
+        let wanted = [
+            ("", ""),
+            ("FUNCTION", "f(int)"),
+            ("", ""),
+            ("FK CONSTRAINT", "t o"),
+        ];
+        let wanted = wanted.map(|(kind, name)| (kind.to_owned(), name.to_owned()));
+        assert_eq!(found, wanted);
+        let sql: String = entries(dump).into_iter().map(|entry| entry.sql).collect();
+        assert!(sql.contains("\\kept") && !sql.contains("restrict"), "{sql}");
     }
 }

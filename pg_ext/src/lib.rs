@@ -8,6 +8,8 @@
 //! A transaction that is rolled back leaves nothing; one whose armed
 //! subtransaction was rolled back may carry a tag and no change, which is harmless.
 
+mod guard;
+
 use std::cell::RefCell;
 use std::ffi::CString;
 use std::os::raw::{c_char, c_void};
@@ -86,6 +88,7 @@ pub unsafe extern "C-unwind" fn arm_tag_wrapper(
 /// Does what the trigger does, for changes that are no rows.
 #[pg_extern]
 fn arm_now() -> Result<(), spi::Error> {
+    guard::refuse_if_guarded("send messages");
     arm()
 }
 

@@ -9,6 +9,7 @@ use tokio::io::{AsyncWriteExt, copy_bidirectional};
 use super::Relay;
 use crate::client::{Client, PgError, SessionOptions, open_stream};
 use crate::conninfo::ConnInfo;
+use crate::report::{RELAY_ROLE, prepare_local};
 use crate::wire::{self, Framed, Way};
 
 /// Passes a CancelRequest on; the key is one that the local Postgres gave out.
@@ -23,7 +24,30 @@ pub async fn cancel(local: &ConnInfo, packet: &Bytes) -> anyhow::Result<()> {
 }
 
 /// Opens the restricted session that belongs to a client's.
+///
+/// The role may read what is synchronised and report. But a role may always change itself,
+/// its password and settings above all, and one client would keep all others out or let
+/// itself in past the relay. So each session is guarded by the extension before the client
+/// says anything: it refuses every command that does more than read, for as long as the
+/// session lives. When somebody else has changed the role (only a superuser can now), it
+/// is made again.
 pub async fn open(relay: &Relay, parameters: &BTreeMap<String, String>) -> Result<Client, PgError> {
+    match open_guarded(relay, parameters).await {
+        Err(error) if matches!(error.code(), Some("28P01" | "28000" | "42501")) => {
+            tracing::warn!("the role {RELAY_ROLE} has been changed ({error}), making it again");
+            prepare_local(&relay.shared)
+                .await
+                .map_err(|error| PgError::Protocol(format!("{error:#}")))?;
+            open_guarded(relay, parameters).await
+        }
+        opened => opened,
+    }
+}
+
+async fn open_guarded(
+    relay: &Relay,
+    parameters: &BTreeMap<String, String>,
+) -> Result<Client, PgError> {
     let info = relay
         .restricted()
         .map_err(|error| PgError::Protocol(error.to_string()))?;
@@ -35,22 +59,34 @@ pub async fn open(relay: &Relay, parameters: &BTreeMap<String, String>) -> Resul
         "client_encoding",
         "application_name",
     ];
-    let settings = parameters
+    let wanted = parameters
         .iter()
         .filter(|(name, _)| !own.contains(&name.as_str()) && !name.starts_with("_pq_."))
         .map(|(name, value)| (name.clone(), value.clone()));
+    // What a copy takes must not depend on what the role or the database is set to; the
+    // search path is the database's. What the client wants comes after, and counts.
+    let fixed = [
+        ("role", "none"),
+        ("statement_timeout", "0"),
+        ("lock_timeout", "0"),
+        ("idle_in_transaction_session_timeout", "0"),
+        ("idle_session_timeout", "0"),
+    ];
+    let fixed = fixed.map(|(name, value)| (name.to_owned(), value.to_owned()));
     let mut options = SessionOptions {
         application_name: parameters
             .get("application_name")
             .cloned()
             .unwrap_or_default(),
-        gucs: settings.collect(),
+        gucs: fixed.into_iter().chain(wanted).collect(),
         ..Default::default()
     };
     // The client's own `-c name=value` list goes through as it came.
     options.raw_options = parameters.get("options").cloned();
     options.client_encoding = parameters.get("client_encoding").cloned();
-    Client::connect(&info, &options).await
+    let mut client = Client::connect(&info, &options).await?;
+    client.simple("SELECT terrace.guard_session()").await?;
+    Ok(client)
 }
 
 /// Serves a plain session to its end.

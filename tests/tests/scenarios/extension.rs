@@ -1,5 +1,8 @@
 //! What SQL users meet at the top.
 
+use std::sync::{Arc, Mutex};
+
+use postgres::NoTls;
 use terrace_tests::server::explain;
 use terrace_tests::{Scratch, Server, ServerOptions};
 
@@ -108,4 +111,262 @@ fn dropping_the_extension_leaves_nothing() {
         );
     }
     top.sql("INSERT INTO t VALUES (2); CREATE EXTENSION terrace");
+}
+
+/// Warnings and notices that `sql` raises.
+fn notices(top: &Server, sql: &str) -> String {
+    let heard = Arc::new(Mutex::new(String::new()));
+    let hear = Arc::clone(&heard);
+    let mut config = top.config();
+    config.notice_callback(move |notice| {
+        let mut heard = hear.lock().expect("no panic");
+        *heard += &format!(
+            "{}: {} {}\n",
+            notice.severity(),
+            notice.message(),
+            notice.hint().unwrap_or_default()
+        );
+    });
+    let mut client = config.connect(NoTls).expect("connect");
+    client
+        .batch_execute(sql)
+        .unwrap_or_else(|error| panic!("{sql}: {}", explain(&error)));
+    drop(client);
+    let heard = heard.lock().expect("no panic");
+    heard.clone()
+}
+
+fn refusal(top: &Server, sql: &str) -> String {
+    explain(&top.connect().batch_execute(sql).expect_err(sql))
+}
+
+// One report with an infinite time made terrace.lag fail on every server above, for ever.
+#[test]
+fn a_report_that_cannot_be_shown_is_refused() {
+    let (top, _scratch) = top();
+    top.sql("SELECT terrace.create_domain('region')");
+    let node = |name: &str, bad: &str| {
+        format!(
+            "jsonb_build_object('node', '{name}', 'instance', 'i-{name}', 'domain', 'region', \
+             'role', 'slave', 'state', 'streaming', 'received_lsn', '0/10', 'flush_lsn', '0/10', \
+             'replay_lsn', '0/10', 'replay_time', now(), 'caught_up', false, 'apply_rate', 1, \
+             'catchup_seconds', 1, 'age_ms', 0, 'seq', 1) || '{bad}'"
+        )
+    };
+    let report = |nodes: &[String]| {
+        format!(
+            "SELECT terrace.report(jsonb_build_object('nodes', jsonb_build_array({}), 'events', '[]'::jsonb))",
+            nodes.join(", ")
+        )
+    };
+    let long = format!(r#"{{"node": "{}"}}"#, "md5 ".repeat(5000));
+    let bad = [
+        r#"{"replay_time": "-infinity"}"#,
+        r#"{"replay_time": "infinity"}"#,
+        r#"{"catchup_seconds": "NaN"}"#,
+        r#"{"catchup_seconds": "-Infinity"}"#,
+        r#"{"catchup_seconds": 1e300}"#,
+        r#"{"catchup_seconds": 1e15}"#,
+        r#"{"apply_rate": "NaN"}"#,
+        r#"{"apply_rate": "Infinity"}"#,
+        r#"{"age_ms": "Infinity"}"#,
+        r#"{"age_ms": "NaN"}"#,
+        r#"{"age_ms": 1e300}"#,
+        r#"{"replay_lsn": "FFFFFFFF/FFFFFFFF"}"#,
+        r#"{"received_lsn": "FFFFFFFF/FFFFFFFF"}"#,
+        r#"{"self": "perhaps"}"#,
+        r#"{"node": null}"#,
+        r#"{"instance": null}"#,
+        r#"{"domain": null}"#,
+        r#"{"conflicts": 7}"#,
+        r#"{"conflicts": [{"table": "t", "kind": "k", "count": 1, "last_seen": "infinity"}]}"#,
+        r#"{"conflicts": [{"table": "t", "kind": "k", "count": "x"}]}"#,
+        &long,
+    ];
+    let views = [
+        "lag",
+        "topology",
+        "events",
+        "conflicts",
+        "node_status",
+        "domains",
+        "tables",
+    ];
+    let all_show = |what: &str| {
+        for view in views {
+            let shown = top
+                .connect()
+                .simple_query(&format!("SELECT * FROM terrace.{view}"));
+            shown.unwrap_or_else(|error| panic!("{what}: {view}: {}", explain(&error)));
+        }
+        top.value("SELECT terrace.to_report(0)");
+    };
+    let mut taken = Vec::new();
+    for bad in bad {
+        if top
+            .connect()
+            .batch_execute(&report(&[node("n", bad)]))
+            .is_ok()
+        {
+            taken.push(bad);
+        }
+        all_show(bad);
+        // From below it is left out, and what comes with it is not.
+        top.sql("TRUNCATE terrace.status");
+        top.sql(&report(&[
+            node("first", "{}"),
+            node("n", bad),
+            node("last", "{}"),
+        ]));
+        let nodes = "SELECT string_agg(node, ' ' ORDER BY node) FROM terrace.status";
+        assert_eq!(top.value(nodes), "first last", "{bad}");
+        all_show(bad);
+        top.sql("TRUNCATE terrace.status");
+    }
+    assert!(taken.is_empty(), "{taken:?}");
+
+    // An event that is wrong keeps none of the others away.
+    let event = |id: &str, time: &str| {
+        format!(r#"{{"id": {id}, "time": "{time}", "node": "n", "domain": "region", "kind": "k"}}"#)
+    };
+    let events = [
+        event("\"a\"", "2026-01-01"),
+        event("\"b\"", "infinity"),
+        event("null", "2026-01-01"),
+        event("\"c\"", "yesterday or so"),
+        event("\"d\"", "2026-01-02"),
+    ];
+    top.sql(&format!(
+        "SELECT terrace.report('{{\"nodes\": [], \"events\": [{}]}}')",
+        events.join(", ")
+    ));
+    assert_eq!(
+        top.value("SELECT string_agg(id, ' ' ORDER BY id) FROM terrace.event"),
+        "a d"
+    );
+    all_show("events");
+}
+
+// PostgreSQL refuses every UPDATE and DELETE of a published table whose old rows cannot
+// be told.
+#[test]
+fn what_is_added_can_be_updated() {
+    let (top, _scratch) = top();
+    top.sql(
+        "CREATE TABLE late (id int PRIMARY KEY DEFERRABLE, v int);
+         CREATE TABLE seen (id int PRIMARY KEY, open bool);
+         CREATE TABLE pair (id int PRIMARY KEY, a int, b int);
+         CREATE TABLE inner_key (id int, a int PRIMARY KEY, b int);
+         CREATE TABLE keyless (a int, b int);
+         CREATE TABLE parted (a int, b int) PARTITION BY LIST (a);
+         CREATE TABLE parted_1 PARTITION OF parted FOR VALUES IN (1)",
+    );
+    let said = notices(
+        &top,
+        "SELECT terrace.add_table('late'), terrace.add_table('parted')",
+    );
+    assert_eq!(said.matches("REPLICA IDENTITY FULL").count(), 2, "{said}");
+    let said = notices(&top, "SELECT terrace.add_table('seen', filter => 'open')");
+    assert!(
+        said.contains("\"public.seen\"") && said.contains("REPLICA IDENTITY FULL"),
+        "{said}"
+    );
+    let said = notices(
+        &top,
+        "SELECT terrace.add_table('pair', columns => '{id, a}', filter => 'id > 0')",
+    );
+    assert_eq!(said, "");
+    for sql in [
+        "SELECT terrace.add_table('inner_key', columns => '{id, b}')",
+        "SELECT terrace.add_table('keyless', columns => '{a}')",
+        "SELECT terrace.add_table('inner_key', columns => '{a, b}', filter => 'b > 0')",
+    ] {
+        let said = refusal(&top, sql);
+        assert!(said.contains("replica identity"), "{sql}: {said}");
+    }
+    top.sql(
+        "INSERT INTO late VALUES (1, 1); UPDATE late SET v = 2; DELETE FROM late;
+         INSERT INTO seen VALUES (1, true); UPDATE seen SET open = false; DELETE FROM seen;
+         INSERT INTO pair VALUES (1, 1, 1); UPDATE pair SET a = 2; DELETE FROM pair;
+         INSERT INTO parted VALUES (1, 1); UPDATE parted SET b = 2; DELETE FROM parted",
+    );
+}
+
+// A parent table dragged the tables that inherit from it into the publication, and took
+// one that was synchronised in its own right out with it.
+#[test]
+fn a_table_joins_without_those_that_inherit_from_it() {
+    let (top, _scratch) = top();
+    top.sql(
+        "CREATE TABLE parent (id int PRIMARY KEY); CREATE TABLE child (PRIMARY KEY (id)) INHERITS (parent);
+         CREATE TABLE other (PRIMARY KEY (id)) INHERITS (parent);
+         SELECT terrace.add_table('parent')",
+    );
+    let published = "SELECT string_agg(tablename, ' ' ORDER BY tablename) \
+                     FROM pg_publication_tables WHERE pubname = 'terrace' AND schemaname <> 'terrace'";
+    assert_eq!(top.value(published), "parent");
+    top.sql("SELECT terrace.add_table('child')");
+    assert_eq!(top.value(published), "child parent");
+    top.sql("SELECT terrace.remove_table('parent')");
+    assert_eq!(top.value(published), "child");
+}
+
+const JOINED: &str = "SELECT string_agg(c.relname, ' ' ORDER BY c.relname) FROM pg_class c \
+     WHERE c.relkind IN ('r', 'p') AND c.relnamespace = 'public'::regnamespace \
+       AND has_table_privilege('terrace_reader', c.oid, 'SELECT') \
+       AND EXISTS (SELECT FROM pg_trigger WHERE tgrelid = c.oid AND tgname = 'terrace_tag') \
+       AND c.relreplident = CASE WHEN c.relname LIKE 'bare%' THEN 'f' ELSE 'd' END::\"char\"";
+
+#[test]
+fn later_partitions_join_and_dropped_tables_leave() {
+    let (top, _scratch) = top();
+    top.sql(
+        "CREATE TABLE bare (a int, b int) PARTITION BY LIST (a);
+         CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE u (id int PRIMARY KEY);
+         CREATE SCHEMA shop; CREATE TABLE shop.price (id int PRIMARY KEY);
+         SELECT terrace.add_table('bare'), terrace.add_table('t'), terrace.add_table('u'), terrace.add_schema('shop')",
+    );
+    top.sql(
+        "CREATE TABLE bare_1 PARTITION OF bare FOR VALUES IN (1) PARTITION BY LIST (b);
+         CREATE TABLE bare_1_1 PARTITION OF bare_1 FOR VALUES IN (1);
+         CREATE TABLE bare_2 (a int, b int); ALTER TABLE bare ATTACH PARTITION bare_2 FOR VALUES IN (2);
+         CREATE TABLE apart (a int)",
+    );
+    assert_eq!(top.value(JOINED), "bare bare_1 bare_1_1 bare_2 t u");
+    top.sql("INSERT INTO bare VALUES (1, 1), (2, 2); UPDATE bare SET b = b");
+
+    let known = "SELECT string_agg(\"table\", ' ' ORDER BY \"table\") FROM terrace.tables";
+    top.sql("DROP TABLE t; DROP SCHEMA shop CASCADE; DROP TABLE bare_2");
+    assert_eq!(top.value(known), "public.bare public.u");
+    top.sql("CREATE TABLE t (id int PRIMARY KEY); SELECT terrace.add_table('t')");
+    assert_eq!(top.value(known), "public.bare public.t public.u");
+    // Whoever may drop a table need not know of us.
+    top.sql(
+        "CREATE ROLE owner LOGIN; GRANT CREATE ON SCHEMA public TO owner; ALTER TABLE u OWNER TO owner;
+         SET ROLE owner; CREATE TABLE theirs (a int); DROP TABLE theirs; DROP TABLE u",
+    );
+    assert_eq!(top.value(known), "public.bare public.t");
+    top.sql("DROP EXTENSION terrace; DROP TABLE t; CREATE TABLE t (id int)");
+    assert_eq!(top.value("SELECT count(*) FROM pg_event_trigger"), "0");
+}
+
+#[test]
+fn rows_that_will_not_arrive_are_warned_of() {
+    let (top, _scratch) = top();
+    top.sql(
+        "CREATE TABLE t AS SELECT 1 AS a; CREATE TABLE u AS SELECT 1 AS a; CREATE TABLE empty (a int);
+         SELECT terrace.create_domain('region')",
+    );
+    let said = notices(&top, "SELECT terrace.add_table('t')");
+    assert!(!said.contains("WARNING"), "nobody receives yet: {said}");
+    top.sql(
+        "SELECT terrace.report('{\"nodes\": [{\"node\": \"region-1\", \"instance\": \"x\", \
+         \"domain\": \"region\"}], \"events\": []}')",
+    );
+    let said = notices(&top, "SELECT terrace.add_table('empty')");
+    assert!(!said.contains("WARNING"), "{said}");
+    let said = notices(&top, "SELECT terrace.add_table('u')");
+    for words in ["WARNING", "\"public.u\"", "terrace-bridge resync"] {
+        assert!(said.contains(words), "{words}: {said}");
+    }
 }

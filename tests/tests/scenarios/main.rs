@@ -12,6 +12,7 @@ mod refusals;
 mod regressions;
 mod rules;
 mod setwise;
+mod shapes;
 mod stalls;
 mod streams;
 mod timeline;

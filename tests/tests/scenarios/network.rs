@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::sys::signal::Signal;
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
-use terrace_tests::bridge::{Bridge, BridgeOptions, options};
+use terrace_tests::bridge::{Bridge, BridgeOptions, bridge_program, options};
 use terrace_tests::process::{Process, command};
 use terrace_tests::scratch::free_port;
 use terrace_tests::server::program;
@@ -373,6 +373,37 @@ fn a_port_for_others_needs_an_auth_file() {
     }
 }
 
+#[test]
+fn the_password_file_may_be_named_by_the_environment() {
+    let scratch = Scratch::new("terrace-").expect("scratch");
+    let server = Server::start(&scratch, "server", &ServerOptions::default()).expect("boot");
+    let passfile = scratch.path().join("passfile");
+    fs::write(&passfile, format!("*:*:app:terrace:{PASSWORD}\n")).expect("write");
+    fs::set_permissions(&passfile, fs::Permissions::from_mode(0o600)).expect("chmod");
+    let database = server
+        .conninfo()
+        .replace(&format!(" password={PASSWORD}"), "");
+    let options = BridgeOptions {
+        node: "probe".into(),
+        domain: "probe".into(),
+        database,
+        ..Default::default()
+    };
+    let probe = Bridge::prepare(&scratch, &options, free_port()).expect("prepare");
+    let status = |passfile: &Path| {
+        let mut status = limited(&bridge_program().to_string_lossy());
+        status
+            .args(["status", "-c"])
+            .arg(probe.config())
+            .env("PGPASSFILE", passfile)
+            .env("HOME", scratch.path());
+        told(status.output().expect("run status"))
+    };
+    status(&passfile).unwrap_or_else(|said| panic!("{said}"));
+    let said = status(Path::new("/nowhere")).expect_err("no password");
+    assert!(said.contains("passfile"), "{said}");
+}
+
 // ----- stock clients ------------------------------------------------------------
 
 /// A running `pg_recvlogical` that writes what it receives to `file`.
@@ -444,14 +475,11 @@ fn psql_and_pg_dump_read_through_the_relay() {
     both(&tree.scratch, &bound).expect_err("there is no TLS to bind to");
 
     // A replication session takes SQL, but no rows: it would wait for them for ever.
+    let server = &tree.nodes[0].server;
+    server.sql("CREATE TABLE x (a int); GRANT INSERT ON x TO terrace_relay");
     let mut copy = limited(&program("psql"));
     copy.args(["-XAtq", "-d", &format!("{conninfo} replication=database")]);
-    copy.args([
-        "-c",
-        "CREATE TEMP TABLE x (a int)",
-        "-c",
-        "COPY x FROM STDIN",
-    ]);
+    copy.args(["-c", "COPY x FROM STDIN"]);
     let said = told(copy.output().expect("run psql")).expect_err("no rows");
     assert!(said.contains("COPY FROM STDIN is not supported"), "{said}");
 

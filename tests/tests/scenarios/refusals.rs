@@ -1,12 +1,15 @@
 //! Wrong input and hostile clients: one clear message, and everybody else goes on.
 
+use std::fs::Permissions;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::time::Duration;
+use std::os::unix::fs::PermissionsExt;
+use std::time::{Duration, Instant};
 
 use postgres::{Client, NoTls};
 use terrace_tests::bridge::{Bridge, BridgeOptions, options};
 use terrace_tests::scratch::free_port;
+use terrace_tests::server::explain;
 use terrace_tests::{Scratch, Server, ServerOptions, Tree, wait_until};
 
 #[test]
@@ -301,11 +304,155 @@ fn a_node_name_is_used_once() {
     let server = Server::start(&directory, "second", &ServerOptions::default()).expect("boot");
     let mut twin = options(&server, "other", &[tree.top.conninfo()]);
     twin.node = "region-1".into();
-    let bridge = Bridge::start(&directory, &twin).expect("start");
+    let check = |bridge: &Bridge| {
+        let output = bridge.run("check").expect("run check");
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        (output.status.code(), said)
+    };
+    let mut bridge = Bridge::prepare(&directory, &twin, free_port()).expect("prepare");
+    let (code, said) = check(&bridge);
+    assert!(
+        code == Some(1) && said.contains("\"region-1\" is already in use"),
+        "{said}"
+    );
+    let (code, said) = check(&tree.nodes[0].bridge);
+    assert_eq!(code, Some(0), "{said}");
+    bridge.restart().expect("start");
     wait_until("the name is refused", || {
         bridge.logged().contains("already in use")
     });
     tree.top.sql("INSERT INTO t VALUES (1)");
     tree.wait_for_equal(&["t"]);
     assert!(tree.nodes[0].bridge.is_running());
+}
+
+// A role may change itself: one client could keep all others out, past the next start, or
+// give itself a password for the Postgres behind the relay.
+#[test]
+fn a_client_cannot_change_what_it_runs_under() {
+    let mut tree = Tree::grow(
+        "CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1); SELECT terrace.add_table('t')",
+        &[("region", None, 1)],
+    );
+    let node = &tree.nodes[0];
+    let mut passed = Vec::new();
+    for sql in [
+        "ALTER ROLE terrace_relay PASSWORD 'mine'",
+        "ALTER USER CURRENT_USER PASSWORD NULL",
+        "ALTER ROLE terrace_relay SET statement_timeout = 1",
+        "ALTER ROLE terrace_relay IN DATABASE app SET search_path = 'nowhere'",
+        "ALTER ROLE terrace_relay RESET ALL",
+        "GRANT terrace_relay TO terrace_reader",
+        "SET ROLE terrace_reader; DROP OWNED BY terrace_reader",
+        "DO $$ BEGIN EXECUTE 'ALTER ROLE terrace_relay SET lock_timeout = 1'; END $$",
+        "CREATE TEMP TABLE x (a int)",
+        "SELECT 1 AS a INTO TEMP x",
+        "SELECT lo_create(0)",
+        "SELECT lo_from_bytea(0, 'x')",
+        "SELECT pg_notify('a', 'b')",
+        "NOTIFY a",
+        "SELECT pg_logical_emit_message(true, 'terrace.send', '{}')",
+        "SELECT terrace.send('a', 'b')",
+        "SELECT terrace.attach_table('public', 't')",
+    ] {
+        let mut client = node.bridge.try_connect().expect("an SQL session");
+        if client.batch_execute(sql).is_ok() {
+            passed.push(sql);
+        }
+    }
+    for sql in [
+        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; LOCK TABLE t IN ACCESS SHARE MODE; \
+         SAVEPOINT a; DECLARE c CURSOR FOR SELECT * FROM t; FETCH c; CLOSE c; ROLLBACK TO a; COMMIT",
+        "SET statement_timeout = '1min'; SHOW statement_timeout; RESET statement_timeout",
+        "DISCARD ALL",
+        "PREPARE p AS SELECT * FROM t; EXECUTE p; DEALLOCATE p; EXPLAIN SELECT * FROM t; LISTEN x; UNLISTEN *",
+        "SELECT terrace.report('{\"nodes\": [], \"events\": []}'); SELECT * FROM terrace.lag",
+    ] {
+        let mut client = node.bridge.try_connect().expect("an SQL session");
+        client
+            .batch_execute(sql)
+            .unwrap_or_else(|error| panic!("{sql}: {}", explain(&error)));
+    }
+    assert!(passed.is_empty(), "{passed:#?}");
+    let settings = "SELECT count(*) FROM pg_db_role_setting s JOIN pg_roles r ON r.oid = s.setrole \
+                    WHERE rolname = 'terrace_relay'";
+    assert_eq!(node.server.value(settings), "0");
+
+    // Whatever became of the role, the next session has it as it must be.
+    node.server.sql(
+        "ALTER ROLE terrace_relay NOLOGIN CREATEDB PASSWORD 'other' VALID UNTIL '2020-01-01';
+         ALTER ROLE terrace_relay SET statement_timeout = 1;
+         ALTER ROLE terrace_relay IN DATABASE app SET default_transaction_isolation = 'serializable';
+         REVOKE terrace_reader FROM terrace_relay",
+    );
+    let mut client = node.bridge.try_connect().expect("an SQL session");
+    client
+        .batch_execute("SELECT pg_sleep(0.1) FROM t")
+        .expect("no timeout");
+    assert_eq!(node.server.value(settings), "0");
+    let attributes =
+        "SELECT rolcreatedb, rolcanlogin FROM pg_roles WHERE rolname = 'terrace_relay'";
+    assert_eq!(node.server.rows(attributes), [["f", "t"]]);
+    // Settings alone are put right by the next start.
+    node.server
+        .sql("ALTER ROLE terrace_relay SET statement_timeout = 1");
+    tree.nodes[0].bridge.stop();
+    tree.start_bridges().expect("start the bridge");
+    wait_until("sessions work", || {
+        let client = tree.nodes[0].bridge.try_connect();
+        client.is_ok_and(|mut client| client.batch_execute("SELECT pg_sleep(0.1)").is_ok())
+    });
+}
+
+#[test]
+fn what_is_on_disk_is_for_the_bridge_alone() {
+    let mut tree =
+        Tree::plant("CREATE TABLE t (id int PRIMARY KEY); SELECT terrace.add_table('t')")
+            .expect("boot the top");
+    tree.boot(&[("region", None, 1)]).expect("boot the server");
+    let data = tree.nodes[0].bridge.directory().join("data");
+    // Made by an administrator, or by an older bridge.
+    std::fs::create_dir(&data).expect("make the directory");
+    std::fs::set_permissions(&data, Permissions::from_mode(0o755)).expect("chmod");
+    tree.start_bridges().expect("start the bridge");
+    tree.wait_streaming();
+    tree.top.sql("INSERT INTO t VALUES (1)");
+    tree.wait_for_equal(&["t"]);
+    let (mut open, mut seen, mut waiting) = (Vec::new(), 0, vec![data]);
+    while let Some(path) = waiting.pop() {
+        let state = std::fs::symlink_metadata(&path).expect("stat");
+        let mode = state.permissions().mode() & 0o777;
+        seen += 1;
+        if mode & 0o077 != 0 {
+            open.push(format!("{} {mode:o}", path.display()));
+        }
+        if state.is_dir() {
+            let entries = std::fs::read_dir(&path).expect("list");
+            waiting.extend(entries.map(|entry| entry.expect("entry").path()));
+        }
+    }
+    assert!(seen > 4, "the queue and the socket are there");
+    assert!(open.is_empty(), "{open:#?}");
+}
+
+// Connections that say nothing took all places of the relay for 10 s each.
+#[test]
+fn idle_connections_keep_nobody_out() {
+    let tree = Tree::grow(
+        "CREATE TABLE t (id int PRIMARY KEY); SELECT terrace.add_table('t')",
+        &[("region", None, 2)],
+    );
+    let bridge = &tree.nodes[0].bridge;
+    let connect = || TcpStream::connect(("127.0.0.1", bridge.port));
+    let idle: Vec<TcpStream> = (0..650).filter_map(|_| connect().ok()).collect();
+    for _ in 0..5 {
+        let started = Instant::now();
+        let mut client = bridge.try_connect().expect("an SQL session");
+        client.batch_execute("SELECT 1").expect("an answer");
+        let waited = started.elapsed();
+        assert!(waited < Duration::from_secs(3), "waited {waited:?}");
+    }
+    tree.top.sql("INSERT INTO t VALUES (1)");
+    tree.wait_for_equal(&["t"]);
+    drop(idle);
 }
