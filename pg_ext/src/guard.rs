@@ -15,6 +15,18 @@ use std::ffi::{c_char, c_int, c_void};
 use pgrx::pg_sys::{self, NodeTag, ObjectAccessType};
 use pgrx::prelude::*;
 
+// PostgreSQL 17 gave it a fourth argument, and with it another name here.
+#[cfg(any(feature = "pg15", feature = "pg16"))]
+use pg_sys::{
+    F_PG_LOGICAL_EMIT_MESSAGE_BOOL_TEXT_BYTEA as EMIT_BYTES,
+    F_PG_LOGICAL_EMIT_MESSAGE_BOOL_TEXT_TEXT as EMIT_TEXT,
+};
+#[cfg(any(feature = "pg17", feature = "pg18"))]
+use pg_sys::{
+    F_PG_LOGICAL_EMIT_MESSAGE_BOOL_TEXT_BYTEA_BOOL as EMIT_BYTES,
+    F_PG_LOGICAL_EMIT_MESSAGE_BOOL_TEXT_TEXT_BOOL as EMIT_TEXT,
+};
+
 thread_local! {
     static GUARDED: Cell<bool> = const { Cell::new(false) };
     static NEXT_UTILITY: Cell<pg_sys::ProcessUtility_hook_type> = const { Cell::new(None) };
@@ -50,8 +62,8 @@ const REFUSED: &[u32] = &[
     pg_sys::F_LO_PUT,
     pg_sys::F_LOWRITE,
     pg_sys::F_PG_NOTIFY,
-    pg_sys::F_PG_LOGICAL_EMIT_MESSAGE_BOOL_TEXT_TEXT,
-    pg_sys::F_PG_LOGICAL_EMIT_MESSAGE_BOOL_TEXT_BYTEA,
+    EMIT_TEXT,
+    EMIT_BYTES,
 ];
 
 /// From now on, to its end, this session only looks.

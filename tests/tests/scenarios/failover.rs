@@ -115,7 +115,16 @@ fn another_leads_until(tree: &Tree, counting: Background, words: &str, mend: imp
         "SELECT count(*) FROM terrace.lag WHERE node = 'region-1' AND state = 'stalled' \
          AND reason LIKE '%{words}%'"
     );
-    wait_until("the top knows of the disk", || tree.top.value(&told) == "1");
+    // All but full, it takes a little now and then at first.
+    let mut steady = 0;
+    wait_until("the top knows of the disk", || {
+        steady = if tree.top.value(&told) == "1" {
+            steady + 1
+        } else {
+            0
+        };
+        steady > 60
+    });
     // Nobody relies on it: not even who asks for it.
     let asked = tree.nodes.iter().find(|node| node.server.name == next);
     let asked = &asked.expect("the successor").bridge;

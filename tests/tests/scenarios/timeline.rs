@@ -193,10 +193,10 @@ fn every_server_of_a_domain_learns_of_the_new_timeline() {
     let all = tree.top.value(rows);
     tree.nodes.iter().for_each(|node| has(&node.server, &all));
     has(&standby, &all);
-    tree.top.sql("CHECKPOINT");
+    // Its last WAL goes to all that follow it.
+    tree.top.stop();
     standby.stop();
     standby.take_slot(&tree.top, SLOT).expect("copy the slot");
-    tree.top.stop();
     standby.restart().expect("start the standby");
     standby.sql("SELECT pg_promote()");
     wait_until("it is the top", || {
