@@ -637,7 +637,9 @@ CREATE VIEW lag AS
     UNION ALL
     SELECT 'top', 0, 'top', 'master', 'streaming', NULL, lsn, lsn, lsn, 0, interval '0', NULL, NULL,
            NULL, NULL, pg_catalog.clock_timestamp(), NULL
-    FROM top WHERE here AND NOT EXISTS (SELECT FROM status WHERE domain = 'top')
+    FROM top WHERE here AND NOT EXISTS (
+        -- A bridge of the top tells by itself; one of another domain is copying to this server.
+        SELECT FROM status WHERE domain = 'top' OR self AND reply_time > now() - interval '5 s')
     ORDER BY 2, 1, 4, 3;
 
 CREATE VIEW topology AS

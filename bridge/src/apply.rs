@@ -154,6 +154,7 @@ impl<'a> Session<'a> {
             ("intervalstyle", "postgres"),
             ("extra_float_digits", "3"),
             ("timezone", "UTC"),
+            ("xmloption", "content"),
             ("bytea_output", "hex"),
             ("search_path", "pg_catalog"),
             ("lock_timeout", "0"),

@@ -28,12 +28,17 @@
 //! 6. *A slot that is held by nobody in sight* may be taken from its holder by a
 //!    majority, at growing intervals.
 
+mod source;
+mod view;
+
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+pub use source::{Source, choose_parent, copies_first, copy_source};
+pub use view::{Link, Own, Peer, Sight, Told};
 
-use crate::lsn::{Identity, Lsn};
+use crate::lsn::Lsn;
 use crate::status::Role;
+use view::{View, goes_before, key, name_hash};
 
 /// Time since the bridge started.
 pub type Now = Duration;
@@ -49,110 +54,6 @@ pub const HANDOVER: Duration = Duration::from_secs(5);
 const MISSED: Duration = Duration::from_secs(30);
 /// Longest pause between two times that a holder out of sight is deposed.
 const MAX_DEPOSE_PAUSE: Duration = Duration::from_secs(60);
-/// A master whose knowledge of the top is older than the other's by this loses.
-const STALE_MICROS: i64 = 3_000_000;
-
-/// What one server tells another (`SHOW terrace.status`), as far as it matters here.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
-#[serde(default)]
-pub struct Told {
-    /// Node name.
-    pub node: String,
-    /// Its domain.
-    pub domain: String,
-    /// Whom it follows: its parent domain, a sibling, nobody.
-    pub role: Role,
-    /// Whether it has been copied to.
-    pub has_data: bool,
-    /// Whether it copies from the parent now.
-    pub copying: bool,
-    /// Its database and the disk under its queue work, and it serves.
-    pub healthy: bool,
-    /// Its history is not known to be another one than the top's or the domain's, so
-    /// that it gives it to others.
-    pub serves: bool,
-    /// Which history its positions are of (an [`Identity`] as text).
-    pub identity: Option<String>,
-    /// The parent answers it.
-    pub parent_ok: bool,
-    /// The domain's master answers it (or it is the master).
-    pub master_ok: bool,
-    /// Durable end of its queue.
-    #[serde(rename = "flush_lsn")]
-    pub flush: Lsn,
-    /// Oldest position that its queue can serve.
-    #[serde(rename = "first_lsn")]
-    pub first: Lsn,
-    /// Configured preference.
-    pub priority: i64,
-    /// The top's clock as it knows it, microseconds.
-    pub top_time: i64,
-    /// Names of the servers from the top to it.
-    pub path: Vec<String>,
-    /// Names of the domains on that way.
-    pub domains: Vec<String>,
-    /// It hands over to this server.
-    pub yields_to: Option<String>,
-}
-
-/// How another server looks from here.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sight {
-    /// Not tried yet.
-    Unknown,
-    /// Answered when last asked.
-    Answers,
-    /// Has not answered for so long.
-    Silent(Duration),
-    /// Its host says that nobody listens, or its process ended.
-    Refused,
-}
-
-impl Sight {
-    /// It answers, or did just now.
-    fn is_live(self, limit: Duration) -> bool {
-        match self {
-            Sight::Answers => true,
-            Sight::Silent(age) => age < limit,
-            Sight::Unknown | Sight::Refused => false,
-        }
-    }
-}
-
-/// Another server of the domain, or of the parent domain.
-#[derive(Clone, Debug)]
-pub struct Peer {
-    /// Node name.
-    pub name: String,
-    /// How it looks.
-    pub sight: Sight,
-    /// What it told last; `None` for one that never answered, or that is a Postgres.
-    pub told: Option<Told>,
-    /// How long ago it told that.
-    pub age: Duration,
-}
-
-/// Whom we follow at present.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Link {
-    /// Nobody.
-    None,
-    /// The parent, as master.
-    Parent,
-    /// This member of the domain.
-    Peer(String),
-}
-
-/// This node.
-#[derive(Clone, Debug)]
-pub struct Own {
-    /// What it tells others.
-    pub told: Told,
-    /// Whom it follows.
-    pub link: Link,
-    /// How the parent domain looks.
-    pub parent: Sight,
-}
 
 /// What to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -185,17 +86,6 @@ pub enum Decision {
     },
     /// Everybody has forgotten what follows our end: copy the data anew.
     CopyAnew,
-}
-
-/// What a node without data does.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Source {
-    /// Copy from this member.
-    Peer(String),
-    /// Copy from the parent.
-    Parent,
-    /// Look again soon.
-    Wait,
 }
 
 /// How a try at the parent ended, when that says something.
@@ -528,233 +418,9 @@ impl Decider {
     }
 }
 
-struct View<'a> {
-    own: &'a Own,
-    peers: &'a [Peer],
-    limit: Duration,
-}
-
-impl<'a> View<'a> {
-    fn live(&self) -> impl Iterator<Item = (&'a str, &'a Told)> + use<'a> {
-        let limit = self.limit;
-        self.peers
-            .iter()
-            .filter(move |peer| peer.sight.is_live(limit))
-            .filter_map(|peer| Some((peer.name.as_str(), peer.told.as_ref()?)))
-    }
-
-    fn live_peers(&self) -> impl Iterator<Item = &'a Peer> + use<'a> {
-        let limit = self.limit;
-        let peers = self.peers.iter();
-        peers.filter(move |peer| peer.sight.is_live(limit) && peer.told.is_some())
-    }
-
-    fn told(peer: &'a Peer) -> &'a Told {
-        peer.told.as_ref().expect("a live peer has told")
-    }
-
-    /// The master that goes first of those in sight.
-    fn master(&self) -> Option<&'a Peer> {
-        self.live_peers()
-            .filter(|peer| Self::told(peer).role == Role::Master && Self::told(peer).has_data)
-            .reduce(|a, b| {
-                if goes_before(Self::told(b), Self::told(a)) {
-                    b
-                } else {
-                    a
-                }
-            })
-    }
-
-    fn go_to(&self, name: &str) -> Decision {
-        if self.own.link == Link::Peer(name.to_owned()) {
-            Decision::Stay
-        } else {
-            Decision::Follow(name.to_owned())
-        }
-    }
-
-    fn longest_that_serves(&self, end: Lsn) -> Option<&'a Peer> {
-        self.live_peers()
-            .filter(|peer| {
-                let told = Self::told(peer);
-                let has_more = told.first <= end && told.flush > end;
-                told.has_data && has_more && self.gives(told) && !self.is_behind_us(told)
-            })
-            .max_by_key(|peer| (Self::told(peer).flush, &peer.name))
-    }
-
-    /// Its positions can be compared with ours, and it gives what it has.
-    fn gives(&self, told: &Told) -> bool {
-        told.serves && same_origin(&self.own.told, told)
-    }
-
-    /// It gets its data through us.
-    fn is_behind_us(&self, told: &Told) -> bool {
-        told.path.contains(&self.own.told.node)
-    }
-
-    /// What was told before the master went out of our sight says nothing of now.
-    fn sibling_with_master(&self, masterless: Duration) -> Option<&'a Peer> {
-        self.live_peers()
-            .filter(|peer| {
-                let told = Self::told(peer);
-                peer.age < masterless
-                    && told.role == Role::Slave
-                    && told.master_ok
-                    && self.gives(told)
-                    && told.first <= self.own.told.flush
-                    && !self.is_behind_us(told)
-            })
-            .min_by_key(|peer| (Self::told(peer).path.len(), &peer.name))
-    }
-
-    /// Members that have not told anything within so long.
-    fn unheard(&self, within: Duration) -> Vec<String> {
-        let heard =
-            |peer: &Peer| peer.sight == Sight::Answers && peer.told.is_some() && peer.age < within;
-        let peers = self.peers.iter().filter(|peer| !heard(peer));
-        peers.map(|peer| peer.name.clone()).collect()
-    }
-
-    /// Number of members in sight that go before us.
-    fn rank(&self) -> u32 {
-        let own = key(&self.own.told);
-        let before = self
-            .live()
-            .filter(|(_, told)| told.has_data && self.gives(told) && key(told) > own);
-        u32::try_from(before.count()).unwrap_or(u32::MAX)
-    }
-
-    fn is_majority(&self, members: usize) -> bool {
-        2 * (self.live_peers().count() + 1) > members
-    }
-}
-
-/// Whether both tell of one history, perhaps of different timelines of it.
-fn same_origin(one: &Told, other: &Told) -> bool {
-    let identity = |told: &Told| told.identity.as_ref()?.parse::<Identity>().ok();
-    match (identity(one), identity(other)) {
-        (Some(one), Some(other)) => one.same_origin(&other),
-        // One that has none has no positions either.
-        _ => true,
-    }
-}
-
 fn hand_over(to: &str, reason: &str) -> Decision {
     Decision::HandOver {
         to: to.to_owned(),
         reason: reason.to_owned(),
     }
-}
-
-/// Who goes first when there is no master.
-fn key(told: &Told) -> (bool, bool, Lsn, i64, &str) {
-    (
-        told.healthy,
-        told.parent_ok,
-        told.flush,
-        told.priority,
-        &told.node,
-    )
-}
-
-/// Which of two masters stays: both get the same history, so positions only tell
-/// who is read later. One that has lost sight of the top goes.
-fn goes_before(one: &Told, other: &Told) -> bool {
-    let fresher = one.top_time - other.top_time;
-    if one.top_time != 0 && other.top_time != 0 && fresher.abs() > STALE_MICROS {
-        return fresher > 0;
-    }
-    let key = |told: &Told| (told.healthy, told.priority, told.node.clone());
-    key(one) > key(other)
-}
-
-/// FNV-1a; spreads equal turns.
-fn name_hash(name: &str) -> u32 {
-    let start = 0x811c_9dc5_u32;
-    name.bytes().fold(start, |hash, byte| {
-        (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
-    })
-}
-
-/// Whom a node without data copies from: one that has data, a sound one before
-/// others, then the master; else the parent, one member after the other.
-pub fn copy_source(waited: Duration, own: &Told, peers: &[Peer], limit: Duration) -> Source {
-    let view = peers
-        .iter()
-        .filter(|peer| peer.sight.is_live(limit))
-        .filter_map(|peer| Some((&peer.name, peer.told.as_ref()?)));
-    let with_data = view
-        .clone()
-        .filter(|(_, told)| told.has_data && told.serves);
-    // One that is out of order may still be read; if nobody else has data it is tried.
-    let best = with_data
-        .max_by_key(|(name, told)| (told.healthy, told.role == Role::Master, told.flush, *name));
-    if let Some((name, _)) = best {
-        return Source::Peer(name.clone());
-    }
-    if view.clone().any(|(_, told)| told.copying) {
-        return Source::Wait;
-    }
-    let key = |told: &Told| (told.parent_ok, told.priority, told.node.clone());
-    let before = view.filter(|(_, told)| key(told) > key(own)).count();
-    let unknown = peers.iter().any(|peer| peer.sight == Sight::Unknown);
-    let turn = TURN * u32::try_from(before).unwrap_or(u32::MAX);
-    match waited >= turn && (!unknown || waited >= limit) {
-        true => Source::Parent,
-        false => Source::Wait,
-    }
-}
-
-/// Whether, of the servers of a domain that none can go on, this one is to copy from the
-/// parent: the first by the order in which they would lead, and one at a time.
-pub fn copies_first(own: &Told, peers: &[Peer], limit: Duration) -> bool {
-    let live = peers.iter().filter(|peer| peer.sight.is_live(limit));
-    live.filter_map(|peer| peer.told.as_ref())
-        .all(|told| !told.copying && (!told.has_data || key(told) < key(own)))
-}
-
-/// Which server of the parent domain to attach to: the present one while it is
-/// sound, else the first in the configured order that is sound, reads the top as
-/// lately as the others, keeps what follows our end, and is not below us itself.
-/// `tried` holds those that failed just now.
-pub fn choose_parent(
-    own: &Told,
-    parents: &[Peer],
-    present: Option<usize>,
-    tried: &[usize],
-    limit: Duration,
-) -> Option<usize> {
-    let latest = parents
-        .iter()
-        .filter_map(|parent| Some(parent.told.as_ref()?.top_time))
-        .max()
-        .unwrap_or(0);
-    let grade = |index: usize, parent: &Peer| {
-        let usable = match &parent.told {
-            // A Postgres; whether it can be followed shows when it is tried.
-            None => true,
-            Some(told) => {
-                let serves = told.has_data && told.serves && told.first <= own.flush;
-                !told.domains.contains(&own.domain) && serves
-            }
-        };
-        let told = parent.told.as_ref();
-        let sound = told.is_none_or(|told| told.healthy && latest - told.top_time < STALE_MICROS);
-        (
-            usable && parent.sight.is_live(limit),
-            !tried.contains(&index),
-            sound,
-            present == Some(index),
-        )
-    };
-    let graded = parents
-        .iter()
-        .enumerate()
-        .map(|(index, parent)| (grade(index, parent), index));
-    graded
-        .filter(|(grade, _)| grade.0)
-        .max_by_key(|(grade, index)| (*grade, std::cmp::Reverse(*index)))
-        .map(|(_, index)| index)
 }

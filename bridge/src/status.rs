@@ -5,13 +5,14 @@
 //! Nothing here is durable and no decision about data is taken from it, with
 //! one exception: [`Shared::acknowledgeable`], whose inputs are durable positions.
 
+mod kinds;
+
 use std::collections::{BTreeMap, VecDeque};
-use std::fmt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
+pub use kinds::{Applied, Downstream, Event, Role, State};
 use serde_json::{Value, json};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
@@ -31,118 +32,6 @@ const CATCHUP_MICROS: i64 = 2_000_000;
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Events kept until a report has taken them.
 const MAX_EVENTS: usize = 1000;
-
-/// Whom this node follows: its parent domain or a member of its own.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Role {
-    /// Holds the domain's slot or cursor at the parent.
-    Master,
-    /// Follows a member of its domain.
-    Slave,
-    /// Follows nobody at present.
-    #[default]
-    None,
-}
-
-impl fmt::Display for Role {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Role::Master => "master",
-            Role::Slave => "slave",
-            Role::None => "none",
-        })
-    }
-}
-
-/// What the node is doing, as `terrace.lag` shows it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum State {
-    /// Initial copy is under way or about to be.
-    Copying,
-    /// Behind, and going on.
-    Catchup,
-    /// Up to date with its upstream.
-    Streaming,
-    /// Cannot go on without a change from outside; the reason says why.
-    Stalled,
-    /// Part of the history is to be had nowhere.
-    Gap,
-    /// The upstream tells another history.
-    Diverged,
-    /// Not in contact.
-    #[default]
-    Down,
-}
-
-impl State {
-    /// Each of them.
-    pub const ALL: [State; 7] = [
-        State::Copying,
-        State::Catchup,
-        State::Streaming,
-        State::Stalled,
-        State::Gap,
-        State::Diverged,
-        State::Down,
-    ];
-}
-
-impl fmt::Display for State {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            State::Copying => "copying",
-            State::Catchup => "catchup",
-            State::Streaming => "streaming",
-            State::Stalled => "stalled",
-            State::Gap => "gap",
-            State::Diverged => "diverged",
-            State::Down => "down",
-        })
-    }
-}
-
-/// Something that happened to a node's role or data.
-#[derive(Clone, Debug, Serialize)]
-pub struct Event {
-    /// Unique in the tree.
-    pub id: String,
-    /// Microseconds since 1970-01-01 UTC.
-    pub unix_micros: i64,
-    /// `master`, `slave`, `copied`, `gap` …
-    pub kind: String,
-    /// Why, for a person.
-    pub reason: String,
-}
-
-/// Positions that a downstream bridge told last.
-#[derive(Clone, Copy, Debug)]
-pub struct Downstream {
-    /// Arrived there.
-    pub write: Lsn,
-    /// Durable there.
-    pub flush: Lsn,
-    /// Replayed there.
-    pub apply: Lsn,
-    /// When it told.
-    pub heard: Instant,
-}
-
-/// What the applier has done.
-#[derive(Clone, Debug, Default)]
-pub struct Applied {
-    /// Transactions since start.
-    pub transactions: u64,
-    /// Id of the last tag.
-    pub last_tag: Option<String>,
-    /// Its label.
-    pub last_label: Option<String>,
-    /// Top's clock at the last replayed position, microseconds since 2000-01-01.
-    pub top_time: i64,
-    /// Conflicts resolved since start.
-    pub conflicts: u64,
-}
 
 #[derive(Default)]
 struct Inner {

@@ -11,6 +11,9 @@
 //! The parent is a Postgres (frames `w` and `k`) or a bridge, which sends whole
 //! records (`T`) and how far it has replayed (`P`); see `docs/architecture.md`.
 
+mod history;
+mod slot;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -27,7 +30,9 @@ use crate::lsn::{Identity, Lsn};
 use crate::queue::{QueueError, Writer};
 use crate::record::{FORMAT, Kind, Record, RecordError};
 use crate::status::{Role, Shared, State};
-use crate::timeline;
+pub use history::timeline_history;
+use history::{adopt_timeline, check_members, same_timeline};
+use slot::{depose_holder, start_when_free, verify_slot, why_not_started};
 
 /// Name of the publication at the top.
 pub const PUBLICATION: &str = "terrace";
@@ -37,8 +42,6 @@ pub const BRIDGE_PARAMETER: &str = "_pq_.terrace";
 const SILENCE: Duration = Duration::from_secs(10);
 /// How often positions are told.
 const TICK: Duration = Duration::from_millis(100);
-/// Pause between tries to take a slot whose holder has been told to end.
-const DEPOSE_STEP: Duration = Duration::from_millis(50);
 /// Messages taken from the socket before they are made readable.
 const BATCH_MESSAGES: usize = 10_000;
 /// More messages than this within [`REST`] are a burst, and rested for as long.
@@ -139,6 +142,7 @@ pub fn pinned_settings() -> Vec<(String, String)> {
         ("extra_float_digits", "3"),
         ("bytea_output", "hex"),
         ("timezone", "UTC"),
+        ("xmloption", "content"),
         ("wal_sender_timeout", "10s"),
     ]
     .map(|(name, value)| (name.to_owned(), value.to_owned()))
@@ -544,175 +548,4 @@ impl<'a> Link<'a> {
         (self.told, self.told_at) = (positions, Instant::now());
         Ok(())
     }
-}
-
-/// Rule B: a later timeline of the same history is followed when it branched off at
-/// or after our end; else we hold what it never had.
-async fn adopt_timeline(
-    shared: &Shared,
-    client: &mut Client,
-    theirs: &Identity,
-    writer: &mut Writer,
-) -> Result<(), LinkEnd> {
-    let ours = writer.queue().identity();
-    let diverged = || LinkEnd::Diverged {
-        theirs: theirs.to_string(),
-        ours: ours.to_string(),
-    };
-    if !theirs.same_origin(&ours) {
-        return Err(diverged());
-    }
-    if theirs.timeline < ours.timeline {
-        return Err(LinkEnd::Refused(format!(
-            "the upstream is still on timeline {}, this server is on {}: it has been replaced",
-            theirs.timeline, ours.timeline
-        )));
-    }
-    let history = timeline_history(client, theirs.timeline).await?;
-    match timeline::switch_point(&history, ours.timeline) {
-        Some(switch) if writer.end() <= switch => {}
-        _ => return Err(diverged()),
-    }
-    let end = writer.end();
-    timeline::save(&shared.config.node.data_dir, theirs.timeline, &history)?;
-    writer.adopt(theirs)?;
-    shared.set_identity(theirs.clone(), true);
-    // They come again, and learn of it.
-    shared.stop_serving();
-    let reason = format!(
-        "goes on at {end} with timeline {} of the top",
-        theirs.timeline
-    );
-    shared.event("timeline", &reason);
-    Ok(())
-}
-
-/// Two standbys that are promoted from one history both begin the same timeline, and
-/// mostly not at the same place.
-async fn same_timeline(
-    shared: &Shared,
-    client: &mut Client,
-    theirs: &Identity,
-) -> Result<(), LinkEnd> {
-    let dir = &shared.config.node.data_dir;
-    let Some(ours) = timeline::load(dir, theirs.timeline) else {
-        return Ok(());
-    };
-    match timeline_history(client, theirs.timeline).await {
-        Ok(history) if timeline::same(&history, &ours) => Ok(()),
-        Ok(_) => Err(LinkEnd::Diverged {
-            theirs: format!("{theirs} (another one of that number)"),
-            ours: theirs.to_string(),
-        }),
-        // A bridge whose data came to it on this timeline may not have it.
-        Err(error) if error.code() == Some("58P01") => Ok(()),
-        Err(error) => Err(error.into()),
-    }
-}
-
-/// A server that its domain's `[peers]` here leave out makes this node's picture of the
-/// domain a wrong one: it would depose that server, or miss what it holds.
-async fn check_members(shared: &Shared, client: &mut Client) -> Result<(), LinkEnd> {
-    let node = &shared.config.node;
-    let sql = format!(
-        "SELECT node FROM terrace.lag WHERE domain = {} AND node <> {} \
-         AND reply_time > now() - interval '5 s'",
-        quote_literal(&node.domain),
-        quote_literal(&node.name)
-    );
-    // What is not there to be asked says nothing.
-    let Ok(rows) = client.simple(&sql).await else {
-        return Ok(());
-    };
-    let names = rows.into_iter().filter_map(|row| row.into_iter().next()?);
-    let mut unknown = names.filter(|name| !shared.config.peers.contains_key(name));
-    match unknown.next() {
-        None => Ok(()),
-        Some(name) => Err(LinkEnd::Refused(format!(
-            "node \"{name}\" reports as a server of domain \"{}\" and is not in [peers] here; \
-             add it, on both, or stop it",
-            node.domain
-        ))),
-    }
-}
-
-/// The history file of a timeline as the server has it.
-pub async fn timeline_history(client: &mut Client, timeline: u32) -> Result<String, PgError> {
-    let rows = client
-        .simple(&format!("TIMELINE_HISTORY {timeline}"))
-        .await?;
-    let content = rows
-        .into_iter()
-        .next()
-        .and_then(|row| row.into_iter().nth(1)?);
-    content.ok_or_else(|| PgError::Protocol("TIMELINE_HISTORY gave no content".into()))
-}
-
-/// Ends the walsender that holds the slot. Sessions of one role may end each other.
-async fn depose_holder(target: &Target) -> Result<(), LinkEnd> {
-    let mut client = Client::connect(&target.conninfo, &SessionOptions::default()).await?;
-    let sql = "SELECT pg_catalog.pg_terminate_backend(active_pid) \
-               FROM pg_catalog.pg_replication_slots \
-               WHERE slot_name = $1 AND active_pid IS NOT NULL";
-    client.query(sql, &[Some(&target.slot)]).await?;
-    Ok(())
-}
-
-/// Starts; a walsender that has been told to end lets its slot go a moment later.
-async fn start_when_free(client: &mut Client, start: &str, deposed: bool) -> Result<(), PgError> {
-    let mut tries = if deposed { 20 } else { 1 };
-    loop {
-        tries -= 1;
-        match client.copy_both(start).await {
-            Err(error) if error.code() == Some("55006") && tries > 0 => sleep(DEPOSE_STEP).await,
-            result => return result,
-        }
-    }
-}
-
-/// A slot that is gone, or was invalidated to keep the disk from filling, does not come
-/// back by itself.
-async fn why_not_started(target: &Target, error: PgError) -> LinkEnd {
-    let invalidated = match error.code() {
-        Some("42704") => true,
-        Some("55000") => slot_value(target, "wal_status")
-            .await
-            .is_ok_and(|status| status.as_deref() == Some("lost")),
-        _ => false,
-    };
-    match invalidated {
-        true => LinkEnd::NoSlot(error.to_string()),
-        false => error.into(),
-    }
-}
-
-/// Rule A: with the slot ours, its confirmed position must not be above our end.
-async fn verify_slot(target: &Target, end: Lsn) -> Result<(), LinkEnd> {
-    let confirmed = slot_value(target, "confirmed_flush_lsn").await?;
-    match confirmed.and_then(|text| text.parse::<Lsn>().ok()) {
-        Some(confirmed) if confirmed > end => Err(LinkEnd::Gap { confirmed, end }),
-        Some(_) => Ok(()),
-        None => Err(LinkEnd::Lost(format!(
-            "slot \"{}\" has vanished",
-            target.slot
-        ))),
-    }
-}
-
-/// What `pg_replication_slots` says of the slot.
-async fn slot_value(target: &Target, column: &str) -> Result<Option<String>, PgError> {
-    let options = SessionOptions {
-        application_name: "terrace".into(),
-        ..Default::default()
-    };
-    let mut client = Client::connect(&target.conninfo, &options).await?;
-    let sql = format!(
-        "SELECT {} FROM pg_catalog.pg_replication_slots WHERE slot_name = $1",
-        quote_ident(column)
-    );
-    let rows = client.query(&sql, &[Some(&target.slot)]).await?;
-    Ok(rows
-        .into_iter()
-        .next()
-        .and_then(|row| row.into_iter().next()?))
 }

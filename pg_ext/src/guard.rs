@@ -62,6 +62,8 @@ const REFUSED: &[u32] = &[
     pg_sys::F_LO_PUT,
     pg_sys::F_LOWRITE,
     pg_sys::F_PG_NOTIFY,
+    pg_sys::F_PG_CANCEL_BACKEND,
+    pg_sys::F_PG_TERMINATE_BACKEND,
     EMIT_TEXT,
     EMIT_BYTES,
 ];

@@ -391,10 +391,13 @@ impl Server {
             .unwrap_or_else(|error| panic!("{}: {sql}: {}", self.name, explain(&error)))
     }
 
-    /// Number and content of the rows of a table, whatever their order.
+    /// Number and content of the rows of a table, whatever their order and the server's
+    /// settings.
     pub fn checksum(&self, table: &str) -> Result<String, postgres::Error> {
         let sql = format!(
-            "SELECT count(*) || ' rows ' || coalesce(sum(hashtextextended(t::text, 0)), 0) \
+            "SET datestyle = 'ISO'; SET intervalstyle = 'postgres'; SET timezone = 'UTC'; \
+             SET extra_float_digits = 3; SET bytea_output = 'hex'; \
+             SELECT count(*) || ' rows ' || coalesce(sum(hashtextextended(t::text, 0)), 0) \
              FROM {table} t"
         );
         let rows = rows(&mut self.try_connect()?, &sql)?;

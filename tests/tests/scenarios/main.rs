@@ -17,3 +17,4 @@ mod stalls;
 mod streams;
 mod timeline;
 mod tree;
+mod types;

@@ -1,0 +1,258 @@
+//! What a node sees of its domain, and the order of its servers.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::Decision;
+use crate::lsn::{Identity, Lsn};
+use crate::status::Role;
+
+/// A master whose knowledge of the top is older than the other's by this loses.
+pub(super) const STALE_MICROS: i64 = 3_000_000;
+
+/// What one server tells another (`SHOW terrace.status`), as far as it matters here.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(default)]
+pub struct Told {
+    /// Node name.
+    pub node: String,
+    /// Its domain.
+    pub domain: String,
+    /// Whom it follows: its parent domain, a sibling, nobody.
+    pub role: Role,
+    /// Whether it has been copied to.
+    pub has_data: bool,
+    /// Whether it copies from the parent now.
+    pub copying: bool,
+    /// Its database and the disk under its queue work, and it serves.
+    pub healthy: bool,
+    /// Its history is not known to be another one than the top's or the domain's, so
+    /// that it gives it to others.
+    pub serves: bool,
+    /// Which history its positions are of (an [`Identity`] as text).
+    pub identity: Option<String>,
+    /// The parent answers it.
+    pub parent_ok: bool,
+    /// The domain's master answers it (or it is the master).
+    pub master_ok: bool,
+    /// Durable end of its queue.
+    #[serde(rename = "flush_lsn")]
+    pub flush: Lsn,
+    /// Oldest position that its queue can serve.
+    #[serde(rename = "first_lsn")]
+    pub first: Lsn,
+    /// Configured preference.
+    pub priority: i64,
+    /// The top's clock as it knows it, microseconds.
+    pub top_time: i64,
+    /// Names of the servers from the top to it.
+    pub path: Vec<String>,
+    /// Names of the domains on that way.
+    pub domains: Vec<String>,
+    /// It hands over to this server.
+    pub yields_to: Option<String>,
+}
+
+/// How another server looks from here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sight {
+    /// Not tried yet.
+    Unknown,
+    /// Answered when last asked.
+    Answers,
+    /// Has not answered for so long.
+    Silent(Duration),
+    /// Its host says that nobody listens, or its process ended.
+    Refused,
+}
+
+impl Sight {
+    /// It answers, or did just now.
+    pub(super) fn is_live(self, limit: Duration) -> bool {
+        match self {
+            Sight::Answers => true,
+            Sight::Silent(age) => age < limit,
+            Sight::Unknown | Sight::Refused => false,
+        }
+    }
+}
+
+/// Another server of the domain, or of the parent domain.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    /// Node name.
+    pub name: String,
+    /// How it looks.
+    pub sight: Sight,
+    /// What it told last; `None` for one that never answered, or that is a Postgres.
+    pub told: Option<Told>,
+    /// How long ago it told that.
+    pub age: Duration,
+}
+
+/// Whom we follow at present.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Link {
+    /// Nobody.
+    None,
+    /// The parent, as master.
+    Parent,
+    /// This member of the domain.
+    Peer(String),
+}
+
+/// This node.
+#[derive(Clone, Debug)]
+pub struct Own {
+    /// What it tells others.
+    pub told: Told,
+    /// Whom it follows.
+    pub link: Link,
+    /// How the parent domain looks.
+    pub parent: Sight,
+}
+
+/// The domain as one decision sees it.
+pub(super) struct View<'a> {
+    pub own: &'a Own,
+    pub peers: &'a [Peer],
+    pub limit: Duration,
+}
+
+impl<'a> View<'a> {
+    pub fn live(&self) -> impl Iterator<Item = (&'a str, &'a Told)> + use<'a> {
+        let limit = self.limit;
+        self.peers
+            .iter()
+            .filter(move |peer| peer.sight.is_live(limit))
+            .filter_map(|peer| Some((peer.name.as_str(), peer.told.as_ref()?)))
+    }
+
+    pub fn live_peers(&self) -> impl Iterator<Item = &'a Peer> + use<'a> {
+        let limit = self.limit;
+        let peers = self.peers.iter();
+        peers.filter(move |peer| peer.sight.is_live(limit) && peer.told.is_some())
+    }
+
+    pub fn told(peer: &'a Peer) -> &'a Told {
+        peer.told.as_ref().expect("a live peer has told")
+    }
+
+    /// The master that goes first of those in sight.
+    pub fn master(&self) -> Option<&'a Peer> {
+        self.live_peers()
+            .filter(|peer| Self::told(peer).role == Role::Master && Self::told(peer).has_data)
+            .reduce(|a, b| {
+                if goes_before(Self::told(b), Self::told(a)) {
+                    b
+                } else {
+                    a
+                }
+            })
+    }
+
+    pub fn go_to(&self, name: &str) -> Decision {
+        if self.own.link == Link::Peer(name.to_owned()) {
+            Decision::Stay
+        } else {
+            Decision::Follow(name.to_owned())
+        }
+    }
+
+    pub fn longest_that_serves(&self, end: Lsn) -> Option<&'a Peer> {
+        self.live_peers()
+            .filter(|peer| {
+                let told = Self::told(peer);
+                let has_more = told.first <= end && told.flush > end;
+                told.has_data && has_more && self.gives(told) && !self.is_behind_us(told)
+            })
+            .max_by_key(|peer| (Self::told(peer).flush, &peer.name))
+    }
+
+    /// Its positions can be compared with ours, and it gives what it has.
+    pub fn gives(&self, told: &Told) -> bool {
+        told.serves && same_origin(&self.own.told, told)
+    }
+
+    /// It gets its data through us.
+    pub fn is_behind_us(&self, told: &Told) -> bool {
+        told.path.contains(&self.own.told.node)
+    }
+
+    /// What was told before the master went out of our sight says nothing of now.
+    pub fn sibling_with_master(&self, masterless: Duration) -> Option<&'a Peer> {
+        self.live_peers()
+            .filter(|peer| {
+                let told = Self::told(peer);
+                peer.age < masterless
+                    && told.role == Role::Slave
+                    && told.master_ok
+                    && self.gives(told)
+                    && told.first <= self.own.told.flush
+                    && !self.is_behind_us(told)
+            })
+            .min_by_key(|peer| (Self::told(peer).path.len(), &peer.name))
+    }
+
+    /// Members that have not told anything within so long.
+    pub fn unheard(&self, within: Duration) -> Vec<String> {
+        let heard =
+            |peer: &Peer| peer.sight == Sight::Answers && peer.told.is_some() && peer.age < within;
+        let peers = self.peers.iter().filter(|peer| !heard(peer));
+        peers.map(|peer| peer.name.clone()).collect()
+    }
+
+    /// Number of members in sight that go before us.
+    pub fn rank(&self) -> u32 {
+        let own = key(&self.own.told);
+        let before = self
+            .live()
+            .filter(|(_, told)| told.has_data && self.gives(told) && key(told) > own);
+        u32::try_from(before.count()).unwrap_or(u32::MAX)
+    }
+
+    pub fn is_majority(&self, members: usize) -> bool {
+        2 * (self.live_peers().count() + 1) > members
+    }
+}
+
+/// Whether both tell of one history, perhaps of different timelines of it.
+fn same_origin(one: &Told, other: &Told) -> bool {
+    let identity = |told: &Told| told.identity.as_ref()?.parse::<Identity>().ok();
+    match (identity(one), identity(other)) {
+        (Some(one), Some(other)) => one.same_origin(&other),
+        // One that has none has no positions either.
+        _ => true,
+    }
+}
+
+/// Who goes first when there is no master.
+pub(super) fn key(told: &Told) -> (bool, bool, Lsn, i64, &str) {
+    (
+        told.healthy,
+        told.parent_ok,
+        told.flush,
+        told.priority,
+        &told.node,
+    )
+}
+
+/// Which of two masters stays: both get the same history, so positions only tell
+/// who is read later. One that has lost sight of the top goes.
+pub(super) fn goes_before(one: &Told, other: &Told) -> bool {
+    let fresher = one.top_time - other.top_time;
+    if one.top_time != 0 && other.top_time != 0 && fresher.abs() > STALE_MICROS {
+        return fresher > 0;
+    }
+    let key = |told: &Told| (told.healthy, told.priority, told.node.clone());
+    key(one) > key(other)
+}
+
+/// FNV-1a; spreads equal turns.
+pub(super) fn name_hash(name: &str) -> u32 {
+    let start = 0x811c_9dc5_u32;
+    name.bytes().fold(start, |hash, byte| {
+        (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
+    })
+}

@@ -1,0 +1,136 @@
+//! What people ask of a node, and how one master makes way for the next.
+
+use tokio::time::timeout;
+
+use super::{End, Order, Ordered, Roles};
+use crate::client::quote_ident;
+use crate::domain::{self, Link, Peer, Sight};
+use crate::observe::command;
+use crate::status::{Role, State};
+
+/// A server further behind than this cannot take over: the domain would wait for it.
+const SWITCHOVER_BYTES: u64 = 64 << 20;
+
+impl Roles {
+    pub(super) async fn obey(&mut self, (order, reply): Ordered, link: &Link) -> Option<End> {
+        let now = self.observer.now();
+        let (outcome, end) = match order {
+            Order::Resync => {
+                // What the others hold is no better, unless one of them leads.
+                let state = self.shared.state().0;
+                let lost = self.in_gap || matches!(state, State::Gap | State::Diverged);
+                let end = End::CopyAnew {
+                    reason: "asked to copy anew".into(),
+                    from_parent: lost || self.shared.config.peers.is_empty(),
+                };
+                (Ok(()), Some(end))
+            }
+            Order::TakeOver(lsn) => {
+                self.decider.take_over(now, lsn);
+                (Ok(()), None)
+            }
+            Order::Switchover(to) if *link == Link::Parent => (self.switchover(to), None),
+            Order::Switchover(to) => (self.pass_on(to).await, None),
+        };
+        // Nobody may wait for the answer any more.
+        reply.send(outcome).ok();
+        end
+    }
+
+    /// Checks a wish for another master, and starts to hand over.
+    fn switchover(&mut self, to: Option<String>) -> Result<(), String> {
+        let own = self.shared.told();
+        let peers = self.observer.peers();
+        let to = match to {
+            Some(to) => to,
+            None => {
+                best_successor(&peers).ok_or("no other server of the domain is fit to take over")?
+            }
+        };
+        if to == own.node {
+            return Err(format!("{to} is the master already"));
+        }
+        let Some(peer) = peers.iter().find(|peer| peer.name == to) else {
+            return Err(format!(
+                "node \"{to}\" is no server of domain \"{}\"",
+                own.domain
+            ));
+        };
+        let told = match (&peer.told, peer.sight) {
+            (Some(told), Sight::Answers) => told,
+            _ => return Err(format!("node \"{to}\" does not answer")),
+        };
+        if !told.has_data || !told.healthy {
+            return Err(format!(
+                "node \"{to}\" is not in order; see its state in terrace.lag"
+            ));
+        }
+        if !told.parent_ok {
+            return Err(format!("node \"{to}\" does not reach the parent"));
+        }
+        let behind = own.flush.0.saturating_sub(told.flush.0);
+        if behind > SWITCHOVER_BYTES {
+            return Err(format!(
+                "node \"{to}\" is {behind} bytes behind; wait until it has caught up"
+            ));
+        }
+        self.shared
+            .event("switchover", &format!("to {to}, as asked"));
+        self.decider.yield_to(self.observer.now(), &to);
+        Ok(())
+    }
+
+    /// The master is the one to do it.
+    async fn pass_on(&self, to: Option<String>) -> Result<(), String> {
+        let peers = self.observer.peers();
+        let master = peers.iter().find(|peer| {
+            let told = peer.told.as_ref();
+            peer.sight == Sight::Answers && told.is_some_and(|told| told.role == Role::Master)
+        });
+        let info = master.and_then(|master| self.observer.peer_info(&master.name));
+        let info = info.ok_or("no master of the domain is in sight")?;
+        let target = to.map_or(String::new(), |to| format!(" TO {}", quote_ident(&to)));
+        let text = format!("SWITCHOVER{target}");
+        command(info, &self.shared.config.node.name, &text)
+            .await
+            .map_err(|error| error.message())
+    }
+
+    /// With the slot let go: tells `to` that it may take it.
+    pub(super) async fn hand_over(&mut self, to: &str) {
+        if self.decider.yields_to().is_none() {
+            self.decider.yield_to(self.observer.now(), to);
+        }
+        self.publish_view(
+            &Link::None,
+            &self.observer.peers(),
+            &self.observer.parents(),
+        );
+        let Some(info) = self.observer.peer_info(to) else {
+            return;
+        };
+        let text = format!("TAKE_OVER {}", self.shared.told().flush);
+        let told = command(info, &self.shared.config.node.name, &text);
+        // The others wait for it as long as we do.
+        let problem = match timeout(domain::HANDOVER / 2, told).await {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => "no answer".into(),
+        };
+        tracing::warn!("hand over to {to}: {problem}");
+        self.decider.keep();
+    }
+}
+
+fn best_successor(peers: &[Peer]) -> Option<String> {
+    let fit = |peer: &&Peer| {
+        let told = peer.told.as_ref();
+        peer.sight == Sight::Answers
+            && told.is_some_and(|told| told.has_data && told.healthy && told.parent_ok)
+    };
+    let best = peers.iter().filter(fit).max_by_key(|peer| {
+        let told = peer.told.as_ref();
+        told.map(|told| (told.priority, told.flush))
+    });
+    best.map(|peer| peer.name.clone())
+}

@@ -1,0 +1,85 @@
+//! The replication slot at the top's Postgres.
+
+use std::time::Duration;
+
+use tokio::time::sleep;
+
+use super::{LinkEnd, Target};
+use crate::client::{Client, PgError, SessionOptions, quote_ident};
+use crate::lsn::Lsn;
+
+/// Pause between tries to take a slot whose holder has been told to end.
+const DEPOSE_STEP: Duration = Duration::from_millis(50);
+
+/// Ends the walsender that holds the slot. Sessions of one role may end each other.
+pub(super) async fn depose_holder(target: &Target) -> Result<(), LinkEnd> {
+    let mut client = Client::connect(&target.conninfo, &SessionOptions::default()).await?;
+    let sql = "SELECT pg_catalog.pg_terminate_backend(active_pid) \
+               FROM pg_catalog.pg_replication_slots \
+               WHERE slot_name = $1 AND active_pid IS NOT NULL";
+    client.query(sql, &[Some(&target.slot)]).await?;
+    Ok(())
+}
+
+/// Starts; a walsender that has been told to end lets its slot go a moment later.
+pub(super) async fn start_when_free(
+    client: &mut Client,
+    start: &str,
+    deposed: bool,
+) -> Result<(), PgError> {
+    let mut tries = if deposed { 20 } else { 1 };
+    loop {
+        tries -= 1;
+        match client.copy_both(start).await {
+            Err(error) if error.code() == Some("55006") && tries > 0 => sleep(DEPOSE_STEP).await,
+            result => return result,
+        }
+    }
+}
+
+/// A slot that is gone, or was invalidated to keep the disk from filling, does not come
+/// back by itself.
+pub(super) async fn why_not_started(target: &Target, error: PgError) -> LinkEnd {
+    let invalidated = match error.code() {
+        Some("42704") => true,
+        Some("55000") => slot_value(target, "wal_status")
+            .await
+            .is_ok_and(|status| status.as_deref() == Some("lost")),
+        _ => false,
+    };
+    match invalidated {
+        true => LinkEnd::NoSlot(error.to_string()),
+        false => error.into(),
+    }
+}
+
+/// Rule A: with the slot ours, its confirmed position must not be above our end.
+pub(super) async fn verify_slot(target: &Target, end: Lsn) -> Result<(), LinkEnd> {
+    let confirmed = slot_value(target, "confirmed_flush_lsn").await?;
+    match confirmed.and_then(|text| text.parse::<Lsn>().ok()) {
+        Some(confirmed) if confirmed > end => Err(LinkEnd::Gap { confirmed, end }),
+        Some(_) => Ok(()),
+        None => Err(LinkEnd::Lost(format!(
+            "slot \"{}\" has vanished",
+            target.slot
+        ))),
+    }
+}
+
+/// What `pg_replication_slots` says of the slot.
+pub(super) async fn slot_value(target: &Target, column: &str) -> Result<Option<String>, PgError> {
+    let options = SessionOptions {
+        application_name: "terrace".into(),
+        ..Default::default()
+    };
+    let mut client = Client::connect(&target.conninfo, &options).await?;
+    let sql = format!(
+        "SELECT {} FROM pg_catalog.pg_replication_slots WHERE slot_name = $1",
+        quote_ident(column)
+    );
+    let rows = client.query(&sql, &[Some(&target.slot)]).await?;
+    Ok(rows
+        .into_iter()
+        .next()
+        .and_then(|row| row.into_iter().next()?))
+}
