@@ -18,6 +18,7 @@ mod careful;
 mod fold;
 mod plan;
 mod setwise;
+mod skip;
 
 use std::collections::VecDeque;
 use std::sync::Arc;

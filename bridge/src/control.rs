@@ -16,6 +16,7 @@ use tokio::time::sleep;
 use crate::client::{Client, quote_ident};
 use crate::config::Config;
 use crate::conninfo::ConnInfo;
+use crate::lsn::Lsn;
 use crate::upstream::session;
 
 /// A switchover that takes longer has failed.
@@ -70,6 +71,18 @@ pub async fn resync(config: &Config) -> anyhow::Result<()> {
     let mut client = connect(config).await?;
     client.simple("RESYNC").await?;
     println!("{} copies its data anew; see terrace.lag", config.node.name);
+    Ok(())
+}
+
+/// `terrace-bridge skip`: leaves the transaction out that this server cannot apply.
+pub async fn skip(config: &Config, lsn: Lsn) -> anyhow::Result<()> {
+    let mut client = connect(config).await?;
+    let asked = client.simple(&format!("SKIP {lsn}")).await;
+    asked.map_err(|error| anyhow::anyhow!(error.message()))?;
+    println!(
+        "{} leaves out the transaction that ends at {lsn}",
+        config.node.name
+    );
     Ok(())
 }
 

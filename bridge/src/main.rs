@@ -8,6 +8,7 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 use terrace_bridge::check::check;
 use terrace_bridge::config::Config;
+use terrace_bridge::lsn::Lsn;
 use terrace_bridge::{control, node, show};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -52,6 +53,15 @@ enum Command {
         /// Configuration file
         #[arg(short)]
         config: PathBuf,
+    },
+    /// Leave out the transaction that this server cannot apply
+    Skip {
+        /// Configuration file
+        #[arg(short)]
+        config: PathBuf,
+        /// Where it ends, as the reason in terrace.lag tells
+        #[arg(long)]
+        lsn: Lsn,
     },
     /// Show the tree as the database beside this bridge knows it
     Status {
@@ -117,6 +127,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
             control::switchover(&Config::load(&config)?, &domain, to.as_deref()).await
         }
         Command::Resync { config } => control::resync(&Config::load(&config)?).await,
+        Command::Skip { config, lsn } => control::skip(&Config::load(&config)?, lsn).await,
         Command::Status {
             config,
             json,

@@ -46,6 +46,8 @@ pub enum Order {
     TakeOver(Lsn),
     /// Throw the data away and copy it anew.
     Resync,
+    /// Leave out the transaction that cannot be applied, which ends here.
+    Skip(Lsn),
 }
 
 /// An order, and where its outcome goes: an error is for the person who asked.

@@ -62,6 +62,8 @@ struct Inner {
     matching: Matching,
     /// How often each kind of event has happened.
     happened: BTreeMap<String, u64>,
+    /// End of the transaction that cannot be applied, and whether it is to be left out.
+    stuck: Option<(Lsn, bool)>,
     /// The queue has come to its limit, as the database takes nothing from it.
     full: bool,
     /// A segment of the queue that cannot be read, and why.
@@ -246,6 +248,35 @@ impl Shared {
         Some(doubt.end())
     }
 
+    /// Notes which transaction cannot be applied.
+    pub fn set_stuck(&self, end: Option<Lsn>) {
+        let mut inner = self.inner();
+        // An order for it stands.
+        if inner.stuck.map(|(known, _)| known) != end {
+            inner.stuck = end.map(|end| (end, false));
+        }
+    }
+
+    /// Orders that the transaction that cannot be applied is left out, if it ends here.
+    pub fn order_skip(&self, lsn: Lsn) -> Result<(), String> {
+        match &mut self.inner().stuck {
+            Some((end, ordered)) if *end == lsn => {
+                *ordered = true;
+                Ok(())
+            }
+            Some((end, _)) => Err(format!(
+                "the transaction that cannot be applied here ends at {end}, not at {lsn}"
+            )),
+            None => Err("nothing stands in the way here: no transaction is to be left out".into()),
+        }
+    }
+
+    /// End of the transaction that is to be left out.
+    pub fn skip(&self) -> Option<Lsn> {
+        let (end, ordered) = self.inner().stuck?;
+        ordered.then_some(end)
+    }
+
     /// Notes that the queue has come to its limit, or that it has room again.
     pub fn set_full(&self, full: bool) {
         let before = self.change(|inner| std::mem::replace(&mut inner.full, full));
@@ -348,6 +379,9 @@ impl Shared {
     pub fn set_apply_problem(&self, problem: Option<String>) {
         let mut inner = self.inner();
         if inner.apply_problem != problem {
+            if problem.is_none() {
+                inner.stuck = None;
+            }
             inner.apply_failing_since = match problem {
                 None => None,
                 Some(_) => inner.apply_failing_since.or(Some(Instant::now())),
@@ -396,6 +430,7 @@ impl Shared {
             inner.received = Lsn::ZERO;
             inner.apply_problem = None;
             inner.apply_failing_since = None;
+            inner.stuck = None;
         });
         self.replayed.send_replace(Lsn::ZERO);
         self.flushed.send_replace(Lsn::ZERO);

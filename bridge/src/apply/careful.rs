@@ -34,9 +34,12 @@ impl Session<'_> {
         self.client.simple("DEALLOCATE ALL").await?;
         self.rewind()?;
         while self.committed < until {
+            if self.skip_if_told().await? {
+                continue;
+            }
             if let Err(error) = self.careful_transaction().await {
                 self.client.simple("ROLLBACK").await.ok();
-                return Err(error);
+                return Err(self.name_culprit(error).await);
             }
         }
         // What was planned here was run without being prepared.
@@ -144,7 +147,7 @@ impl Session<'_> {
         Ok(())
     }
 
-    async fn run_step(&mut self, step: &Step) -> anyhow::Result<u64> {
+    pub(super) async fn run_step(&mut self, step: &Step) -> anyhow::Result<u64> {
         let values: Vec<Option<&str>> = step
             .values
             .iter()

@@ -31,7 +31,8 @@ pub enum Command {
         from: Lsn,
         options: Vec<(String, Option<String>)>,
     },
-    /// An order from one bridge to another: `SWITCHOVER [TO node]`, `TAKE_OVER lsn`, `RESYNC`
+    /// An order from one bridge to another: `SWITCHOVER [TO node]`, `TAKE_OVER lsn`, `RESYNC`,
+    /// `SKIP lsn`
     Order(Order),
     /// A command that this server does not serve
     Unsupported(&'static str),
@@ -131,6 +132,10 @@ pub fn parse(text: &str) -> Option<Command> {
         },
         "TAKE_OVER" => match rest {
             [Token::Word(lsn)] => Some(Command::Order(Order::TakeOver(lsn.parse().ok()?))),
+            _ => None,
+        },
+        "SKIP" => match rest {
+            [Token::Word(lsn)] => Some(Command::Order(Order::Skip(lsn.parse().ok()?))),
             _ => None,
         },
         "RESYNC" => rest.is_empty().then_some(Command::Order(Order::Resync)),

@@ -226,7 +226,7 @@ impl Session {
                 snapshot,
             }) => self.create(slot, temporary, logical, snapshot).await,
             Some(Command::Drop { slot, wait }) => self.drop_slot(&slot, wait).await,
-            Some(Command::Order(Order::Resync)) if !self.local => {
+            Some(Command::Order(Order::Resync | Order::Skip(_))) if !self.local => {
                 refuse("42501", "only the machine of the bridge may order that")
             }
             Some(Command::Order(order)) if self.bridge => self.order(order).await,

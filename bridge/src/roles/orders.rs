@@ -25,6 +25,7 @@ impl Roles {
                 };
                 (Ok(()), Some(end))
             }
+            Order::Skip(lsn) => (self.shared.order_skip(lsn), None),
             Order::TakeOver(lsn) => {
                 self.decider.take_over(now, lsn);
                 (Ok(()), None)

@@ -65,6 +65,57 @@ fn a_slot_that_was_dropped_is_missed() {
     wait_until("the top knows of it", || tree.top.value(events) == "1");
 }
 
+// The way out when a transaction cannot be applied and never will be.
+#[test]
+fn a_transaction_that_stands_in_the_way_is_left_out_when_told() {
+    let tree = Tree::grow(STEPS, &ONE);
+    let node = &tree.nodes[0];
+    let skip = |lsn: &str| {
+        let output = node
+            .bridge
+            .command("skip", &["--lsn", lsn])
+            .expect("run skip");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.code(), said)
+    };
+    let (code, said) = skip("0/1");
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("nothing stands in the way"), "{said}");
+    node.server
+        .sql("ALTER TABLE steps ADD CONSTRAINT picky CHECK (n % 100 <> 50)");
+    tree.top
+        .sql("INSERT INTO steps SELECT generate_series(1, 40)");
+    tree.top.sql(
+        "BEGIN; SET LOCAL terrace.label = 'the bad one'; INSERT INTO steps VALUES (50), (51);
+         COMMIT",
+    );
+    tree.top.sql("INSERT INTO steps VALUES (60)");
+    wait_stalled(node, &["picky", "the transaction that ends at"]);
+    let reason = "SELECT substring(reason FROM 'ends at ([0-9A-F/]+)') FROM terrace.lag";
+    let lsn = node.server.value(reason);
+    let (code, said) = skip("0/1");
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains(&lsn), "{said}");
+    assert_eq!(skip("nonsense").0, Some(2));
+    let (code, said) = skip(&lsn);
+    assert_eq!(code, Some(0), "{said}");
+    let rows = "SELECT string_agg(n::text, ' ' ORDER BY n) FROM steps WHERE n > 39";
+    wait_until("it goes on without it", || {
+        node.server.value(rows) == "40 60"
+    });
+    tree.wait_streaming();
+    let told = "SELECT reason FROM terrace.events WHERE kind = 'skipped'";
+    wait_until("the top is told", || {
+        tree.top.value(told).contains("the bad one")
+    });
+    // One that comes after it is not left out.
+    tree.top.sql("INSERT INTO steps VALUES (150)");
+    wait_stalled(node, &["picky"]);
+    node.server.sql("ALTER TABLE steps DROP CONSTRAINT picky");
+    tree.wait_streaming();
+    wait_until("it is applied", || node.server.value(rows) == "40 60 150");
+}
+
 #[test]
 fn an_extension_of_another_version_is_named() {
     let scratch = Scratch::new("terrace-").expect("scratch");

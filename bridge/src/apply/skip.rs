@@ -1,0 +1,90 @@
+//! A transaction that cannot be applied is named, and left out when somebody says so.
+//!
+//! Guarantee: what is left out is the one transaction whose end was named while it stood in
+//! the way; an order for any other is refused, and none outlives its transaction.
+
+use anyhow::Context;
+
+use super::{Batch, Session};
+use crate::client::PgError;
+use crate::lsn::Lsn;
+use crate::record::{Kind, Record};
+
+impl Session<'_> {
+    /// What cannot be applied, for people, with where it ends. Errors that say nothing of
+    /// the transaction stay as they are.
+    pub(super) async fn name_culprit(&mut self, error: anyhow::Error) -> anyhow::Error {
+        if !is_of_the_transaction(&error) || self.rewind().is_err() {
+            return error;
+        }
+        let Ok(commit) = self.read_transaction().await else {
+            return error;
+        };
+        let end = commit.lsn;
+        self.shared.set_stuck(Some(end));
+        error.context(format!(
+            "the transaction that ends at {end} cannot be applied"
+        ))
+    }
+
+    /// Leaves the next transaction out if that has been ordered. False when it has not.
+    pub(super) async fn skip_if_told(&mut self) -> anyhow::Result<bool> {
+        let Some(wanted) = self.shared.skip().filter(|lsn| *lsn > self.committed) else {
+            return Ok(false);
+        };
+        let commit = self.read_transaction().await?;
+        if commit.lsn != wanted {
+            self.rewind()?;
+            return Ok(false);
+        }
+        let info = commit.commit()?;
+        let label: serde_json::Value = serde_json::from_slice(&info.tag).unwrap_or_default();
+        let label = label["label"]
+            .as_str()
+            .map_or(String::new(), |label| format!(" ({label})"));
+        let batch = Batch {
+            end: commit.lsn,
+            last: Some(info),
+            ..Batch::default()
+        };
+        let step = self.progress_step(&batch);
+        self.client.simple("BEGIN").await?;
+        self.run_step(&step).await?;
+        self.client.simple("COMMIT").await?;
+        self.committed = batch.end;
+        self.announce(&batch);
+        self.shared.set_stuck(None);
+        let reason = format!("the transaction that ends at {wanted}{label} is left out, as asked");
+        self.shared.event("skipped", &reason);
+        Ok(true)
+    }
+
+    /// Reads to the end of the next transaction, taking its definitions in.
+    async fn read_transaction(&mut self) -> anyhow::Result<Record> {
+        loop {
+            let record = self.next_record().await?;
+            match record.kind {
+                Kind::Schema => self.planner.define(&record)?,
+                Kind::Commit => return Ok(record),
+                Kind::Watermark if record.lsn > Lsn::ZERO => {
+                    return Err(anyhow::anyhow!("no transaction")).context("read the queue");
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Not that the connection was lost, the server shuts down, or two got in each other's way.
+fn is_of_the_transaction(error: &anyhow::Error) -> bool {
+    let Some(error) = error
+        .chain()
+        .find_map(|cause| cause.downcast_ref::<PgError>())
+    else {
+        return true;
+    };
+    match error.code() {
+        Some(code) => !["08", "40", "53", "57", "58"].contains(&&code[..2.min(code.len())]),
+        None => false,
+    }
+}
