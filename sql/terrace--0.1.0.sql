@@ -294,6 +294,20 @@ CREATE TABLE conflict (
     PRIMARY KEY (relation, kind)
 );
 
+-- Changes that a server refused for their values (`on_error = "quarantine"`): the columns in
+-- their types' text forms, with the position in the top's WAL.
+CREATE TABLE quarantine (
+    seq bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    "time" timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    lsn pg_lsn NOT NULL,
+    relation text NOT NULL,
+    kind text NOT NULL,
+    old jsonb,
+    new jsonb,
+    sqlstate text NOT NULL,
+    error text NOT NULL
+);
+
 CREATE FUNCTION bump_conflict(relation text, kind text, n bigint) RETURNS void
     LANGUAGE sql AS $$
     INSERT INTO terrace.conflict AS c VALUES (relation, kind, n, pg_catalog.clock_timestamp())

@@ -17,6 +17,7 @@
 mod careful;
 mod fold;
 mod plan;
+mod quarantine;
 mod setwise;
 mod skip;
 

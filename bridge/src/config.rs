@@ -79,6 +79,13 @@ pub struct Apply {
     pub on_error: String,
 }
 
+impl Apply {
+    /// Whether rows that the database refuses for their values are put aside.
+    pub fn quarantines(&self) -> bool {
+        self.on_error == "quarantine"
+    }
+}
+
 impl Default for Apply {
     fn default() -> Apply {
         Apply {
@@ -281,15 +288,12 @@ impl Config {
             }
         }
         match self.apply.on_error.as_str() {
-            "stall" => {}
-            "quarantine" => {
-                return fail(
-                    "apply.on_error \"quarantine\" is not supported by this version; \
-                     use \"stall\""
-                        .into(),
-                );
+            "stall" | "quarantine" => {}
+            other => {
+                return fail(format!(
+                    "apply.on_error \"{other}\" must be \"stall\" or \"quarantine\""
+                ));
             }
-            other => return fail(format!("apply.on_error \"{other}\" must be \"stall\"")),
         }
         if self.failover.ack_members == 0 {
             return fail("failover.ack_members must be at least 1".into());
@@ -389,7 +393,7 @@ mod tests {
             ("[queue]\nretain_min = \"12 parsecs\"", "invalid size"),
             ("[failover]\nheartbeat = \"0s\"", "invalid duration"),
             ("[aply]", "unknown field `aply`"),
-            ("[apply]\non_error = \"quarantine\"", "not supported"),
+            ("[apply]\non_error = \"ignore\"", "must be \"stall\" or"),
             (
                 "[peers]\nb = \"host=x pasword=secret\"",
                 "unknown option \"pasword\"",

@@ -73,8 +73,9 @@ impl Session<'_> {
                         open = true;
                     }
                     for frame in record.frames() {
-                        let payload = record.bytes.slice_ref(frame?.payload);
-                        self.careful_change(&payload).await?;
+                        let frame = frame?;
+                        let payload = record.bytes.slice_ref(frame.payload);
+                        self.change(&payload, frame.lsn).await?;
                     }
                     if record.kind == Kind::Commit {
                         self.wait_for_gate(record.lsn).await?;
@@ -102,7 +103,7 @@ impl Session<'_> {
         Ok(())
     }
 
-    async fn careful_change(&mut self, payload: &Bytes) -> anyhow::Result<()> {
+    pub(super) async fn careful_change(&mut self, payload: &Bytes) -> anyhow::Result<()> {
         let planned = match self.planner.plan(payload)? {
             Planned::Lookup(relid) => {
                 self.planner.lookup(&mut self.client, relid).await?;

@@ -485,6 +485,12 @@ impl Planner {
         }
     }
 
+    /// Names of the columns of the table that a message changes a row of.
+    pub(super) fn column_names(&self, message: &Message<'_>) -> Option<Vec<&str>> {
+        let columns = &self.relation_of(message)?.columns;
+        Some(columns.iter().map(|column| column.name.as_str()).collect())
+    }
+
     /// `schema.table` that the message changes.
     pub fn table_of(&self, payload: &Bytes) -> anyhow::Result<String> {
         let message = pgoutput::decode(payload)?;

@@ -38,8 +38,6 @@ pub(super) async fn adopt_timeline(
     timeline::save(&shared.config.node.data_dir, theirs.timeline, &history)?;
     writer.adopt(theirs)?;
     shared.set_identity(theirs.clone(), true);
-    // They come again, and learn of it.
-    shared.stop_serving();
     let reason = format!(
         "goes on at {end} with timeline {} of the top",
         theirs.timeline

@@ -117,6 +117,44 @@ fn a_transaction_that_stands_in_the_way_is_left_out_when_told() {
 }
 
 #[test]
+fn rows_that_are_refused_are_put_aside_when_that_is_wanted() {
+    let mut tree = Tree::plant(STEPS).expect("boot the top");
+    tree.settings = "[apply]\non_error = \"quarantine\"".into();
+    let tree = tree.grow_on(&ONE);
+    let node = &tree.nodes[0];
+    tree.top.sql("INSERT INTO steps VALUES (1), (2), (3)");
+    tree.wait_for_equal(&["steps"]);
+    node.server
+        .sql("ALTER TABLE steps ADD CONSTRAINT picky CHECK (n % 100 <> 50)");
+    tree.top.sql(
+        "BEGIN; INSERT INTO steps VALUES (50), (51); UPDATE steps SET n = 150 WHERE n = 2;
+         INSERT INTO trail VALUES (7); DELETE FROM steps WHERE n = 3; COMMIT",
+    );
+    tree.top.sql("INSERT INTO steps VALUES (60)");
+    let rows = "SELECT string_agg(n::text, ' ' ORDER BY n) FROM steps";
+    wait_until("the rest is applied", || {
+        node.server.value(rows) == "1 2 51 60"
+    });
+    assert_eq!(node.server.value("SELECT n FROM trail"), "7");
+    tree.wait_streaming();
+    let aside = "SELECT string_agg(format('%s %s %s %s %s %s', relation, kind, old ->> 'n', \
+                 new ->> 'n', sqlstate, error ~ 'picky'), '; ' ORDER BY lsn) \
+                 FROM terrace.quarantine";
+    assert_eq!(
+        node.server.value(aside),
+        "public.steps INSERT  50 23514 t; public.steps UPDATE 2 150 23514 t"
+    );
+    let told = "SELECT count(*) > 0 FROM terrace.events WHERE kind = 'quarantine'";
+    wait_until("the top is told", || tree.top.value(told) == "t");
+    // What can be mended stalls all the same.
+    node.server.sql("ALTER TABLE steps RENAME TO gone");
+    tree.top.sql("INSERT INTO steps VALUES (61)");
+    wait_stalled(node, &["does not exist"]);
+    node.server.sql("ALTER TABLE gone RENAME TO steps");
+    wait_until("it goes on", || node.server.value(rows) == "1 2 51 60 61");
+}
+
+#[test]
 fn an_extension_of_another_version_is_named() {
     let scratch = Scratch::new("terrace-").expect("scratch");
     let top_options = ServerOptions {
