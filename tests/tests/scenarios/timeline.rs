@@ -159,21 +159,22 @@ fn a_standby_that_has_less_is_not_followed_and_nothing_is_served() {
     });
 }
 
-// A slave that stays connected to its master used to store the new top's transactions as
+// A server that stays connected to the one above used to store the new top's transactions as
 // the old one's, and what it held beyond the switch counted for an acknowledgement.
 #[test]
 fn every_server_of_a_domain_learns_of_the_new_timeline() {
     let mut tree = Tree::plant(STEPS).expect("boot the top");
     tree.top.sql("ALTER SYSTEM SET wal_keep_size = '1GB'");
     tree.top.sql("SELECT pg_reload_conf()");
-    tree.boot(&[("region", None, 2)]).expect("boot");
+    tree.boot(&[("region", None, 2), ("branch", Some("region"), 1)])
+        .expect("boot");
     let mut standby = tree
         .top
         .standby(&tree.scratch, "standby")
         .expect("make a standby");
     // Both name the standby as another server of the level above.
     let (top, other) = (tree.top.conninfo(), standby.conninfo());
-    for node in &tree.nodes {
+    for node in tree.domain("region") {
         let config = node.bridge.config();
         let text = std::fs::read_to_string(&config).expect("read");
         let both = format!("servers = [\"{top}\", \"{other}\"]");
