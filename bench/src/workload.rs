@@ -72,7 +72,7 @@ impl Plan {
                 large_rows: 1 << 20,
                 tag: (15, 5),
                 failover_rounds: 20,
-                rejoin: (5, 60),
+                rejoin: (10, 60),
             }
         }
     }
