@@ -261,14 +261,15 @@ fn a_damaged_queue_is_fetched_anew_from_a_sibling() {
 
 // A database that takes nothing used to fill the disk under the queue.
 #[test]
-fn a_queue_that_its_database_does_not_empty_stops_at_its_limit() {
+fn a_queue_that_its_database_does_not_empty_stops_at_its_limit_and_is_not_switched_to() {
     let wide = "CREATE TABLE wide (id int PRIMARY KEY, v text);
                 ALTER TABLE wide ALTER v SET STORAGE EXTERNAL; SELECT terrace.add_table('wide')";
     let mut tree = Tree::plant(wide).expect("boot the top");
     tree.settings = "[queue]\nretain_min = \"1MiB\"\nretain_max = \"32MiB\"".into();
-    let mut tree = tree.grow_on(&[("region", None, 1)]);
-    let server = &tree.nodes[0].server;
-    let mut blocker = server.connect();
+    let mut tree = tree.grow_on(&TWO);
+    let master = tree.settled_master("region");
+    let slave = tree.with_role("region", "slave");
+    let mut blocker = tree.node(&slave).server.connect();
     blocker
         .batch_execute("BEGIN; LOCK TABLE wide")
         .expect("lock the table");
@@ -279,17 +280,26 @@ fn a_queue_that_its_database_does_not_empty_stops_at_its_limit() {
         ));
     }
     wait_until("it says that it is full", || {
-        reason(&mut tree, "region-1").contains("retain_max")
+        reason(&mut tree, &slave).contains("retain_max")
     });
+    let to = ["--domain", "region", "--to", &slave];
+    let output = tree.node(&master).bridge.command("switchover", &to);
+    let said = String::from_utf8(output.expect("run switchover").stderr).expect("UTF-8");
+    assert!(said.contains("bytes behind"), "{said}");
     // Longer than a session lives that does not answer.
     std::thread::sleep(Duration::from_secs(12));
-    let held: u64 = segments(&mut tree, "region-1")
+    let held: u64 = segments(&mut tree, &slave)
         .iter()
         .map(|path| path.metadata().expect("size").len())
         .sum();
     assert!(held < 160 << 20, "{held} bytes are held");
-    let active = "SELECT active FROM pg_replication_slots WHERE slot_name = 'terrace_region'";
-    assert_eq!(tree.top.value(active), "t", "the link lives");
+    assert_eq!(
+        tree.with_role("region", "master"),
+        master,
+        "nothing has changed"
+    );
+    let log = tree.node(&slave).bridge.logged();
+    assert_eq!(log.matches("link ended").count(), 0, "the link lives");
     blocker.batch_execute("ROLLBACK").expect("unlock");
     tree.wait_for_equal(&["wide"]);
     tree.wait_streaming();

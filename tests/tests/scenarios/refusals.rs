@@ -294,6 +294,24 @@ fn hostile_clients_do_not_harm_the_bridge() {
 }
 
 #[test]
+fn a_data_directory_is_used_once() {
+    let tree = Tree::grow(
+        "CREATE TABLE t (id int PRIMARY KEY); SELECT terrace.add_table('t')",
+        &[("region", None, 1)],
+    );
+    let node = &tree.nodes[0];
+    let output = node.bridge.run("run").expect("run a second one");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("is in use by another terrace-bridge"),
+        "{said}"
+    );
+    tree.top.sql("INSERT INTO t VALUES (1)");
+    tree.wait_for_equal(&["t"]);
+}
+
+#[test]
 fn a_node_name_is_used_once() {
     let mut tree = Tree::grow(
         "CREATE TABLE t (id int PRIMARY KEY); SELECT terrace.add_table('t')",

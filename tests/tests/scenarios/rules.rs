@@ -99,6 +99,47 @@ fn the_lease_of_a_silent_master_ends_by_itself() {
     tree.all_is_well(counting);
 }
 
+// A downstream that is away for good may fill no disk.
+#[test]
+fn a_child_that_is_away_too_long_loses_its_place_aloud_and_copies_anew() {
+    let wide = "CREATE TABLE wide (id int PRIMARY KEY, v text);
+                ALTER TABLE wide ALTER v SET STORAGE EXTERNAL; SELECT terrace.add_table('wide')";
+    let mut tree = Tree::plant(wide).expect("boot the top");
+    tree.settings = "[queue]\nretain_min = \"1MiB\"\nretain_max = \"48MiB\"\n\
+                     [failover]\nresync_on_gap = true"
+        .into();
+    let mut tree = tree.grow_on(&[("region", None, 1), ("branch", Some("region"), 1)]);
+    tree.node("branch-1").bridge.stop();
+    for part in 0..12 {
+        let (from, to) = (part * 12 + 1, part * 12 + 12);
+        tree.top.sql(&format!(
+            "INSERT INTO wide SELECT g, repeat('x', 1 << 20) FROM generate_series({from}, {to}) g"
+        ));
+    }
+    let lost = "SELECT count(*) FROM terrace.events WHERE kind = 'gap' AND node = 'region-1' \
+                AND reason LIKE '%terrace_branch%retain_max%'";
+    wait_until("the top knows whose place is lost", || {
+        tree.top.value(lost) == "1"
+    });
+    let queue = tree.node("region-1").bridge.directory().join("data/queue");
+    let held = || {
+        let files = std::fs::read_dir(&queue).expect("read the queue").flatten();
+        let sizes = files.filter_map(|file| Some(file.metadata().ok()?.len()));
+        sizes.sum::<u64>()
+    };
+    wait_until("the disk has room again", || held() < 80 << 20);
+    tree.node("branch-1")
+        .bridge
+        .restart()
+        .expect("start the bridge");
+    let server = &tree.node("branch-1").server;
+    wait_until("the child has it all", || {
+        server.value("SELECT count(*) FROM wide") == "144"
+    });
+    let told = "SELECT count(*) FROM terrace.events WHERE kind = 'resync'";
+    assert_eq!(server.value(told), "1", "by a copy");
+}
+
 // Rule H: a child is known to all servers of the domain above, and each keeps what it
 // needs, also the one that it never spoke to.
 #[test]
