@@ -286,7 +286,7 @@ pub async fn run(
             }
         };
         pause = if more { Duration::ZERO } else { EVERY };
-        let identity = queue.identity().to_string();
+        let identity = queue.identity();
         let others = observer.windows(&identity);
         let members = shared.config.peers.len() + 1;
         let (dispute, equal) = compare(&read.hasher.whole, &others, members);

@@ -325,7 +325,7 @@ async fn housekeeping(
 /// leads can serve it; and nothing for one that has left the domain.
 fn keep_siblings_places(shared: &Shared, observer: &Observer, queue: &Queue) {
     let domain = &shared.config.node.domain;
-    let identity = shared.told().identity;
+    let identity = shared.identity();
     for peer in observer.peers() {
         if let Some(told) = peer.told
             && told.has_data

@@ -19,7 +19,7 @@ use crate::client::{Client, PgError};
 use crate::config::Config;
 use crate::conninfo::ConnInfo;
 use crate::domain::{Peer, Sight, Told};
-use crate::lsn::Lsn;
+use crate::lsn::{Identity, Lsn};
 use crate::matching::Windows;
 use crate::upstream::{BRIDGE_PARAMETER, session};
 
@@ -155,10 +155,10 @@ impl Observer {
         self.parents.get(index).map(|parent| &parent.info)
     }
 
-    /// Address of a server of the parent domain that answers.
-    pub fn parent_in_sight(&self) -> Option<ConnInfo> {
+    /// Address of the first of these servers of the parent domain that answers.
+    pub fn parent_in_sight(&self, parents: &[Peer]) -> Option<ConnInfo> {
         let answers = |parent: &Peer| parent.sight == Sight::Answers;
-        let index = self.parents().iter().position(answers)?;
+        let index = parents.iter().position(answers)?;
         self.parent_info(index).cloned()
     }
 
@@ -178,11 +178,11 @@ impl Observer {
     }
 
     /// What the other servers of the domain that hold this history have told of it.
-    pub fn windows(&self, identity: &str) -> Vec<(String, Windows)> {
+    pub fn windows(&self, identity: &Identity) -> Vec<(String, Windows)> {
         let seen = self.seen();
         let told = |peer: &Watched| {
             let status = seen.get(&peer.name)?.status.as_ref()?;
-            let same = status.told.identity.as_deref() == Some(identity);
+            let same = status.told.identity.as_ref() == Some(identity);
             same.then(|| (peer.name.clone(), status.windows.clone()))
         };
         self.peers.iter().filter_map(told).collect()

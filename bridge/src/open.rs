@@ -294,11 +294,11 @@ async fn copy_from_somewhere(
 }
 
 fn publish_view(shared: &Shared, observer: &Observer, copying: bool) {
-    let answers = |parent: &crate::domain::Peer| parent.sight == crate::domain::Sight::Answers;
+    let in_sight = observer.parent_in_sight(&observer.parents());
     shared.set_view(View {
-        parent_ok: observer.parents().iter().any(answers),
+        parent_ok: in_sight.is_some(),
         copying,
-        report_to: observer.parent_in_sight(),
+        report_to: in_sight,
         problem: observer.problem(),
         domains: vec![shared.config.node.domain.clone()],
         ..View::default()

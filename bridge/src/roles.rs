@@ -406,7 +406,7 @@ impl Roles {
             let told = peer.told.as_ref();
             peer.sight == Sight::Answers && told.is_some_and(|told| told.role == Role::Master)
         };
-        let own = self.shared.told().identity;
+        let own = self.shared.identity();
         for peer in peers.iter().filter(|peer| peer.sight == Sight::Answers) {
             // Positions of another history, or of one that is in doubt, are none of ours.
             if let Some(told) = &peer.told
@@ -426,7 +426,7 @@ impl Roles {
             path,
             domains,
             yields_to: self.decider.yields_to(),
-            report_to: self.observer.parent_in_sight(),
+            report_to: self.observer.parent_in_sight(parents),
             problem: self.observer.problem(),
         });
     }

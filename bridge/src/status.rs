@@ -71,6 +71,10 @@ struct Inner {
 }
 
 impl Inner {
+    fn has_diverged(&self) -> bool {
+        self.diverged.is_some() || self.matching.outvoted.is_some()
+    }
+
     fn heard_within(&self, limit: Duration) -> bool {
         self.heard.is_some_and(|heard| heard.elapsed() < limit)
     }
@@ -207,8 +211,7 @@ impl Shared {
     /// The top tells another history than the one here, or most of the domain holds
     /// another, so none is to be served.
     pub fn has_diverged(&self) -> bool {
-        let inner = self.inner();
-        inner.diverged.is_some() || inner.matching.outvoted.is_some()
+        self.inner().has_diverged()
     }
 
     /// Sets what comparing the history with the others' has shown.
@@ -279,8 +282,12 @@ impl Shared {
 
     /// Notes that the queue has come to its limit, or that it has room again.
     pub fn set_full(&self, full: bool) {
-        let before = self.change(|inner| std::mem::replace(&mut inner.full, full));
-        if full && !before {
+        // It is said every second, and mostly nothing is new.
+        if std::mem::replace(&mut self.inner().full, full) == full {
+            return;
+        }
+        self.changed.notify_one();
+        if full {
             tracing::warn!("the queue has come to retain_max: nothing more is received");
         }
     }
@@ -347,7 +354,7 @@ impl Shared {
         let disk_ok = self.disk_problem().is_none();
         let inner = self.inner();
         let failing = inner.apply_failing_since;
-        let serves = inner.diverged.is_none() && inner.matching.outvoted.is_none();
+        let serves = !inner.has_diverged();
         let mut view = inner.view.clone();
         // Where it stands is known from its data also while it follows nobody.
         let path = inner.domain_path.iter();
@@ -362,7 +369,7 @@ impl Shared {
             copying: view.copying,
             healthy: disk_ok && serves && failing.is_none_or(|since| since.elapsed() < PATIENCE),
             serves,
-            identity: inner.identity.as_ref().map(Identity::to_string),
+            identity: inner.identity.clone(),
             parent_ok: view.parent_ok,
             master_ok: view.master.is_some(),
             flush,

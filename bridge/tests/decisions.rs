@@ -141,7 +141,7 @@ fn the_parent_is_asked_again_for_what_it_has_confirmed() {
 // Positions of another history are none, and one that has diverged serves nobody.
 #[test]
 fn who_tells_another_history_is_neither_followed_nor_waited_for() {
-    let identity = |system: u32| Some(format!("{system}/1/terrace/1/app"));
+    let identity = |system: u32| format!("{system}/1/terrace/1/app").parse().ok();
     let mut me = own(50, Link::None);
     me.told.identity = identity(1);
     let mut diverged = told("two", Role::None, 90);

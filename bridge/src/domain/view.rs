@@ -30,8 +30,8 @@ pub struct Told {
     /// Its history is not known to be another one than the top's or the domain's, so
     /// that it gives it to others.
     pub serves: bool,
-    /// Which history its positions are of (an [`Identity`] as text).
-    pub identity: Option<String>,
+    /// Which history its positions are of.
+    pub identity: Option<Identity>,
     /// The parent answers it.
     pub parent_ok: bool,
     /// The domain's master answers it (or it is the master).
@@ -219,9 +219,8 @@ impl<'a> View<'a> {
 
 /// Whether both tell of one history, perhaps of different timelines of it.
 fn same_origin(one: &Told, other: &Told) -> bool {
-    let identity = |told: &Told| told.identity.as_ref()?.parse::<Identity>().ok();
-    match (identity(one), identity(other)) {
-        (Some(one), Some(other)) => one.same_origin(&other),
+    match (&one.identity, &other.identity) {
+        (Some(one), Some(other)) => one.same_origin(other),
         // One that has none has no positions either.
         _ => true,
     }

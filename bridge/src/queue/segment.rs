@@ -214,10 +214,11 @@ impl Segment {
             true => Err(io::Error::other("an earlier fsync failed")),
             false => self.file.sync_data(),
         };
-        match &synced {
-            Ok(()) => self.synced.fetch_max(visible, Ordering::AcqRel),
-            Err(_) => u64::from(self.failed.swap(true, Ordering::AcqRel)),
-        };
+        if synced.is_ok() {
+            self.synced.fetch_max(visible, Ordering::AcqRel);
+        } else {
+            self.failed.store(true, Ordering::Release);
+        }
         synced.map_err(QueueError::io("fsync", &self.path))
     }
 
