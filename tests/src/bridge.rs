@@ -178,6 +178,32 @@ impl Bridge {
             .context("run terrace-bridge")
     }
 
+    /// Has the data here copied anew; an error fails the test.
+    pub fn resync(&self) {
+        let output = self.run("resync").expect("run resync");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{said}");
+    }
+
+    /// The files of its queue that hold transactions, in order.
+    pub fn segments(&self) -> Vec<PathBuf> {
+        let files = fs::read_dir(self.directory.join("data/queue")).expect("read the queue");
+        let paths = files.map(|file| file.expect("entry").path());
+        let is_segment = |path: &PathBuf| path.extension().is_some_and(|name| name == "seg");
+        let mut segments: Vec<PathBuf> = paths.filter(is_segment).collect();
+        segments.sort();
+        segments
+    }
+
+    /// How many bytes those hold. One may be removed at any moment.
+    pub fn queue_bytes(&self) -> u64 {
+        let segments = self.segments();
+        let sizes = segments
+            .iter()
+            .filter_map(|path| Some(path.metadata().ok()?.len()));
+        sizes.sum()
+    }
+
     /// SIGKILL.
     pub fn kill9(&mut self) {
         if let Some(mut process) = self.process.take() {

@@ -89,6 +89,24 @@ pub const STEPS: &str = "
     CREATE TABLE trail (n bigint);
     SELECT terrace.add_table('steps'), terrace.add_table('trail');";
 
+/// A table for [`fill_wide`], whose values stand out of line and are not compressed.
+pub const WIDE: &str = "
+    CREATE TABLE wide (id int PRIMARY KEY, v text);
+    ALTER TABLE wide ALTER v SET STORAGE EXTERNAL; SELECT terrace.add_table('wide');";
+
+/// Rows of 1 MiB that [`fill_wide`] writes in one transaction.
+const WIDE_ROWS: i32 = 12;
+
+/// Writes these transactions of 12 MiB each; `0..n` are rows 1 to 12 n.
+pub fn fill_wide(top: &Server, transactions: std::ops::Range<i32>) {
+    for number in transactions {
+        let (from, to) = (number * WIDE_ROWS + 1, (number + 1) * WIDE_ROWS);
+        top.sql(&format!(
+            "INSERT INTO wide SELECT g, repeat('x', 1 << 20) FROM generate_series({from}, {to}) g"
+        ));
+    }
+}
+
 /// Writes 1, 2, 3 … without a gap, each once, into `steps` (with a key) and `trail` (without),
 /// going on from what is there, also when the server is killed in the middle.
 pub fn count_up(server: &Server) -> Background {

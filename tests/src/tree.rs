@@ -216,6 +216,17 @@ impl Tree {
         Tree::plant(schema).expect("boot the top").grow_on(domains)
     }
 
+    /// The same with lines at the end of each bridge's configuration.
+    pub fn grow_with(
+        settings: &str,
+        schema: &str,
+        domains: &[(&str, Option<&str>, usize)],
+    ) -> Tree {
+        let mut tree = Tree::plant(schema).expect("boot the top");
+        tree.settings = settings.into();
+        tree.grow_on(domains)
+    }
+
     /// Nodes of a domain.
     pub fn domain<'a>(&'a self, domain: &'a str) -> impl Iterator<Item = &'a Node> {
         self.nodes.iter().filter(move |node| node.domain == domain)

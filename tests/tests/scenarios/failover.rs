@@ -337,22 +337,14 @@ fn another_client_on_the_slot_makes_a_gap_that_is_told_and_mended() {
     });
     // It stops where it was, whole, and does not go on with a hole.
     assert_eq!(server.value(GAPLESS), "t");
-    let output = tree.nodes[0].bridge.run("resync").expect("run resync");
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    tree.nodes[0].bridge.resync();
     tree.wait_streaming();
     tree.all_is_well(counting);
 }
 
-#[test]
-fn a_gap_is_mended_by_itself_when_that_is_allowed() {
-    let mut tree = Tree::plant(STEPS).expect("boot the top");
-    tree.settings = "[failover]\nresync_on_gap = true\n".into();
-    let mut tree = tree.grow_on(&[("region", None, 2)]);
-    let counting = count_up(&tree.top);
+/// While all bridges of the domain are stopped its slot is moved on: what lies between is
+/// to be had nowhere.
+pub fn lose_the_middle(tree: &mut Tree, counting: &Background) {
     counting.go_on(20);
     for node in &mut tree.nodes {
         node.bridge.stop();
@@ -362,6 +354,17 @@ fn a_gap_is_mended_by_itself_when_that_is_allowed() {
         .sql("SELECT pg_replication_slot_advance('terrace_region', pg_current_wal_lsn())");
     counting.go_on(20);
     tree.start_bridges().expect("start the bridges");
+}
+
+#[test]
+fn a_gap_is_mended_by_itself_when_that_is_allowed() {
+    let mut tree = Tree::grow_with(
+        "[failover]\nresync_on_gap = true",
+        STEPS,
+        &[("region", None, 2)],
+    );
+    let counting = count_up(&tree.top);
+    lose_the_middle(&mut tree, &counting);
     let told = "SELECT count(*) > 0 FROM terrace.events WHERE kind = 'resync'";
     wait_until("it copies anew by itself", || tree.top.value(told) == "t");
     tree.wait_streaming();

@@ -1,7 +1,6 @@
 //! Servers of one domain that hold different things are found out, and no others.
 
 use std::fs;
-use std::path::PathBuf;
 
 use terrace_tests::load::{STEPS, count_up};
 use terrace_tests::{Bridge, Tree, wait_until};
@@ -44,11 +43,7 @@ fn mismatches(tree: &Tree) -> String {
 /// Changes the time of the first commit in `window` of a stopped bridge's queue, as a
 /// server that was told so would have it: the record is sound.
 fn rewrite_a_commit(bridge: &Bridge, window: u64) {
-    let queue = bridge.directory().join("data/queue");
-    let files = fs::read_dir(queue).expect("read the queue");
-    let mut segments: Vec<PathBuf> = files.map(|file| file.expect("entry").path()).collect();
-    segments.sort();
-    for path in segments {
+    for path in bridge.segments() {
         let mut bytes = fs::read(&path).expect("read a segment");
         let number = |bytes: &[u8], at: usize, len: usize| {
             let digits = bytes[at..at + len].iter();
@@ -77,8 +72,7 @@ fn resync(tree: &mut Tree, name: &str) {
     let sql =
         format!("SELECT count(*) FROM terrace.events WHERE kind = 'copied' AND node = '{name}'");
     let before = tree.top.value(&sql);
-    let output = tree.node(name).bridge.run("resync").expect("run resync");
-    assert!(output.status.success(), "{output:?}");
+    tree.node(name).bridge.resync();
     wait_until("it is copied anew", || tree.top.value(&sql) != before);
     tree.wait_streaming();
 }

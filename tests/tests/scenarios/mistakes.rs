@@ -1,23 +1,19 @@
 //! What people and disks do wrong to a domain: it says so, and throws nothing away.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::Duration;
 
 use terrace_tests::bridge::{Bridge, BridgeOptions};
-use terrace_tests::load::{STEPS, count_up};
+use terrace_tests::load::{STEPS, WIDE, count_up, fill_wide};
 use terrace_tests::scratch::free_port;
 use terrace_tests::{Server, ServerOptions, Tree, wait_until};
+
+use crate::failover::lose_the_middle;
 
 const TWO: [(&str, Option<&str>, usize); 1] = [("region", None, 2)];
 const THREE: [(&str, Option<&str>, usize); 1] = [("region", None, 3)];
 const COPIES: &str = "SELECT count(*) FROM terrace.events WHERE kind IN ('gap', 'resync')";
-
-fn tree_with(settings: &str, domains: &[(&str, Option<&str>, usize)]) -> Tree {
-    let mut tree = Tree::plant(STEPS).expect("boot the top");
-    tree.settings = settings.into();
-    tree.grow_on(domains)
-}
 
 fn reason(tree: &mut Tree, node: &str) -> String {
     let sql = format!(
@@ -26,18 +22,11 @@ fn reason(tree: &mut Tree, node: &str) -> String {
     tree.node(node).server.value(&sql)
 }
 
-/// `terrace-bridge resync` on a node.
-fn resync(tree: &mut Tree, node: &str) {
-    let output = tree.node(node).bridge.run("resync").expect("run resync");
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{said}");
-}
-
 // A server that lists nobody used to be the majority of its domain all by itself: it took
 // the slot, found that it lacked something, and began anew; the others followed it there.
 #[test]
 fn a_server_that_lists_no_peers_harms_nobody() {
-    let mut tree = tree_with("[failover]\nresync_on_gap = true", &THREE);
+    let mut tree = Tree::grow_with("[failover]\nresync_on_gap = true", STEPS, &THREE);
     let counting = count_up(&tree.top);
     counting.go_on(50);
     let master = tree.settled_master("region");
@@ -75,15 +64,7 @@ fn a_server_that_lists_no_peers_harms_nobody() {
 fn a_gap_of_a_whole_domain_ends_with_resync_on_one_after_the_other() {
     let mut tree = Tree::grow(STEPS, &TWO);
     let counting = count_up(&tree.top);
-    counting.go_on(20);
-    for node in &mut tree.nodes {
-        node.bridge.stop();
-    }
-    counting.go_on(20);
-    tree.top
-        .sql("SELECT pg_replication_slot_advance('terrace_region', pg_current_wal_lsn())");
-    counting.go_on(20);
-    tree.start_bridges().expect("start the bridges");
+    lose_the_middle(&mut tree, &counting);
     for name in ["region-1", "region-2"] {
         wait_until("the gap is told", || {
             reason(&mut tree, name).starts_with("gap")
@@ -94,7 +75,7 @@ fn a_gap_of_a_whole_domain_ends_with_resync_on_one_after_the_other() {
     wait_until("the top knows", || tree.top.value(told) == "2");
     for name in ["region-1", "region-2"] {
         // The second one may have found a master to copy from by itself.
-        resync(&mut tree, name);
+        tree.node(name).bridge.resync();
         wait_until("it has copied", || {
             reason(&mut tree, name).starts_with("streaming")
         });
@@ -106,7 +87,7 @@ fn a_gap_of_a_whole_domain_ends_with_resync_on_one_after_the_other() {
 // PostgreSQL gives a slot up that would fill its disk: that is no failure of the network.
 #[test]
 fn a_slot_that_was_given_up_is_a_gap_that_is_mended_when_allowed() {
-    let mut tree = tree_with("[failover]\nresync_on_gap = true", &TWO);
+    let mut tree = Tree::grow_with("[failover]\nresync_on_gap = true", STEPS, &TWO);
     tree.top
         .sql("ALTER SYSTEM SET max_slot_wal_keep_size = '1MB'");
     tree.top.sql("SELECT pg_reload_conf()");
@@ -132,11 +113,7 @@ fn a_slot_that_was_given_up_is_a_gap_that_is_mended_when_allowed() {
 // for ever.
 #[test]
 fn nothing_is_kept_for_a_server_that_needs_nothing() {
-    let wide = "CREATE TABLE wide (id int PRIMARY KEY, v text);
-                ALTER TABLE wide ALTER v SET STORAGE EXTERNAL; SELECT terrace.add_table('wide')";
-    let mut tree = Tree::plant(wide).expect("boot the top");
-    tree.settings = "[queue]\nretain_min = \"1MiB\"".into();
-    let mut tree = tree.grow_on(&TWO);
+    let mut tree = Tree::grow_with("[queue]\nretain_min = \"1MiB\"", WIDE, &TWO);
     let old = tree.settled_master("region");
     // The other one may not have told yet that it is fit.
     wait_until("another server is made master", || {
@@ -145,24 +122,14 @@ fn nothing_is_kept_for_a_server_that_needs_nothing() {
         output.expect("run switchover").status.success()
     });
     tree.successor("region", &old);
-    for part in 0..10 {
-        let (from, to) = (part * 12 + 1, part * 12 + 12);
-        tree.top.sql(&format!(
-            "INSERT INTO wide SELECT g, repeat('x', 1 << 20) FROM generate_series({from}, {to}) g"
-        ));
-    }
+    fill_wide(&tree.top, 0..10);
     let server = &tree.node(&old).server;
     wait_until("the rows are there", || {
         server.value("SELECT count(*) FROM wide") == "120"
     });
-    let queue = tree.node(&old).bridge.directory().join("data/queue");
+    let bridge = &tree.node(&old).bridge;
     wait_until("what all have is forgotten", || {
-        let segments = fs::read_dir(&queue).expect("read the queue").flatten();
-        segments
-            .filter_map(|file| file.metadata().ok())
-            .map(|file| file.len())
-            .sum::<u64>()
-            < 40 << 20
+        bridge.queue_bytes() < 40 << 20
     });
     assert_eq!(
         tree.top.value(COPIES),
@@ -209,19 +176,8 @@ fn a_second_server_of_a_name_is_refused_and_the_first_goes_on() {
     tree.all_is_well(counting);
 }
 
-fn segments(tree: &mut Tree, node: &str) -> Vec<PathBuf> {
-    let queue = tree.node(node).bridge.directory().join("data/queue");
-    let files = fs::read_dir(queue).expect("read the queue").flatten();
-    let mut paths: Vec<PathBuf> = files
-        .map(|file| file.path())
-        .filter(|path| path.extension().is_some_and(|extension| extension == "seg"))
-        .collect();
-    paths.sort();
-    paths
-}
-
 /// Turns a bit in the middle of a file.
-fn damage(path: &PathBuf) {
+fn damage(path: &Path) {
     let mut bytes = fs::read(path).expect("read");
     let middle = bytes.len() / 2;
     bytes[middle] ^= 4;
@@ -238,7 +194,7 @@ fn a_damaged_queue_is_fetched_anew_from_a_sibling() {
     tree.node(&slave).server.kill9();
     counting.go_on(1500);
     tree.node(&slave).bridge.stop();
-    let all = segments(&mut tree, &slave);
+    let all = tree.node(&slave).bridge.segments();
     damage(all.last().expect("a segment"));
     tree.node(&slave)
         .server
@@ -261,38 +217,20 @@ fn a_damaged_queue_is_fetched_anew_from_a_sibling() {
 // A database that takes nothing used to fill the disk under the queue.
 #[test]
 fn a_queue_that_its_database_does_not_empty_stops_at_its_limit_and_is_not_switched_to() {
-    let wide = "CREATE TABLE wide (id int PRIMARY KEY, v text);
-                ALTER TABLE wide ALTER v SET STORAGE EXTERNAL; SELECT terrace.add_table('wide')";
-    let mut tree = Tree::plant(wide).expect("boot the top");
-    tree.settings = "[queue]\nretain_min = \"1MiB\"\nretain_max = \"32MiB\"".into();
-    let mut tree = tree.grow_on(&TWO);
+    let settings = "[queue]\nretain_min = \"1MiB\"\nretain_max = \"32MiB\"";
+    let mut tree = Tree::grow_with(settings, WIDE, &TWO);
     let master = tree.settled_master("region");
     let slave = tree.with_role("region", "slave");
     let mut blocker = tree.node(&slave).server.connect();
     blocker
         .batch_execute("BEGIN; LOCK TABLE wide")
         .expect("lock the table");
-    let fill = |tree: &Tree, parts: std::ops::Range<i32>| {
-        for part in parts {
-            let (from, to) = (part * 12 + 1, part * 12 + 12);
-            tree.top.sql(&format!(
-                "INSERT INTO wide SELECT g, repeat('x', 1 << 20) FROM generate_series({from}, {to}) g"
-            ));
-        }
-    };
-    fill(&tree, 0..8);
+    fill_wide(&tree.top, 0..8);
     wait_until("it says that it is full", || {
         reason(&mut tree, &slave).contains("retain_max")
     });
-    let held = |tree: &mut Tree| -> u64 {
-        let segments = segments(tree, &slave);
-        let sizes = segments
-            .iter()
-            .map(|path| path.metadata().expect("size").len());
-        sizes.sum()
-    };
-    let before = held(&mut tree);
-    fill(&tree, 8..18);
+    let before = tree.node(&slave).bridge.queue_bytes();
+    fill_wide(&tree.top, 8..18);
     let server = &tree.node(&master).server;
     wait_until("the master has it all", || {
         server.value("SELECT count(*) FROM wide") == "216"
@@ -304,7 +242,7 @@ fn a_queue_that_its_database_does_not_empty_stops_at_its_limit_and_is_not_switch
     assert!(refused, "{said}");
     // Longer than a session lives that does not answer.
     std::thread::sleep(Duration::from_secs(12));
-    let after = held(&mut tree);
+    let after = tree.node(&slave).bridge.queue_bytes();
     assert!(after < before + (64 << 20), "{before} bytes, then {after}");
     blocker.batch_execute("ROLLBACK").expect("unlock");
     tree.wait_for_equal(&["wide"]);

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use terrace_tests::load::{STEPS, count_up};
+use terrace_tests::load::{STEPS, WIDE, count_up, fill_wide};
 use terrace_tests::{Tree, wait_until};
 
 const REGION: [(&str, Option<&str>, usize); 1] = [("region", None, 3)];
@@ -16,9 +16,7 @@ fn confirmed(tree: &Tree) -> String {
 // Rule C: what one server alone holds is not acknowledged, so its disk may go.
 #[test]
 fn what_no_slave_holds_is_not_acknowledged_before_its_time() {
-    let mut tree = Tree::plant(STEPS).expect("boot the top");
-    tree.settings = "[failover]\nack_timeout = \"8s\"".into();
-    let mut tree = tree.grow_on(&REGION);
+    let mut tree = Tree::grow_with("[failover]\nack_timeout = \"8s\"", STEPS, &REGION);
     let counting = count_up(&tree.top);
     counting.go_on(50);
     let master = tree.settled_master("region");
@@ -102,32 +100,21 @@ fn the_lease_of_a_silent_master_ends_by_itself() {
 // A downstream that is away for good may fill no disk.
 #[test]
 fn a_child_that_is_away_too_long_loses_its_place_aloud_and_copies_anew() {
-    let wide = "CREATE TABLE wide (id int PRIMARY KEY, v text);
-                ALTER TABLE wide ALTER v SET STORAGE EXTERNAL; SELECT terrace.add_table('wide')";
-    let mut tree = Tree::plant(wide).expect("boot the top");
-    tree.settings = "[queue]\nretain_min = \"1MiB\"\nretain_max = \"48MiB\"\n\
-                     [failover]\nresync_on_gap = true"
-        .into();
-    let mut tree = tree.grow_on(&[("region", None, 1), ("branch", Some("region"), 1)]);
+    let settings = "[queue]\nretain_min = \"1MiB\"\nretain_max = \"48MiB\"\n\
+                    [failover]\nresync_on_gap = true";
+    let domains = [("region", None, 1), ("branch", Some("region"), 1)];
+    let mut tree = Tree::grow_with(settings, WIDE, &domains);
     tree.node("branch-1").bridge.stop();
-    for part in 0..12 {
-        let (from, to) = (part * 12 + 1, part * 12 + 12);
-        tree.top.sql(&format!(
-            "INSERT INTO wide SELECT g, repeat('x', 1 << 20) FROM generate_series({from}, {to}) g"
-        ));
-    }
+    fill_wide(&tree.top, 0..12);
     let lost = "SELECT count(*) FROM terrace.events WHERE kind = 'gap' AND node = 'region-1' \
                 AND reason LIKE '%terrace_branch%retain_max%'";
     wait_until("the top knows whose place is lost", || {
         tree.top.value(lost) == "1"
     });
-    let queue = tree.node("region-1").bridge.directory().join("data/queue");
-    let held = || {
-        let files = std::fs::read_dir(&queue).expect("read the queue").flatten();
-        let sizes = files.filter_map(|file| Some(file.metadata().ok()?.len()));
-        sizes.sum::<u64>()
-    };
-    wait_until("the disk has room again", || held() < 80 << 20);
+    let bridge = &tree.node("region-1").bridge;
+    wait_until("the disk has room again", || {
+        bridge.queue_bytes() < 80 << 20
+    });
     tree.node("branch-1")
         .bridge
         .restart()
@@ -144,19 +131,11 @@ fn a_child_that_is_away_too_long_loses_its_place_aloud_and_copies_anew() {
 // needs, also the one that it never spoke to.
 #[test]
 fn a_child_that_was_away_finds_its_place_at_another_server_of_its_parent() {
-    let wide = "CREATE TABLE wide (id int PRIMARY KEY, v text);
-                ALTER TABLE wide ALTER v SET STORAGE EXTERNAL; SELECT terrace.add_table('wide')";
-    let mut tree = Tree::plant(wide).expect("boot the top");
-    tree.settings = "[queue]\nretain_min = \"1MiB\"".into();
-    let mut tree = tree.grow_on(&[("region", None, 2), ("branch", Some("region"), 1)]);
+    let domains = [("region", None, 2), ("branch", Some("region"), 1)];
+    let mut tree = Tree::grow_with("[queue]\nretain_min = \"1MiB\"", WIDE, &domains);
     tree.node("branch-1").bridge.stop();
     // Five segments of the queue and more.
-    let fill = "INSERT INTO wide SELECT g, repeat('x', 1 << 20) FROM generate_series(1, 96) g
-                ON CONFLICT (id) DO UPDATE SET v = EXCLUDED.v";
-    for part in 0..8 {
-        let some = format!("generate_series({}, {})", part * 12 + 1, part * 12 + 12);
-        tree.top.sql(&fill.replace("generate_series(1, 96)", &some));
-    }
+    fill_wide(&tree.top, 0..8);
     let rows = "SELECT count(*) FROM wide";
     for name in ["region-1", "region-2"] {
         let server = &tree.node(name).server;

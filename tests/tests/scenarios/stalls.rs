@@ -50,12 +50,7 @@ fn a_slot_that_was_dropped_is_missed() {
     );
     counting.go_on(20);
     // The way out that the message names.
-    let output = tree.nodes[0].bridge.run("resync").expect("run resync");
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    tree.nodes[0].bridge.resync();
     tree.wait_streaming();
     counting.go_on(20);
     counting.stop();
@@ -118,9 +113,7 @@ fn a_transaction_that_stands_in_the_way_is_left_out_when_told() {
 
 #[test]
 fn rows_that_are_refused_are_put_aside_when_that_is_wanted() {
-    let mut tree = Tree::plant(STEPS).expect("boot the top");
-    tree.settings = "[apply]\non_error = \"quarantine\"".into();
-    let tree = tree.grow_on(&ONE);
+    let tree = Tree::grow_with("[apply]\non_error = \"quarantine\"", STEPS, &ONE);
     let node = &tree.nodes[0];
     tree.top.sql("INSERT INTO steps VALUES (1), (2), (3)");
     tree.wait_for_equal(&["steps"]);

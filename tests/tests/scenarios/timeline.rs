@@ -148,12 +148,7 @@ fn a_standby_that_has_less_is_not_followed_and_nothing_is_served() {
         last.to_string()
     );
     // The operator decides for the new top.
-    let output = story.bridges[0].run("resync").expect("run resync");
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    story.bridges[0].resync();
     wait_until("the new top's rows are there", || {
         story.region.value("SELECT max(n) FROM steps") == "1000000"
     });
