@@ -18,6 +18,7 @@ mod careful;
 mod fold;
 mod plan;
 mod quarantine;
+mod sealed;
 mod setwise;
 mod skip;
 
@@ -48,6 +49,9 @@ const MAX_BYTES: usize = 4 << 20;
 const PIPELINE_BYTES: usize = 64 << 10;
 /// Progress is written for watermarks alone at most this often.
 const WATERMARK_EVERY: Duration = Duration::from_secs(1);
+
+/// Why a transaction with DDL, say, is not taken with others.
+const BY_ITSELF: &str = "a transaction that is applied by itself";
 
 /// Values that are stored out of line are compressed anew here, which for wide rows is
 /// most of what applying costs; lz4 takes a fraction of it. A choice that an
@@ -285,6 +289,7 @@ impl<'a> Session<'a> {
                     None => break,
                     Some(record) if record.kind == Kind::Part => break,
                     Some(record) if record.lsn > gate => break,
+                    Some(record) if sealed::goes_alone(record) => break,
                     Some(record) if repeats_notify(record, &notified) => break,
                     Some(_) => {}
                 }
@@ -303,6 +308,9 @@ impl<'a> Session<'a> {
                 Kind::Part | Kind::Commit => {
                     if record.kind == Kind::Commit && !self.gate_allows(&record) && !open {
                         self.wait_for_gate(record.lsn).await?;
+                    }
+                    if sealed::goes_alone(&record) {
+                        return Err(Failed::Unexpected(BY_ITSELF.into()));
                     }
                     if !open {
                         open = true;
@@ -333,6 +341,9 @@ impl<'a> Session<'a> {
             let steps = match self.planner.plan(&payload) {
                 Ok(plan::Planned::Steps(steps)) => steps,
                 Ok(plan::Planned::Nothing) => continue,
+                Ok(plan::Planned::Order(_)) => {
+                    return Err(Failed::Unexpected(BY_ITSELF.into()));
+                }
                 // The catalog must be asked, for which the pipeline must be empty.
                 Ok(plan::Planned::Lookup(relid)) => {
                     self.drain(batch).await?;

@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand};
 use terrace_bridge::check::check;
 use terrace_bridge::config::Config;
 use terrace_bridge::lsn::Lsn;
-use terrace_bridge::{control, node, show};
+use terrace_bridge::{compare, control, node, show};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -53,6 +53,33 @@ enum Command {
         /// Configuration file
         #[arg(short)]
         config: PathBuf,
+        /// Only this table, for this server's whole domain
+        #[arg(long)]
+        table: Option<String>,
+    },
+    /// Say whether every server has the rows of the top
+    Compare {
+        /// Configuration file of any server
+        #[arg(short)]
+        config: PathBuf,
+        /// Only this table
+        #[arg(long)]
+        table: Option<String>,
+        /// Only servers of this domain
+        #[arg(long)]
+        domain: Option<String>,
+    },
+    /// Compare, and send what differs once more
+    Repair {
+        /// Configuration file of any server
+        #[arg(short)]
+        config: PathBuf,
+        /// Only this table
+        #[arg(long)]
+        table: Option<String>,
+        /// Only servers of this domain
+        #[arg(long)]
+        domain: Option<String>,
     },
     /// Leave out the transaction that this server cannot apply
     Skip {
@@ -126,7 +153,23 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Switchover { config, domain, to } => {
             control::switchover(&Config::load(&config)?, &domain, to.as_deref()).await
         }
-        Command::Resync { config } => control::resync(&Config::load(&config)?).await,
+        Command::Resync { config, table } => {
+            let config = Config::load(&config)?;
+            match table {
+                Some(table) => compare::resync_table(&config, &table).await,
+                None => control::resync(&config).await,
+            }
+        }
+        Command::Compare {
+            config,
+            table,
+            domain,
+        } => compare::compare(&Config::load(&config)?, table.as_deref(), domain.as_deref()).await,
+        Command::Repair {
+            config,
+            table,
+            domain,
+        } => compare::repair(&Config::load(&config)?, table.as_deref(), domain.as_deref()).await,
         Command::Skip { config, lsn } => control::skip(&Config::load(&config)?, lsn).await,
         Command::Status {
             config,

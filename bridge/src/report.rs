@@ -159,6 +159,7 @@ struct Below {
     /// The domains with those above each, as this server's data has them.
     paths: Option<BTreeMap<String, Vec<String>>>,
     conflicts: Value,
+    compared: Value,
     nodes: Vec<Value>,
     events: Vec<Value>,
     /// Number of the last event that the upstream took.
@@ -219,6 +220,7 @@ async fn report_up(shared: &Arc<Shared>, info: &ConnInfo, link: &mut Link, below
     }
     let mut own = shared.status_json();
     own["conflicts"] = below.conflicts.clone();
+    own["compared"] = below.compared.clone();
     let mut nodes = vec![own];
     nodes.append(&mut below.nodes);
     let report = json!({ "nodes": nodes, "events": below.events }).to_string();

@@ -6,11 +6,10 @@
 //! the client says anything.
 //!
 //! Guarantee: in such a session, to its end, only commands of [`ALLOWED`] run, also from
-//! inside functions and DO blocks, and none of the functions [`REFUSED`]. The hooks are
-//! of one session: all others pay nothing for them.
+//! inside functions and DO blocks, and none of the functions [`REFUSED`].
 
 use std::cell::Cell;
-use std::ffi::{c_char, c_int, c_void};
+use std::ffi::{c_int, c_void};
 
 use pgrx::pg_sys::{self, NodeTag, ObjectAccessType};
 use pgrx::prelude::*;
@@ -29,7 +28,6 @@ use pg_sys::{
 
 thread_local! {
     static GUARDED: Cell<bool> = const { Cell::new(false) };
-    static NEXT_UTILITY: Cell<pg_sys::ProcessUtility_hook_type> = const { Cell::new(None) };
     static NEXT_ACCESS: Cell<pg_sys::object_access_hook_type> = const { Cell::new(None) };
 }
 
@@ -74,11 +72,9 @@ fn guard_session() {
     if GUARDED.replace(true) {
         return;
     }
-    // SAFETY: hooks are of this process, which runs one session in one thread; those
-    // that were there before are called by ours.
+    // SAFETY: hooks are of this process, which runs one session in one thread; one that
+    // was there before is called by ours.
     unsafe {
-        NEXT_UTILITY.set(pg_sys::ProcessUtility_hook);
-        pg_sys::ProcessUtility_hook = Some(on_utility);
         NEXT_ACCESS.set(pg_sys::object_access_hook);
         pg_sys::object_access_hook = Some(on_access);
     }
@@ -92,6 +88,17 @@ pub fn refuse_if_guarded(what: &str) {
             PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
             format!("a session through a relay cannot {what}")
         );
+    }
+}
+
+/// Raises an error if this utility statement does more than a guarded session may.
+///
+/// # Safety
+/// `statement` is a parsed statement.
+pub unsafe fn check_utility(statement: *mut pg_sys::Node) {
+    // SAFETY: as said.
+    if GUARDED.get() && !unsafe { is_allowed(statement) } {
+        refuse_if_guarded("do more than read");
     }
 }
 
@@ -110,50 +117,6 @@ unsafe fn is_allowed(statement: *mut pg_sys::Node) -> bool {
             }
             Some(tag) => ALLOWED.contains(&tag),
             None => false,
-        }
-    }
-}
-
-#[pg_guard]
-#[allow(clippy::too_many_arguments)]
-unsafe extern "C-unwind" fn on_utility(
-    statement: *mut pg_sys::PlannedStmt,
-    text: *const c_char,
-    read_only: bool,
-    context: pg_sys::ProcessUtilityContext::Type,
-    parameters: pg_sys::ParamListInfo,
-    environment: *mut pg_sys::QueryEnvironment,
-    destination: *mut pg_sys::DestReceiver,
-    completion: *mut pg_sys::QueryCompletion,
-) {
-    // SAFETY: PostgreSQL hands a utility statement in, and takes our call for its own.
-    unsafe {
-        if !is_allowed((*statement).utilityStmt) {
-            refuse_if_guarded("do more than read");
-        }
-        match NEXT_UTILITY.get() {
-            Some(next) => pg_sys::ffi::pg_guard_ffi_boundary(|| {
-                next(
-                    statement,
-                    text,
-                    read_only,
-                    context,
-                    parameters,
-                    environment,
-                    destination,
-                    completion,
-                )
-            }),
-            None => pg_sys::standard_ProcessUtility(
-                statement,
-                text,
-                read_only,
-                context,
-                parameters,
-                environment,
-                destination,
-                completion,
-            ),
         }
     }
 }

@@ -8,9 +8,11 @@
 //! A transaction that is rolled back leaves nothing; one whose armed
 //! subtransaction was rolled back may carry a tag and no change, which is harmless.
 
+mod ddl;
+mod fill;
 mod guard;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ffi::CString;
 use std::os::raw::{c_char, c_void};
 
@@ -27,6 +29,8 @@ thread_local! {
     /// Domains resolved for the `terrace.domains` setting of this transaction;
     /// present when a synchronised table has been changed.
     static ARMED: RefCell<Option<Vec<String>>> = const { RefCell::new(None) };
+    /// This transaction is to be applied by itself.
+    static ALONE: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Called by PostgreSQL when the library is loaded.
@@ -56,6 +60,7 @@ pub extern "C-unwind" fn _PG_init() {
         GucContext::Userset,
         GucFlags::default(),
     );
+    ddl::init();
     // SAFETY: the callback is a plain function that lives as long as the library.
     unsafe { pg_sys::RegisterXactCallback(Some(on_transaction_end), std::ptr::null_mut()) };
 }
@@ -92,6 +97,13 @@ fn arm_now() -> Result<(), spi::Error> {
     arm()
 }
 
+/// As [`arm_now`]; and servers below apply this transaction by itself.
+#[pg_extern]
+fn arm_alone() -> Result<(), spi::Error> {
+    ALONE.set(true);
+    arm_now()
+}
+
 fn arm() -> Result<(), spi::Error> {
     if ARMED.with_borrow(Option::is_some) {
         return Ok(());
@@ -117,25 +129,27 @@ unsafe extern "C-unwind" fn on_transaction_end(event: pg_sys::XactEvent::Type, _
     match event {
         pg_sys::XactEvent::XACT_EVENT_PRE_COMMIT | pg_sys::XactEvent::XACT_EVENT_PRE_PREPARE => {
             // The trigger runs before the statement; one that changed nothing has no id.
+            let alone = ALONE.take();
             // SAFETY: inside a transaction.
             let changed =
                 unsafe { pg_sys::GetTopTransactionIdIfAny() } != pg_sys::InvalidTransactionId;
             if let Some(domains) = ARMED.take()
                 && changed
             {
-                write_tag(&domains);
+                write_tag(&domains, alone);
             }
         }
         pg_sys::XactEvent::XACT_EVENT_COMMIT
         | pg_sys::XactEvent::XACT_EVENT_ABORT
         | pg_sys::XactEvent::XACT_EVENT_PREPARE => {
             ARMED.take();
+            ALONE.take();
         }
         _ => {}
     }
 }
 
-fn write_tag(domains: &[String]) {
+fn write_tag(domains: &[String], alone: bool) {
     // SAFETY: inside a transaction; a change was made, so the id exists or is due.
     let xid = unsafe { pg_sys::GetTopFullTransactionId() }.value;
     let mut tag = format!("{{\"tag\":\"{xid}\"");
@@ -159,10 +173,44 @@ fn write_tag(domains: &[String]) {
     if !SYNC.get() {
         tag.push_str(",\"sync\":false");
     }
+    if alone {
+        tag.push_str(",\"alone\":true");
+    }
     tag.push_str(",\"user\":");
     put_json(&mut tag, &session_user());
     tag.push('}');
     log_message(&tag);
+}
+
+/// Writes a message that bridges obey into this transaction. Anybody may write messages,
+/// so each is announced by a row of `terrace.seal`, which only the extension writes.
+pub(crate) fn write_sealed(prefix: &str, content: &str) {
+    let written = as_owner(|| {
+        Spi::run_with_args(
+            "SELECT terrace.write_sealed($1, $2)",
+            &[prefix.into(), content.into()],
+        )
+    });
+    if let Err(error) = written {
+        pgrx::error!("terrace: {error}");
+    }
+}
+
+/// Runs with the rights of whom the extension belongs to. An error ends the transaction
+/// or a part of it, which puts the user back as well.
+fn as_owner<R>(run: impl FnOnce() -> R) -> R {
+    let (mut user, mut context) = (pg_sys::InvalidOid, 0);
+    let owner = pg_sys::Oid::from(pg_sys::BOOTSTRAP_SUPERUSERID);
+    // SAFETY: inside a transaction; what was is put back.
+    unsafe {
+        pg_sys::GetUserIdAndSecContext(&mut user, &mut context);
+        let local = context | pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32;
+        pg_sys::SetUserIdAndSecContext(owner, local);
+    }
+    let result = run();
+    // SAFETY: as above.
+    unsafe { pg_sys::SetUserIdAndSecContext(user, context) };
+    result
 }
 
 fn session_user() -> String {
@@ -209,7 +257,7 @@ fn log_message(content: &str) {
     }
 }
 
-fn put_json(out: &mut String, text: &str) {
+pub(crate) fn put_json(out: &mut String, text: &str) {
     out.push('"');
     for char in text.chars() {
         match char {

@@ -96,6 +96,7 @@ impl Session<'_> {
         self.run_step(&step).await?;
         self.client.simple("COMMIT").await?;
         self.committed = batch.end;
+        self.compare_if_asked().await;
         self.announce(&batch);
         if self.planner.routing_changed() {
             self.planner.reload_routing(&mut self.client).await?;
@@ -111,8 +112,10 @@ impl Session<'_> {
             }
             planned => planned,
         };
-        let Planned::Steps(steps) = planned else {
-            return Ok(());
+        let steps = match planned {
+            Planned::Steps(steps) => steps,
+            Planned::Order(order) => return self.obey(&order).await,
+            Planned::Nothing | Planned::Lookup(_) => return Ok(()),
         };
         for step in steps {
             self.careful_step(payload, &step).await?;

@@ -11,6 +11,7 @@ use anyhow::{Context, bail};
 use bytes::Bytes;
 
 use super::fold::{Fold, NotFoldable, Shape, ShapeColumn};
+use super::sealed::{SealedOrder, Seals};
 use crate::client::{Client, quote_ident};
 use crate::pgoutput::{self, Datum, Message, OldKind, TRUNCATE_RESTART_IDENTITY, Tuple};
 use crate::record::Record;
@@ -58,6 +59,8 @@ pub enum Planned {
     Nothing,
     /// First [`Planner::lookup`] this relation, then plan again.
     Lookup(u32),
+    /// The extension at the top asks for this, for which the transaction must go by itself.
+    Order(SealedOrder),
 }
 
 /// What became of a message that is to be folded.
@@ -84,19 +87,19 @@ struct LocalColumn {
     type_name: String,
 }
 
-struct Relation {
+pub(super) struct Relation {
     definition: Bytes,
     namespace: String,
     name: String,
     columns: Vec<Column>,
-    looked_up: bool,
+    pub(super) looked_up: bool,
     routed: bool,
     /// Rows of tables that inherit from it are not its own.
     only: bool,
     /// `pg_class.relreplident` at the top.
     identity: u8,
     /// How to change it set-wise; known once looked up.
-    shape: Option<Arc<Shape>>,
+    pub(super) shape: Option<Arc<Shape>>,
 }
 
 impl Relation {
@@ -135,14 +138,16 @@ impl Relation {
 /// Turns messages into steps; knows the relations and the prepared statements.
 pub struct Planner {
     domain: String,
-    relations: HashMap<u32, Relation>,
+    pub(super) relations: HashMap<u32, Relation>,
     /// Tables that other domains get and this one does not.
-    elsewhere: HashSet<(String, String)>,
+    pub(super) elsewhere: HashSet<(String, String)>,
     routing_changed: bool,
     /// Name of the prepared statement by its text.
     statements: HashMap<String, String>,
     /// Names are not used twice in a session.
     named: u64,
+    /// Of the transaction that is planned.
+    pub(super) seals: Seals,
 }
 
 fn value(datum: Datum<'_>, payload: &Bytes) -> Option<Bytes> {
@@ -177,6 +182,7 @@ impl Planner {
             routing_changed: false,
             statements: HashMap::new(),
             named: 0,
+            seals: Seals::default(),
         };
         planner.reload_routing(client).await?;
         Ok(planner)
@@ -363,8 +369,24 @@ impl Planner {
                     }
                 });
             }
+            Message::Logical {
+                prefix, content, ..
+            } => {
+                let order = self.seals.open(prefix, payload.slice_ref(content))?;
+                return Ok(order.map_or(Planned::Nothing, Planned::Order));
+            }
+            Message::Begin { .. } => {
+                self.seals.clear();
+                return Ok(Planned::Nothing);
+            }
             _ => return Ok(Planned::Nothing),
         };
+        if let Message::Insert { relid, new } = &message
+            && let Some(relation) = self.relations.get(relid)
+            && relation.namespace == "terrace"
+        {
+            self.seals.note(&relation.name, *new);
+        }
         for relid in &relids {
             let relation = self
                 .relations
@@ -378,7 +400,9 @@ impl Planner {
             }
         }
         let relation = &self.relations[&relids[0]];
-        if !relation.routed && relids.len() == 1 {
+        // A seal is for this transaction in the stream, not for the table here.
+        let sealing = relation.namespace == "terrace" && relation.name == "seal";
+        if sealing || !relation.routed && relids.len() == 1 {
             return Ok(Planned::Nothing);
         }
         let (sql, values, expect) = match message {

@@ -7,6 +7,7 @@ use postgres_protocol::message::frontend;
 
 use super::fold::{Fold, Statement};
 use super::plan::Folded;
+use super::sealed::goes_alone;
 use super::{Batch, Expect, Failed, MAX_BYTES, MAX_TRANSACTIONS, Session};
 use crate::client::bind_binary;
 use crate::record::{Kind, Record};
@@ -60,6 +61,7 @@ impl Session<'_> {
         while records.len() < MAX_TRANSACTIONS && bytes < MAX_BYTES {
             let Some(record) = self.peek()? else { break };
             match record.kind {
+                Kind::Commit if goes_alone(record) => break,
                 Kind::Commit if record.lsn <= gate => bytes += record.bytes.len(),
                 // One that says nothing new does not end the pile.
                 Kind::Schema if !records.is_empty() => {

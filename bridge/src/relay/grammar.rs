@@ -34,6 +34,8 @@ pub enum Command {
     /// An order from one bridge to another: `SWITCHOVER [TO node]`, `TAKE_OVER lsn`, `RESYNC`,
     /// `SKIP lsn`
     Order(Order),
+    /// Asks the top, by way of our own upstream: `AT_TOP 'request'`
+    AtTop(String),
     /// A command that this server does not serve
     Unsupported(&'static str),
     /// Anything else
@@ -139,6 +141,10 @@ pub fn parse(text: &str) -> Option<Command> {
             _ => None,
         },
         "RESYNC" => rest.is_empty().then_some(Command::Order(Order::Resync)),
+        "AT_TOP" => match rest {
+            [Token::Literal(request)] => Some(Command::AtTop(request.clone())),
+            _ => None,
+        },
         "TIMELINE_HISTORY" => match rest {
             [Token::Word(number)] => Some(Command::TimelineHistory(number.parse().ok()?)),
             _ => None,

@@ -22,6 +22,7 @@ use crate::queue::{Queue, QueueError, Reader};
 use crate::roles::Order;
 use crate::status::OpenQueue;
 use crate::timeline;
+use crate::top;
 use crate::upstream::{BRIDGE_PARAMETER, PUBLICATION, connect, create_snapshot};
 use crate::wire::{self, Framed, MAX_UNAUTHENTICATED};
 
@@ -230,7 +231,10 @@ impl Session {
                 refuse("42501", "only the machine of the bridge may order that")
             }
             Some(Command::Order(order)) if self.bridge => self.order(order).await,
-            Some(Command::Order(_)) => refuse("42501", "only another bridge may order that"),
+            Some(Command::AtTop(request)) if self.bridge => self.at_top(&request).await,
+            Some(Command::Order(_) | Command::AtTop(_)) => {
+                refuse("42501", "only another bridge may order that")
+            }
             Some(Command::Start {
                 slot,
                 from,
@@ -274,6 +278,20 @@ impl Session {
                 Ok(())
             }
             Err(text) => refuse("55000", text),
+        }
+    }
+
+    async fn at_top(&mut self, request: &str) -> Reply {
+        let asked = async {
+            let request = serde_json::from_str(request)?;
+            top::ask(&self.relay.shared.config, &request).await
+        };
+        match asked.await {
+            Ok(answer) => {
+                self.row(&[("answer", Some(&answer.to_string()))], "AT_TOP");
+                Ok(())
+            }
+            Err(error) => refuse("55000", format!("{error:#}")),
         }
     }
 

@@ -350,23 +350,30 @@ fn later_partitions_join_and_dropped_tables_leave() {
     assert_eq!(top.value("SELECT count(*) FROM pg_event_trigger"), "0");
 }
 
+// What a table holds when it is added goes down with it, once there is somebody below.
 #[test]
-fn rows_that_will_not_arrive_are_warned_of() {
+fn rows_that_are_there_are_sent_to_those_that_receive() {
     let (top, _scratch) = top();
     top.sql(
-        "CREATE TABLE t AS SELECT 1 AS a; CREATE TABLE u AS SELECT 1 AS a; CREATE TABLE empty (a int);
+        "CREATE TABLE t AS SELECT 1 AS a; CREATE TABLE u AS SELECT 1 AS a;
          SELECT terrace.create_domain('region')",
     );
-    let said = notices(&top, "SELECT terrace.add_table('t')");
-    assert!(!said.contains("WARNING"), "nobody receives yet: {said}");
+    top.sql("SELECT pg_create_logical_replication_slot('look', 'test_decoding')");
+    let sent = "SELECT count(*) FROM pg_logical_slot_get_changes('look', NULL, NULL) \
+                WHERE data LIKE '%prefix: terrace.rows%'";
+    top.sql("SELECT terrace.add_table('t')");
+    assert_eq!(top.value(sent), "0", "nobody receives yet");
     top.sql(
         "SELECT terrace.report('{\"nodes\": [{\"node\": \"region-1\", \"instance\": \"x\", \
          \"domain\": \"region\"}], \"events\": []}')",
     );
-    let said = notices(&top, "SELECT terrace.add_table('empty')");
-    assert!(!said.contains("WARNING"), "{said}");
-    let said = notices(&top, "SELECT terrace.add_table('u')");
-    for words in ["WARNING", "\"public.u\"", "terrace-bridge resync"] {
-        assert!(said.contains(words), "{words}: {said}");
-    }
+    top.sql("SELECT terrace.add_table('u')");
+    assert_eq!(top.value(sent), "1");
+    let mut client = top.connect();
+    let old = "BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1; SELECT terrace.resend('u')";
+    let refused = client.batch_execute(old).expect_err("an older snapshot");
+    assert!(
+        explain(&refused).contains("READ COMMITTED only"),
+        "{refused}"
+    );
 }

@@ -2,6 +2,7 @@
 //! cores, and the clusters that servers are copied from.
 
 mod copy;
+mod ddl;
 mod extension;
 mod failover;
 mod matching;
@@ -10,6 +11,7 @@ mod network;
 mod partitions;
 mod refusals;
 mod regressions;
+mod rows;
 mod rules;
 mod setwise;
 mod shapes;

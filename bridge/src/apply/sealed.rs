@@ -1,0 +1,360 @@
+//! Messages that are obeyed: DDL, and rows that take the place of what is here.
+//!
+//! Guarantee: anybody at the top may write a message, but obeyed is only one that a row of
+//! `terrace.seal`, before it in the same transaction, announces by its SHA-256; nobody but
+//! the extension writes that table. Such transactions go the careful way, one by one, each
+//! as a local transaction of its own: what DDL changes (an enum's new value, say) may be
+//! used from the next one on.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, bail};
+use bytes::Bytes;
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+
+use super::Session;
+use super::plan::Planner;
+use crate::client::{Client, PgError, SessionOptions, quote_ident};
+use crate::conninfo::ConnInfo;
+use crate::pgoutput::{Datum, Tuple};
+use crate::record::{Kind, Record};
+
+const DDL_PREFIX: &str = "terrace.ddl";
+const ROWS_PREFIX: &str = "terrace.rows";
+/// In the tag of a transaction that goes by itself. Inside a JSON string the quotes would
+/// be escaped.
+const ALONE: &[u8] = b"\"alone\":true";
+/// So much of a statement is shown when it fails.
+const SHOWN: usize = 300;
+
+/// What a sealed message asks for.
+#[derive(Debug)]
+pub enum SealedOrder {
+    /// Run a statement.
+    Ddl(Ddl),
+    /// Take these rows for what is here.
+    Rows(Rows),
+}
+
+/// Content of a `terrace.ddl` message (`pg_ext/src/ddl.rs`).
+#[derive(Debug, Deserialize)]
+pub struct Ddl {
+    sql: String,
+    role: String,
+    superuser: bool,
+    settings: BTreeMap<String, String>,
+    outside: bool,
+    #[serde(default)]
+    index: Option<String>,
+}
+
+/// Content of a `terrace.rows` message (`pg_ext/src/fill.rs`), but for the rows.
+#[derive(Debug, Deserialize)]
+pub struct Rows {
+    table: (String, String),
+    columns: Vec<String>,
+    /// Condition of the rows that make way first.
+    clear: Option<String>,
+    #[serde(skip)]
+    message: Bytes,
+}
+
+/// What the transaction under way has said so far.
+#[derive(Default)]
+pub struct Seals {
+    digests: Vec<Vec<u8>>,
+    comparisons: Vec<String>,
+}
+
+impl Seals {
+    /// At the begin of a transaction.
+    pub fn clear(&mut self) {
+        self.digests.clear();
+        self.comparisons.clear();
+    }
+
+    /// Takes in a row that is inserted into a table of the extension.
+    pub fn note(&mut self, table: &str, row: Tuple<'_>) {
+        let Some(Datum::Text(text)) = row.iter().next() else {
+            return;
+        };
+        match table {
+            "seal" => self.digests.extend(hex(text)),
+            "comparison" => self
+                .comparisons
+                .push(String::from_utf8_lossy(text).into_owned()),
+            _ => {}
+        }
+    }
+
+    /// The order in a message. One that nothing announces is nobody's.
+    pub fn open(&self, prefix: &str, content: Bytes) -> anyhow::Result<Option<SealedOrder>> {
+        if prefix != DDL_PREFIX && prefix != ROWS_PREFIX {
+            return Ok(None);
+        }
+        let digest = Sha256::digest(&content);
+        if !self.digests.iter().any(|known| known[..] == digest[..]) {
+            tracing::warn!("a message {prefix} that is not the extension's is left out");
+            return Ok(None);
+        }
+        let what = || format!("read a message {prefix}");
+        Ok(Some(if prefix == DDL_PREFIX {
+            SealedOrder::Ddl(serde_json::from_slice(&content).with_context(what)?)
+        } else {
+            let mut rows: Rows = serde_json::from_slice(&content).with_context(what)?;
+            rows.message = content;
+            SealedOrder::Rows(rows)
+        }))
+    }
+}
+
+/// A bytea in its hexadecimal text form.
+fn hex(text: &[u8]) -> Option<Vec<u8>> {
+    let digits = text.strip_prefix(b"\\x")?.chunks(2);
+    digits
+        .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok())
+        .collect()
+}
+
+/// Whether a transaction is to be applied by itself.
+pub fn goes_alone(record: &Record) -> bool {
+    record.kind == Kind::Commit
+        && record
+            .commit()
+            .is_ok_and(|info| info.tag.windows(ALONE.len()).any(|window| window == ALONE))
+}
+
+impl Session<'_> {
+    pub(super) async fn obey(&mut self, order: &SealedOrder) -> anyhow::Result<()> {
+        match order {
+            SealedOrder::Ddl(ddl) => {
+                let shown: String = ddl.sql.chars().take(SHOWN).collect();
+                let ran = self.run_ddl(ddl).await;
+                ran.with_context(|| format!("run \"{shown}\""))?;
+                // Whatever it was about may look different now.
+                self.planner.forget_lookups();
+                Ok(())
+            }
+            SealedOrder::Rows(rows) => self.take_rows(rows).await,
+        }
+    }
+
+    async fn run_ddl(&mut self, ddl: &Ddl) -> anyhow::Result<()> {
+        let known = self
+            .client
+            .query(
+                "SELECT 1 FROM pg_catalog.pg_roles WHERE rolname = $1",
+                &[Some(&ddl.role)],
+            )
+            .await?;
+        let role = !known.is_empty();
+        if !role && !ddl.superuser {
+            bail!(
+                "role \"{}\" does not exist on this server; create it, as it is at the top",
+                ddl.role
+            );
+        }
+        if ddl.outside {
+            // The transaction holds nothing else.
+            self.client.simple("ROLLBACK").await?;
+        }
+        let local = if ddl.outside { "false" } else { "true" };
+        let bodies = ("check_function_bodies".to_owned(), "off".to_owned());
+        for (name, value) in ddl.settings.iter().chain([(&bodies.0, &bodies.1)]) {
+            self.client
+                .query(
+                    "SELECT pg_catalog.set_config($1, $2, $3::bool)",
+                    &[Some(name), Some(value), Some(local)],
+                )
+                .await?;
+        }
+        if role {
+            let role = quote_ident(&ddl.role);
+            let scope = if ddl.outside { "" } else { "LOCAL " };
+            self.client
+                .simple(&format!("SET {scope}ROLE {role}"))
+                .await?;
+        }
+        match ddl.outside {
+            true => self.run_outside(ddl).await?,
+            false => drop(self.client.simple(&ddl.sql).await?),
+        }
+        let mut reset = String::from("RESET ROLE; RESET check_function_bodies");
+        for name in ddl.settings.keys() {
+            reset.push_str(&format!("; RESET {}", quote_ident(name)));
+        }
+        self.client.simple(&reset).await?;
+        if ddl.outside {
+            self.client.simple("BEGIN").await?;
+        }
+        Ok(())
+    }
+
+    /// What cannot run inside a transaction may have run already, in whole or in part, when
+    /// the bridge was killed before it was noted.
+    async fn run_outside(&mut self, ddl: &Ddl) -> anyhow::Result<()> {
+        if let Some(index) = &ddl.index {
+            let rows = self
+                .client
+                .query(
+                    "SELECT i.indisvalid, i.indexrelid::pg_catalog.regclass::text \
+                     FROM pg_catalog.pg_index i \
+                     WHERE i.indexrelid = pg_catalog.to_regclass($1)",
+                    &[Some(index)],
+                )
+                .await?;
+            match rows.first().map(Vec::as_slice) {
+                Some([Some(valid), _]) if valid == "t" => return Ok(()),
+                Some([_, Some(left)]) => {
+                    let drop = format!("DROP INDEX {left}");
+                    self.client.simple(&drop).await?;
+                }
+                _ => {}
+            }
+        }
+        match self.client.simple(&ddl.sql).await {
+            // Dropped already.
+            Err(error) if ddl.index.is_none() && error.code() == Some("42704") => Ok(()),
+            ran => Ok(ran.map(drop)?),
+        }
+    }
+
+    async fn take_rows(&mut self, rows: &Rows) -> anyhow::Result<()> {
+        let (namespace, name) = &rows.table;
+        if !self.planner.is_routed(namespace, name) {
+            return Ok(());
+        }
+        let table = format!("{}.{}", quote_ident(namespace), quote_ident(name));
+        let known = self
+            .client
+            .query(
+                "SELECT a.attname, pg_catalog.format_type(a.atttypid, -1), c.relkind = 'r' \
+                 FROM pg_catalog.pg_attribute a \
+                 JOIN pg_catalog.pg_class c ON c.oid = a.attrelid \
+                 WHERE c.oid = pg_catalog.to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped",
+                &[Some(&table)],
+            )
+            .await?;
+        let empty = rows.message.ends_with(b"\"rows\":[]}");
+        if known.is_empty() && empty {
+            return Ok(());
+        }
+        let Some(plain) = known.first().map(|row| row[2].as_deref() == Some("t")) else {
+            bail!(
+                "table \"{namespace}.{name}\" does not exist on this server; create it here with \
+                 the columns that it has at the top"
+            );
+        };
+        if let Some(condition) = &rows.clear {
+            let only = if plain { "ONLY " } else { "" };
+            let sql = format!("DELETE FROM {only}{table} WHERE {condition}");
+            self.client.simple(&sql).await?;
+        }
+        if empty {
+            return Ok(());
+        }
+        let (mut names, mut values) = (Vec::new(), Vec::new());
+        for (place, column) in rows.columns.iter().enumerate() {
+            let found = known.iter().find(|row| row[0].as_ref() == Some(column));
+            let Some(Some(kind)) = found.map(|row| &row[1]) else {
+                bail!("table \"{namespace}.{name}\" has no column \"{column}\" on this server");
+            };
+            names.push(quote_ident(column));
+            values.push(format!("(r ->> {place})::{kind}"));
+        }
+        let sql = format!(
+            "INSERT INTO {table} ({}) OVERRIDING SYSTEM VALUE SELECT {} \
+             FROM pg_catalog.json_array_elements($1::pg_catalog.json -> 'rows') r",
+            names.join(", "),
+            values.join(", ")
+        );
+        let message = std::str::from_utf8(&rows.message)?;
+        self.client.execute(&sql, &[Some(message)]).await?;
+        Ok(())
+    }
+
+    /// Takes the sums that the last transaction asked for, in a snapshot of exactly that
+    /// position, beside the apply.
+    pub(super) async fn compare_if_asked(&mut self) {
+        for id in std::mem::take(&mut self.planner.seals.comparisons) {
+            let begun = self.begin_comparison().await;
+            let domain = self.shared.config.node.domain.clone();
+            tokio::spawn(async move {
+                let sums = async {
+                    let mut client = begun?;
+                    let sql = "SELECT terrace.own_comparison($1::bigint, $2)";
+                    client.query(sql, &[Some(&id), Some(&domain)]).await?;
+                    client.simple("COMMIT").await
+                };
+                if let Err(error) = sums.await {
+                    tracing::warn!("comparison {id}: {error}");
+                }
+            });
+        }
+    }
+
+    async fn begin_comparison(&self) -> Result<Client, PgError> {
+        let options = SessionOptions {
+            application_name: format!("terrace compare {}", self.shared.config.node.name),
+            gucs: vec![("search_path".into(), "pg_catalog".into())],
+            ..Default::default()
+        };
+        let info = ConnInfo::parse(&self.shared.config.database.url)
+            .map_err(|error| PgError::Protocol(error.to_string()))?;
+        let mut client = Client::connect(&info, &options).await?;
+        client
+            .simple("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")
+            .await?;
+        Ok(client)
+    }
+}
+
+impl Planner {
+    /// Every table is to be looked at again.
+    pub fn forget_lookups(&mut self) {
+        for relation in self.relations.values_mut() {
+            relation.looked_up = false;
+            relation.shape = None;
+        }
+        self.forget_statements();
+    }
+
+    /// Whether this domain gets a table.
+    fn is_routed(&self, namespace: &str, name: &str) -> bool {
+        let place = (namespace.to_owned(), name.to_owned());
+        !self.elsewhere.contains(&place)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_announced_is_obeyed() {
+        let content =
+            Bytes::from_static(br#"{"table":["s","t"],"columns":["a"],"clear":null,"rows":[]}"#);
+        let mut seals = Seals::default();
+        assert!(seals.open(ROWS_PREFIX, content.clone()).unwrap().is_none());
+        seals.digests.push(Sha256::digest(&content).to_vec());
+        assert!(seals.open(ROWS_PREFIX, content.clone()).unwrap().is_some());
+        assert!(seals.open("other", content.clone()).unwrap().is_none());
+        assert!(
+            seals
+                .open(ROWS_PREFIX, content.slice(1..))
+                .unwrap()
+                .is_none()
+        );
+        seals.clear();
+        assert!(seals.open(ROWS_PREFIX, content).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_bytea_is_read() {
+        assert_eq!(hex(b"\\x00ff"), Some(vec![0, 255]));
+        assert_eq!(hex(b"00ff"), None);
+        assert_eq!(hex(b"\\x0"), Some(vec![0]));
+        assert_eq!(hex(b"\\x0g"), None);
+    }
+}

@@ -1,0 +1,359 @@
+//! DDL in the stream: what is made at the top is made below, in its place among the rows.
+
+use std::time::Duration;
+
+use postgres::{Client, NoTls};
+use terrace_tests::load::{STEPS, count_up};
+use terrace_tests::server::{explain, rows};
+use terrace_tests::{PASSWORD, Server, Tree, wait_until};
+
+const TREE: [(&str, Option<&str>, usize); 2] = [("region", None, 2), ("branch", Some("region"), 1)];
+
+/// Sessions at the top replicate DDL from now on.
+const REPLICATE_DDL: &str = "
+    DO $$ BEGIN
+        EXECUTE format('ALTER DATABASE %I SET session_preload_libraries = ''terrace''', current_database());
+        EXECUTE format('ALTER DATABASE %I SET terrace.ddl = on', current_database());
+    END $$";
+
+/// Everything in schema `app`, as text.
+const CATALOG: &str = "
+    SELECT format('%s %s %s %s %s', c.relkind, c.relname, a.attname, format_type(a.atttypid, a.atttypmod),
+                  pg_get_expr(d.adbin, d.adrelid)) AS line
+    FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+    LEFT JOIN pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
+    WHERE c.relnamespace = 'app'::regnamespace
+    UNION ALL SELECT pg_get_indexdef(indexrelid) || indisvalid FROM pg_index
+    WHERE indexrelid IN (SELECT oid FROM pg_class WHERE relnamespace = 'app'::regnamespace)
+    UNION ALL SELECT pg_get_viewdef(oid) FROM pg_class
+    WHERE relkind = 'v' AND relnamespace = 'app'::regnamespace
+    UNION ALL SELECT pg_get_functiondef(oid) FROM pg_proc WHERE pronamespace = 'app'::regnamespace
+    UNION ALL SELECT pg_get_triggerdef(t.oid) FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid
+    WHERE c.relnamespace = 'app'::regnamespace AND NOT t.tgisinternal
+    UNION ALL SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE connamespace = 'app'::regnamespace
+    UNION ALL SELECT enumtypid::regtype || enumlabel FROM pg_enum
+    UNION ALL SELECT inhrelid::regclass || ' of ' || inhparent::regclass FROM pg_inherits
+    UNION ALL SELECT relname || ' owned by ' || pg_get_userbyid(relowner) FROM pg_class
+    WHERE relnamespace = 'app'::regnamespace AND pg_get_userbyid(relowner) = 'maker'
+    ORDER BY line";
+
+fn tree_with_ddl(schema: &str) -> Tree {
+    let tree = Tree::grow(schema, &TREE);
+    tree.top.sql(REPLICATE_DDL);
+    tree
+}
+
+fn wait_for_catalog(tree: &Tree) {
+    let wanted = tree.top.rows(CATALOG);
+    for node in &tree.nodes {
+        wait_until(
+            &format!("{} has what the top has", node.server.name),
+            || {
+                // What is dropped meanwhile is an error.
+                let found = rows(&mut node.server.connect(), CATALOG);
+                found.is_ok_and(|found| found == wanted)
+            },
+        );
+    }
+}
+
+fn wait_for_stall(tree: &Tree, reason: &str) {
+    let stalled = format!(
+        "SELECT count(*) > 0 FROM terrace.lag WHERE state = 'stalled' AND reason LIKE '%{reason}%'"
+    );
+    wait_until(&format!("a stall tells of {reason}"), || {
+        tree.top.value(&stalled) == "t"
+    });
+}
+
+#[test]
+fn what_is_made_at_the_top_is_made_below() {
+    let tree = tree_with_ddl(STEPS);
+    let counting = count_up(&tree.top);
+    let top = &tree.top;
+    top.sql("CREATE SCHEMA app");
+    top.sql("SELECT terrace.add_schema('app')");
+    top.sql("CREATE TYPE app.mood AS ENUM ('good', 'bad'); CREATE DOMAIN app.few AS int CHECK (value < 1000)");
+    // A table of a synchronised schema is synchronised from its first row on.
+    top.sql(
+        "BEGIN; CREATE TABLE app.t (id int PRIMARY KEY, mood app.mood, n app.few);
+             INSERT INTO app.t SELECT g, 'good', g FROM generate_series(1, 500) g; COMMIT",
+    );
+    // DDL and rows in one transaction, with what is rolled back in it.
+    top.sql(
+        "BEGIN; UPDATE app.t SET n = n + 1 WHERE id <= 10;
+             ALTER TABLE app.t ADD COLUMN c text NOT NULL DEFAULT 'before';
+             INSERT INTO app.t VALUES (501, 'bad', 5, 'after');
+             SAVEPOINT s; ALTER TABLE app.t ADD COLUMN gone int; ROLLBACK TO s;
+             UPDATE app.t SET c = 'changed' WHERE id < 5; COMMIT",
+    );
+    top.sql("ALTER TYPE app.mood ADD VALUE 'odd' BEFORE 'bad'");
+    top.sql("INSERT INTO app.t VALUES (502, 'odd', 1, 'x')");
+    // The whole table is written anew, and rows go on.
+    top.sql("ALTER TABLE app.t ALTER COLUMN id TYPE bigint, ALTER COLUMN c TYPE varchar(20)");
+    top.sql("INSERT INTO app.t VALUES (5000000000, 'odd', 1, 'y'); DELETE FROM app.t WHERE id = 7");
+    top.sql("CREATE INDEX ON app.t (c); CREATE UNIQUE INDEX u ON app.t (id, c)");
+    top.sql("CREATE INDEX CONCURRENTLY late ON app.t (mood)");
+    top.sql("CREATE INDEX CONCURRENTLY never ON app.t (n)");
+    top.sql("DROP INDEX CONCURRENTLY app.never");
+    top.sql(
+        "CREATE FUNCTION app.double(n int) RETURNS int LANGUAGE sql AS 'SELECT n * 2';
+             CREATE FUNCTION app.fire() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+             CREATE TRIGGER fire BEFORE INSERT ON app.t FOR EACH ROW EXECUTE FUNCTION app.fire();
+             CREATE VIEW app.seen AS SELECT id, app.double(n) FROM app.t;
+             COMMENT ON TABLE app.t IS 'a table'",
+    );
+    top.sql(
+        "SET search_path = app; SET datestyle = 'SQL, DMY';
+             CREATE TABLE found (id int PRIMARY KEY, at date DEFAULT '01/02/2020', m mood);
+             INSERT INTO found (id, m) VALUES (1, 'odd')",
+    );
+    top.sql("CREATE TABLE app.parted (k int, v text, PRIMARY KEY (k)) PARTITION BY RANGE (k)");
+    top.sql(
+        "CREATE TABLE app.parted_1 PARTITION OF app.parted FOR VALUES FROM (0) TO (100);
+             INSERT INTO app.parted VALUES (1, 'a')",
+    );
+    // A partition that comes with rows that nobody below has.
+    top.sql("SELECT terrace.remove_schema('app')");
+    top.sql(
+        "CREATE TABLE app.parted_2 (k int NOT NULL, v text);
+             INSERT INTO app.parted_2 SELECT g, 'row ' || g FROM generate_series(100, 149) g",
+    );
+    top.sql("SELECT terrace.add_schema('app')");
+    top.sql("ALTER TABLE app.parted ATTACH PARTITION app.parted_2 FOR VALUES FROM (100) TO (200)");
+    top.sql(
+        "INSERT INTO app.parted VALUES (2, 'b'); UPDATE app.parted SET k = k + 148 WHERE k = 2",
+    );
+    // Its rows are rows, not the query's of each server.
+    top.sql("CREATE TABLE app.made AS SELECT id, clock_timestamp() AS at FROM app.t WITH DATA");
+    top.sql("ALTER TABLE app.found RENAME TO kept; ALTER TABLE app.kept RENAME COLUMN m TO mood");
+    top.sql("INSERT INTO app.kept VALUES (2, '2020-05-04', 'bad')");
+    top.sql("CREATE TABLE app.short (id int PRIMARY KEY); INSERT INTO app.short VALUES (1)");
+    top.sql("DROP TABLE app.short");
+    top.sql("CREATE TEMP TABLE own (id int); ALTER TABLE own ADD COLUMN c int; DROP TABLE own");
+    top.sql(
+        "DO $$ BEGIN EXECUTE 'CREATE TABLE app.inner (id int PRIMARY KEY)'; END $$;
+             INSERT INTO app.inner VALUES (1)",
+    );
+    wait_for_catalog(&tree);
+    tree.wait_for_equal(&["app.t", "app.kept", "app.parted", "app.made", "app.inner"]);
+    // A schema that has another name now is synchronised as before.
+    top.sql("ALTER SCHEMA app RENAME TO app2");
+    top.sql("CREATE TABLE app2.new (id int PRIMARY KEY); INSERT INTO app2.new VALUES (1)");
+    top.sql("UPDATE app2.t SET c = 'end' WHERE id < 100");
+    tree.wait_for_equal(&["app2.t", "app2.new", "app2.kept"]);
+    tree.all_is_well(counting);
+    let conflicts = "SELECT count(*) FROM terrace.conflict";
+    for node in &tree.nodes {
+        assert_eq!(node.server.value(conflicts), "0", "{}", node.server.name);
+    }
+}
+
+#[test]
+fn ddl_runs_as_the_role_that_ran_it() {
+    let tree = tree_with_ddl(STEPS);
+    let role = format!("CREATE ROLE maker LOGIN PASSWORD '{PASSWORD}'");
+    tree.top.sql(&format!(
+        "{role}; CREATE SCHEMA app; GRANT CREATE, USAGE ON SCHEMA app TO maker"
+    ));
+    for node in &tree.nodes {
+        wait_until("the schema is there", || {
+            node.server
+                .value("SELECT to_regnamespace('app') IS NOT NULL")
+                == "t"
+        });
+    }
+    let mut client = tree
+        .top
+        .config()
+        .user("maker")
+        .password(PASSWORD)
+        .connect(NoTls)
+        .expect("connect");
+    client
+        .batch_execute("CREATE TABLE app.own (id int); SELECT terrace.replicate_ddl('CREATE VIEW app.v AS SELECT 1 AS one')")
+        .expect("make a table");
+    wait_for_stall(&tree, "role \"maker\" does not exist on this server");
+    for node in &tree.nodes {
+        node.server.sql(&format!(
+            "{role}; GRANT CREATE, USAGE ON SCHEMA app TO maker"
+        ));
+    }
+    wait_for_catalog(&tree);
+    // What it may not do here it may not do there.
+    let refused = client
+        .batch_execute("DROP TABLE public.steps")
+        .expect_err("not its own");
+    assert!(explain(&refused).contains("must be owner"), "{refused}");
+    tree.top.sql("INSERT INTO steps VALUES (1)");
+    tree.wait_for_equal(&["steps"]);
+    tree.settled_master("region");
+}
+
+#[test]
+fn a_statement_that_cannot_run_below_is_shown_and_goes_on() {
+    let mut tree = tree_with_ddl(STEPS);
+    tree.node("branch-1")
+        .server
+        .sql("CREATE TABLE public.clash (other int)");
+    tree.top.sql(
+        "CREATE TABLE public.clash (id int PRIMARY KEY); SELECT terrace.add_table('public.clash');
+                  INSERT INTO public.clash VALUES (1)",
+    );
+    wait_for_stall(
+        &tree,
+        "CREATE TABLE public.clash (id int PRIMARY KEY)%already exists",
+    );
+    let lag = "SELECT count(*) FROM terrace.lag WHERE state = 'stalled'";
+    assert_eq!(tree.top.value(lag), "1", "nobody else is held up");
+    tree.node("branch-1").server.sql("DROP TABLE public.clash");
+    tree.wait_for_equal(&["public.clash"]);
+}
+
+// Whoever may write messages at the top must not run anything below.
+#[test]
+fn a_forged_message_is_not_obeyed() {
+    let tree = Tree::grow(STEPS, &TREE);
+    tree.top
+        .sql(&format!("CREATE ROLE nobody LOGIN PASSWORD '{PASSWORD}'"));
+    let mut nobody = tree
+        .top
+        .config()
+        .user("nobody")
+        .password(PASSWORD)
+        .connect(NoTls)
+        .expect("connect");
+    let forge = |client: &mut Client, prefix: &str, content: &str| {
+        client.execute(
+            "SELECT pg_logical_emit_message(true, $1, $2::text)",
+            &[&prefix, &content],
+        )
+    };
+    forge(
+        &mut nobody,
+        "terrace.ddl",
+        r#"{"sql":"CREATE TABLE public.forged (a int)","role":"postgres","superuser":true,"settings":{},"outside":false}"#,
+    )
+    .expect("anybody may write messages");
+    forge(
+        &mut nobody,
+        "terrace.rows",
+        r#"{"table":["public","steps"],"columns":["n"],"clear":"true","rows":[["-1"]]}"#,
+    )
+    .expect("anybody may write messages");
+    for call in [
+        "INSERT INTO terrace.seal VALUES ('x')",
+        "SELECT terrace.write_sealed('terrace.ddl', '{}')",
+        "SELECT terrace.send_rows('', '', 'SELECT 1')",
+        "SELECT terrace.resend('steps')",
+    ] {
+        let refused = nobody.batch_execute(call).expect_err(call);
+        assert!(
+            explain(&refused).contains("permission denied"),
+            "{call}: {}",
+            explain(&refused)
+        );
+    }
+    tree.top.sql("INSERT INTO steps VALUES (1)");
+    tree.wait_for_equal(&["steps"]);
+    for node in &tree.nodes {
+        assert_eq!(
+            node.server.value("SELECT to_regclass('forged') IS NULL"),
+            "t"
+        );
+    }
+}
+
+#[test]
+fn wrong_statements_are_refused() {
+    let tree = tree_with_ddl(STEPS);
+    let mut client = tree.top.connect();
+    let mut refused = |sql: &str| explain(&client.batch_execute(sql).expect_err(sql));
+    let wrong = [
+        (
+            "SELECT terrace.replicate_ddl('CREATE TABLE a (b int); CREATE TABLE c (d int)')",
+            "takes one statement, not 2",
+        ),
+        (
+            "SELECT terrace.replicate_ddl('')",
+            "takes one statement, not 0",
+        ),
+        ("SELECT terrace.replicate_ddl(NULL)", "takes one statement"),
+        (
+            "SELECT terrace.replicate_ddl('INSERT INTO steps VALUES (1)')",
+            "cannot be replicated as DDL",
+        ),
+        (
+            "SELECT terrace.replicate_ddl('CREATE ROLE x')",
+            "cannot be replicated as DDL",
+        ),
+        (
+            "SELECT terrace.replicate_ddl('CREATE TABEL x')",
+            "syntax error",
+        ),
+        (
+            "SELECT * INTO copied FROM steps",
+            "SELECT INTO cannot be replicated",
+        ),
+        ("CREATE INDEX CONCURRENTLY ON steps (n)", "without a name"),
+    ];
+    for (sql, reason) in wrong {
+        let said = refused(sql);
+        assert!(said.contains(reason), "{sql}: {said}");
+    }
+    let below: &Server = &tree.nodes[0].server;
+    let said = below
+        .connect()
+        .batch_execute("SELECT terrace.replicate_ddl('CREATE TABLE a (b int)')");
+    let said = explain(&said.expect_err("not the top"));
+    assert!(said.contains("receives from another"), "{said}");
+    // With the library loaded too late, the first statement is refused rather than forgotten.
+    tree.top.sql("DO $$ BEGIN EXECUTE format('ALTER DATABASE %I RESET session_preload_libraries', current_database()); END $$");
+    let mut client = tree.top.connect();
+    let said = explain(
+        &client
+            .batch_execute("CREATE TABLE early (a int)")
+            .expect_err("too early"),
+    );
+    assert!(said.contains("had not loaded terrace"), "{said}");
+    client
+        .batch_execute("CREATE TABLE early (a int)")
+        .expect("again");
+    for node in &tree.nodes {
+        wait_until("it is there", || {
+            node.server.value("SELECT to_regclass('early') IS NOT NULL") == "t"
+        });
+    }
+}
+
+#[test]
+fn bridges_die_in_the_middle_of_ddl() {
+    let mut tree = tree_with_ddl(STEPS);
+    let counting = count_up(&tree.top);
+    tree.top
+        .sql("CREATE SCHEMA app; SELECT terrace.add_schema('app')");
+    for round in 0..6 {
+        tree.top.sql(&format!(
+            "CREATE TABLE app.t{round} AS SELECT g AS id, 'row' AS v FROM generate_series(1, 20000) g;
+             ALTER TABLE app.t{round} ADD PRIMARY KEY (id)"
+        ));
+        tree.top.sql(&format!(
+            "CREATE INDEX CONCURRENTLY i{round} ON app.t{round} (v)"
+        ));
+        tree.top.sql(&format!(
+            "ALTER TABLE app.t{round} ADD COLUMN w int DEFAULT {round}"
+        ));
+        tree.top.sql(&format!(
+            "UPDATE app.t{round} SET w = id WHERE id % 100 = 0"
+        ));
+        std::thread::sleep(Duration::from_millis(40 * round));
+        for node in &mut tree.nodes {
+            node.bridge.kill9();
+            node.bridge.restart().expect("restart");
+        }
+    }
+    tree.wait_streaming();
+    wait_for_catalog(&tree);
+    tree.wait_for_equal(&["app.t0", "app.t1", "app.t2", "app.t3", "app.t4", "app.t5"]);
+    tree.all_is_well(counting);
+}

@@ -1,0 +1,180 @@
+//! Rows that are there already: tables that are added, resent, compared and repaired.
+
+use std::process::Output;
+
+use terrace_tests::load::{Background, STEPS, count_up};
+use terrace_tests::{Tree, wait_until};
+
+const TREE: [(&str, Option<&str>, usize); 2] = [("region", None, 2), ("branch", Some("region"), 2)];
+
+/// A table with a key, one without, and one in parts; made on every server.
+const TABLES: &str = "
+    CREATE TABLE stock (id int PRIMARY KEY, place text, at timestamptz, n numeric(20, 4), raw bytea,
+        twice int GENERATED ALWAYS AS (id * 2) STORED);
+    CREATE TABLE notes (id int, line text);
+    CREATE TABLE parts (id int PRIMARY KEY, v text) PARTITION BY HASH (id);
+    CREATE TABLE parts_0 PARTITION OF parts FOR VALUES WITH (MODULUS 2, REMAINDER 0);
+    CREATE TABLE parts_1 PARTITION OF parts FOR VALUES WITH (MODULUS 2, REMAINDER 1);";
+
+const ROWS: &str = "
+    INSERT INTO stock SELECT g, 'place \"' || g || E'\\\\ \\t\\n''é', now() + g * interval '1 h', g / 7.0,
+        decode(md5(g::text), 'hex') FROM generate_series(1, 20000) g;
+    UPDATE stock SET place = NULL, raw = NULL WHERE id % 50 = 0;
+    INSERT INTO notes SELECT g / 3, repeat('line ', g % 40) FROM generate_series(1, 3000) g;
+    INSERT INTO parts SELECT g, 'part' FROM generate_series(1, 2000) g;";
+
+const NAMES: [&str; 3] = ["stock", "notes", "parts"];
+
+fn said(output: &Output) -> String {
+    let text = [&output.stdout[..], &output.stderr[..]].concat();
+    String::from_utf8_lossy(&text).into_owned()
+}
+
+fn command(tree: &mut Tree, node: &str, name: &str, arguments: &[&str]) -> (bool, String) {
+    let output = tree.node(node).bridge.command(name, arguments);
+    let output = output.expect("run the command");
+    (output.status.success(), said(&output))
+}
+
+#[test]
+fn a_table_with_rows_is_added_while_data_flows() {
+    let mut tree = Tree::grow(STEPS, &TREE);
+    tree.top.sql(TABLES);
+    tree.top.sql(ROWS);
+    for node in &tree.nodes {
+        node.server.sql(TABLES);
+    }
+    let counting = count_up(&tree.top);
+    // Somebody goes on writing to the very table.
+    let changing = Background::start(&tree.top, |client, step| {
+        let id = step % 20_000 + 1;
+        client
+            .batch_execute(&format!(
+                "UPDATE stock SET n = n + 1 WHERE id = {id}; DELETE FROM stock WHERE id = {id} - 500;
+                 INSERT INTO stock (id, place) VALUES (20000 + {step}, 'new') ON CONFLICT DO NOTHING;
+                 INSERT INTO notes VALUES ({step}, 'new'); DELETE FROM notes WHERE id = {step} / 2"
+            ))
+    });
+    changing.go_on(20);
+    tree.top
+        .sql("SELECT terrace.add_table(t::regclass) FROM unnest('{stock,notes,parts}'::text[]) t");
+    // Whatever dies now has it from its queue, or from the start.
+    for node in ["region-1", "region-2", "branch-1"] {
+        tree.node(node).bridge.kill9();
+        tree.node(node).bridge.restart().expect("restart");
+    }
+    changing.go_on(50);
+    changing.stop();
+    tree.wait_for_equal(&NAMES);
+
+    // What is removed stays as it is below, until it is added again.
+    tree.top
+        .sql("SELECT terrace.remove_table('stock'); SELECT terrace.remove_table('notes')");
+    tree.top.sql("UPDATE stock SET place = 'moved' WHERE id % 3 = 0; DELETE FROM stock WHERE id < 100; DELETE FROM notes");
+    counting.go_on(50);
+    tree.top
+        .sql("SELECT terrace.add_table('stock', columns => '{id,place}', filter => 'id % 2 = 0')");
+    tree.top.sql("SELECT terrace.add_table('notes')");
+    let (listed, all) = (
+        "SELECT id, place FROM stock",
+        " WHERE id % 2 = 0 ORDER BY id",
+    );
+    let wanted = tree.top.rows(&format!("{listed}{all}"));
+    for node in &tree.nodes {
+        wait_until("the listed columns of the chosen rows are there", || {
+            node.server.rows(&format!("{listed} ORDER BY id")) == wanted
+        });
+    }
+    tree.wait_for_equal(&["notes"]);
+    tree.all_is_well(counting);
+    let conflicts = "SELECT count(*) FROM terrace.conflict";
+    for node in &tree.nodes {
+        assert_eq!(node.server.value(conflicts), "0", "{}", node.server.name);
+    }
+}
+
+#[test]
+fn what_differs_is_found_and_repaired() {
+    let schema = format!(
+        "{STEPS}{TABLES}{ROWS} SELECT terrace.add_table(t::regclass) FROM unnest('{{stock,notes,parts}}'::text[]) t"
+    );
+    let mut tree = Tree::grow(&schema, &TREE);
+    let counting = count_up(&tree.top);
+    let changing = Background::start(&tree.top, |client, step| {
+        let id = step % 20_000 + 1;
+        client.batch_execute(&format!("UPDATE stock SET n = n + 1 WHERE id = {id}"))
+    });
+    let (well, text) = command(&mut tree, "branch-2", "compare", &[]);
+    assert!(well, "{text}");
+    for line in [
+        "public.stock:",
+        "public.steps:",
+        "branch/branch-2: equal, 20000 rows",
+        "region/region-1: equal",
+    ] {
+        assert!(text.contains(line), "no \"{line}\" in {text}");
+    }
+
+    let damage = "SET session_replication_role = replica;
+        DELETE FROM stock WHERE id = 77; UPDATE stock SET place = 'wrong' WHERE id = 12345;
+        INSERT INTO stock (id) VALUES (-5); DELETE FROM notes WHERE ctid = (SELECT min(ctid) FROM notes);
+        UPDATE parts SET v = 'wrong' WHERE id = 3";
+    tree.node("branch-1").server.sql(damage);
+    let (well, text) = command(&mut tree, "region-1", "compare", &["--table", "stock"]);
+    assert!(!well, "{text}");
+    let wrong: Vec<&str> = text
+        .lines()
+        .filter(|line| line.contains("DIFFERS"))
+        .collect();
+    assert_eq!(wrong.len(), 1, "{text}");
+    assert!(
+        wrong[0].contains("branch/branch-1: DIFFERS in 2 of 100 ranges: id < "),
+        "{text}"
+    );
+    assert!(wrong[0].contains("id >= '12"), "{text}");
+    let (well, text) = command(&mut tree, "region-1", "compare", &["--domain", "region"]);
+    assert!(well, "{text}");
+
+    let (well, text) = command(&mut tree, "branch-2", "repair", &[]);
+    assert!(well, "{text}");
+    let (well, text) = command(&mut tree, "branch-2", "compare", &[]);
+    assert!(well && !text.contains("DIFFERS"), "{text}");
+    changing.stop();
+    tree.wait_for_equal(&NAMES);
+
+    // A whole table once more.
+    tree.node("branch-1")
+        .server
+        .sql("SET session_replication_role = replica; TRUNCATE stock, notes");
+    let (well, text) = command(
+        &mut tree,
+        "branch-1",
+        "resync",
+        &["--table", "public.stock"],
+    );
+    assert!(well, "{text}");
+    let (well, text) = command(&mut tree, "branch-2", "resync", &["--table", "notes"]);
+    assert!(well, "{text}");
+    tree.wait_for_equal(&NAMES);
+
+    for (name, reason) in [
+        ("nothing", "does not exist"),
+        ("pg_class", "is not synchronised"),
+    ] {
+        let (well, text) = command(&mut tree, "branch-1", "compare", &["--table", name]);
+        assert!(!well && text.contains(reason), "{text}");
+    }
+    // One that is down is told, and waited for no longer than that is known.
+    tree.node("branch-2").bridge.kill9();
+    let (well, text) = command(&mut tree, "region-1", "compare", &["--table", "notes"]);
+    assert!(
+        !well && text.contains("branch/branch-2: no answer (down)"),
+        "{text}"
+    );
+    tree.node("branch-2").bridge.restart().expect("restart");
+    // The row that was not there to be changed was one.
+    tree.node("branch-1")
+        .server
+        .sql("DELETE FROM terrace.conflict");
+    tree.all_is_well(counting);
+}
