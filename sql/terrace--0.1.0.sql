@@ -260,6 +260,12 @@ BEGIN
     END IF;
     FOREACH part IN ARRAY parts LOOP
         PERFORM terrace.ensure_identity(part, setting.columns);
+        -- Where a bridge writes, nobody else does.
+        IF current_setting('session_replication_role') = 'replica'
+           AND NOT EXISTS (SELECT FROM terrace.unprotected u
+                           WHERE u.nspname = schema_name AND u.relname = table_name) THEN
+            PERFORM terrace.guard_table(part);
+        END IF;
     END LOOP;
 END $$;
 
@@ -277,6 +283,7 @@ BEGIN
     END IF;
     FOR part IN SELECT relid FROM pg_partition_tree(rel) UNION SELECT rel LOOP
         EXECUTE format('DROP TRIGGER IF EXISTS terrace_tag ON %s', part);
+        EXECUTE format('DROP TRIGGER IF EXISTS terrace_protect ON %s', part);
         EXECUTE format('REVOKE SELECT ON %s FROM terrace_reader', part);
     END LOOP;
 END $$;
@@ -463,20 +470,54 @@ BEGIN
               HINT = 'Write at the top, or call terrace.unprotect first.';
 END $$;
 
+-- Synchronised tables that this server lets be written to.
+CREATE TABLE unprotected (
+    nspname text,
+    relname text,
+    PRIMARY KEY (nspname, relname)
+);
+
 -- The guard does not fire for the bridge, whose session_replication_role is replica.
-CREATE FUNCTION protect(rel regclass) RETURNS void
+CREATE FUNCTION guard_table(rel regclass) RETURNS void
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET terrace.ddl = off AS $$
 BEGIN
-    EXECUTE format('CREATE OR REPLACE TRIGGER terrace_protect '
-        'BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON %s '
-        'FOR EACH STATEMENT EXECUTE FUNCTION terrace.refuse_write()', rel);
-    EXECUTE format('ALTER TRIGGER terrace_protect ON %s DEPENDS ON EXTENSION terrace', rel);
+    IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = rel AND tgname = 'terrace_protect') THEN
+        EXECUTE format('CREATE TRIGGER terrace_protect '
+            'BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON %s '
+            'FOR EACH STATEMENT EXECUTE FUNCTION terrace.refuse_write()', rel);
+        EXECUTE format('ALTER TRIGGER terrace_protect ON %s DEPENDS ON EXTENSION terrace', rel);
+    END IF;
 END $$;
 
-CREATE FUNCTION unprotect(rel regclass) RETURNS void
-    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET terrace.ddl = off AS $$
+-- With its partitions. Receiving servers are protected from the start.
+CREATE FUNCTION protect(rel regclass) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    EXECUTE format('DROP TRIGGER IF EXISTS terrace_protect ON %s', rel);
+    PERFORM terrace.guard_table(part)
+    FROM (SELECT rel UNION SELECT relid FROM pg_partition_tree(rel)) p(part);
+    DELETE FROM terrace.unprotected u USING pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.oid = rel AND u.nspname = n.nspname AND u.relname = c.relname;
+END $$;
+
+-- Without a table, all of them: for a server that receives no more.
+CREATE FUNCTION unprotect(rel regclass DEFAULT NULL) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET terrace.ddl = off AS $$
+DECLARE
+    part regclass;
+BEGIN
+    IF rel IS NULL THEN
+        PERFORM terrace.unprotect(c.oid)
+        FROM terrace.sync_table s JOIN pg_namespace n ON n.nspname = s.nspname
+        JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = s.relname;
+        RETURN;
+    END IF;
+    FOR part IN SELECT rel UNION SELECT relid FROM pg_partition_tree(rel) LOOP
+        EXECUTE format('DROP TRIGGER IF EXISTS terrace_protect ON %s', part);
+    END LOOP;
+    INSERT INTO terrace.unprotected
+    SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.oid = rel
+    ON CONFLICT DO NOTHING;
 END $$;
 
 -- ----- what is synchronised --------------------------------------------------
@@ -862,10 +903,62 @@ CREATE VIEW domains AS
     )
     SELECT name, parent, level, path FROM tree;
 
+-- Sequences that columns of synchronised tables own, with the column each.
+CREATE VIEW owned_sequence AS
+    SELECT s.nspname, s.relname, c.oid AS rel, a.attname, q.seqrelid, q.seqincrement, q.seqmin, q.seqmax,
+           EXISTS (SELECT FROM pg_catalog.pg_index i
+                   WHERE i.indrelid = c.oid AND i.indkey[0] = a.attnum AND i.indisvalid
+                     AND i.indpred IS NULL)
+           OR coalesce((SELECT sum(pg_catalog.pg_relation_size(relid)) FROM pg_catalog.pg_partition_tree(c.oid)),
+                       pg_catalog.pg_relation_size(c.oid)) < 16 << 20 AS cheap
+    FROM sync_table s
+    JOIN pg_catalog.pg_namespace n ON n.nspname = s.nspname
+    JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = s.relname
+    JOIN pg_catalog.pg_depend d ON d.refclassid = 'pg_class'::regclass AND d.refobjid = c.oid
+        AND d.classid = 'pg_class'::regclass AND d.deptype IN ('a', 'i')
+    JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum = d.refobjsubid
+    JOIN pg_catalog.pg_sequence q ON q.seqrelid = d.objid;
+
+-- On a receiving server: whoever writes here when nothing comes from above any more must
+-- not draw a number that came from there. Looking for the highest one of a column without
+-- an index reads the table, which is done with large ones when "thorough" only.
+CREATE FUNCTION advance_sequences(thorough boolean) RETURNS integer
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    found terrace.owned_sequence;
+    reached numeric;
+    drawn numeric;
+    margin numeric;
+    goal numeric;
+    advanced integer := 0;
+BEGIN
+    FOR found IN SELECT * FROM terrace.owned_sequence WHERE thorough OR cheap LOOP
+        EXECUTE format('SELECT %s(%I) FROM %s', CASE WHEN found.seqincrement > 0 THEN 'max' ELSE 'min' END,
+                       found.attname, found.rel::regclass) INTO reached;
+        EXECUTE format('SELECT last_value FROM %s', found.seqrelid::regclass) INTO drawn;
+        margin := 10000 * found.seqincrement;
+        goal := reached + margin;
+        -- Where that is too far, the next one must do.
+        IF goal NOT BETWEEN found.seqmin AND found.seqmax THEN
+            goal := reached;
+            margin := 0;
+        END IF;
+        IF (drawn - reached - margin / 2) * sign(found.seqincrement) < 0
+           OR margin = 0 AND drawn = reached THEN
+            PERFORM setval(found.seqrelid::regclass, goal::bigint);
+            advanced := advanced + 1;
+        END IF;
+    END LOOP;
+    RETURN advanced;
+END $$;
+
 CREATE VIEW tables AS
     SELECT pg_catalog.format('%I.%I', s.nspname, s.relname) AS "table", s.domains, s.columns, s.filter,
            CASE c.relreplident WHEN 'd' THEN 'default' WHEN 'n' THEN 'nothing'
-                               WHEN 'f' THEN 'full' WHEN 'i' THEN 'index' END AS replica_identity
+                               WHEN 'f' THEN 'full' WHEN 'i' THEN 'index' END AS replica_identity,
+           -- The last value that each has drawn, or that it was put forward to.
+           (SELECT pg_catalog.jsonb_object_agg(o.attname, pg_catalog.pg_sequence_last_value(o.seqrelid))
+            FROM owned_sequence o WHERE o.nspname = s.nspname AND o.relname = s.relname) AS sequences
     FROM sync_table s
     LEFT JOIN pg_catalog.pg_namespace n ON n.nspname = s.nspname
     LEFT JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = s.relname;

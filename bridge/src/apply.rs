@@ -19,6 +19,7 @@ mod fold;
 mod plan;
 mod quarantine;
 mod sealed;
+mod sequences;
 mod setwise;
 mod skip;
 
@@ -29,7 +30,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use bytes::Bytes;
 use postgres_protocol::message::frontend;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::client::{Client, DbError, PgError, SessionOptions, affected, bind};
@@ -145,6 +146,8 @@ struct Session<'a> {
     attempted: Lsn,
     committed: Lsn,
     progress_written: Instant,
+    /// When sequences were put forward, and whether rows have been written since.
+    sequences: (Instant, bool),
     /// What each unanswered statement should do.
     expected: VecDeque<Expect>,
     unflushed: usize,
@@ -206,13 +209,18 @@ impl<'a> Session<'a> {
             attempted: committed,
             committed,
             progress_written: Instant::now(),
+            sequences: (Instant::now(), false),
             expected: Default::default(),
             unflushed: 0,
         })
     }
 
     async fn run(&mut self) -> anyhow::Result<Never> {
+        self.advance_sequences(true).await?;
         loop {
+            if self.sequences.1 && self.sequences.0.elapsed() > sequences::UNDER_LOAD {
+                self.advance_sequences(false).await?;
+            }
             let applied = match self.set_wise_batch().await {
                 Ok(false) => self.fast_batch().await,
                 applied => applied.map(drop),
@@ -234,7 +242,16 @@ impl<'a> Session<'a> {
     async fn next_record(&mut self) -> anyhow::Result<Record> {
         match self.ahead.pop_front() {
             Some(record) => Ok(record),
-            None => Ok(self.reader.next().await?),
+            None => {
+                // Waiting begins between two transactions: none is seen before its end.
+                if self.sequences.1 {
+                    match timeout(sequences::WHEN_IDLE, self.reader.next()).await {
+                        Ok(record) => return Ok(record?),
+                        Err(_) => self.advance_sequences(false).await?,
+                    }
+                }
+                Ok(self.reader.next().await?)
+            }
         }
     }
 
@@ -509,7 +526,8 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    fn announce(&self, batch: &Batch) {
+    fn announce(&mut self, batch: &Batch) {
+        self.sequences.1 |= batch.transactions > 0;
         self.shared.replayed.send_replace(batch.end);
         let top_time = self.shared.top_time();
         self.shared.set_applied(|applied| {

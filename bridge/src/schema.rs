@@ -88,7 +88,7 @@ pub async fn dump(
         .simple(
             "SELECT format('%I.%I', n.nspname, c.relname) FROM pg_catalog.pg_class c \
              JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-             WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f') AND n.nspname NOT LIKE 'pg\\_%' \
+             WHERE c.relkind IN ('r', 'p', 'f') AND n.nspname NOT LIKE 'pg\\_%' \
                AND n.nspname NOT IN ('information_schema', 'terrace') \
                AND NOT EXISTS (SELECT FROM terrace.sync_table s, \
                     pg_catalog.pg_partition_tree(to_regclass(format('%I.%I', s.nspname, s.relname))) t \
@@ -101,7 +101,6 @@ pub async fn dump(
     command
         .args([
             "--schema-only",
-            "--no-owner",
             "--no-privileges",
             "--no-publications",
             "--no-tablespaces",
@@ -177,6 +176,9 @@ const PARTS_AFTER_ROWS: &str = "\
     FROM part p JOIN pg_index i ON i.indrelid = p.oid AND i.indisvalid \
     WHERE i.indkey::int2[] <@ p.columns AND i.indexprs IS NULL AND i.indpred IS NULL \
       AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conindid = i.indexrelid AND k.conrelid = p.oid)";
+
+/// Kind of an entry that gives an object its owner.
+const OWNER: &str = "OWNER";
 
 /// One object of a dump.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -316,6 +318,15 @@ fn entries(dump: &str) -> Vec<Entry> {
                 entries.push(entry);
                 continue;
             }
+            // The role need not exist here.
+            if line.starts_with("ALTER ") && line.contains(" OWNER TO ") {
+                entries.push(Entry {
+                    kind: OWNER.to_owned(),
+                    name: line.trim_end().to_owned(),
+                    sql: line.to_owned(),
+                });
+                continue;
+            }
             // For all that follows, whatever becomes of the object before.
             if line.starts_with("SET default_") {
                 let sql = line.to_owned();
@@ -369,7 +380,9 @@ async fn restore_entries(local: &mut Client, dump: &str) -> anyhow::Result<Vec<S
             Err(PgError::Db(error)) => error,
             Err(error) => return Err(error.into()),
         };
-        if EXISTS.contains(&error.code.as_str()) {
+        if kind == OWNER && error.code == "42704" {
+            tracing::info!("{name}: {error}");
+        } else if EXISTS.contains(&error.code.as_str()) {
             tracing::info!("{kind} {name} exists already");
         } else if entry.is_needed() {
             let mut problem = format!("{kind} {name}: {error}");

@@ -21,7 +21,7 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::pg_sys::{self, AlterTableType, NodeTag, ObjectType, ProcessUtilityContext};
 use pgrx::prelude::*;
 
-use crate::{guard, put_json, write_sealed};
+use crate::{as_owner, guard, put_json, write_sealed};
 
 /// Prefix of the message that carries a statement.
 const PREFIX: &str = "terrace.ddl";
@@ -216,6 +216,8 @@ struct Ddl {
     outside: bool,
     /// The index that it makes outside of one, as SQL names it.
     index: Option<String>,
+    /// Where what it changes is missing, it is left out.
+    optional: bool,
 }
 
 impl Ddl {
@@ -236,6 +238,7 @@ impl Ddl {
                 own,
                 outside: false,
                 index: None,
+                optional: is_optional(node, tag),
             };
             match tag {
                 NodeTag::T_CreateTableAsStmt => without_data(&mut ddl, &*node.cast()),
@@ -292,7 +295,8 @@ impl Ddl {
             message.push(':');
             put_json(&mut message, &value.to_string_lossy());
         }
-        message.push_str(&format!("}},\"outside\":{}", self.outside));
+        let (outside, optional) = (self.outside, self.optional);
+        message.push_str(&format!("}},\"outside\":{outside},\"optional\":{optional}"));
         if let Some(index) = &self.index {
             message.push_str(",\"index\":");
             put_json(&mut message, index);
@@ -374,73 +378,123 @@ unsafe fn detaches_concurrently(alter: &pg_sys::AlterTableStmt) -> bool {
 /// # Safety
 /// `node` is a parsed statement of this tag.
 unsafe fn stays(node: *mut pg_sys::Node, tag: NodeTag) -> bool {
-    // SAFETY: a node's tag says what it is.
+    // SAFETY: a node's tag says what it is; names of extensions are strings.
     unsafe {
-        match tag {
-            NodeTag::T_CreateStmt => is_temporary((*node.cast::<pg_sys::CreateStmt>()).relation),
-            NodeTag::T_CreateTableAsStmt => {
-                is_temporary((*(*node.cast::<pg_sys::CreateTableAsStmt>()).into).rel)
-            }
-            NodeTag::T_ViewStmt => is_temporary((*node.cast::<pg_sys::ViewStmt>()).view),
-            NodeTag::T_CreateSeqStmt => {
-                is_temporary((*node.cast::<pg_sys::CreateSeqStmt>()).sequence)
-            }
-            NodeTag::T_AlterSeqStmt => {
-                is_temporary((*node.cast::<pg_sys::AlterSeqStmt>()).sequence)
-            }
-            NodeTag::T_AlterTableStmt => {
-                let alter = &*node.cast::<pg_sys::AlterTableStmt>();
-                OF_ITS_OWN.contains(&alter.objtype) || is_temporary(alter.relation)
-            }
-            NodeTag::T_IndexStmt => is_temporary((*node.cast::<pg_sys::IndexStmt>()).relation),
-            NodeTag::T_CreateTrigStmt => {
-                is_temporary((*node.cast::<pg_sys::CreateTrigStmt>()).relation)
-            }
-            NodeTag::T_RuleStmt => is_temporary((*node.cast::<pg_sys::RuleStmt>()).relation),
-            NodeTag::T_RenameStmt => {
-                let rename = &*node.cast::<pg_sys::RenameStmt>();
-                OF_ITS_OWN.contains(&rename.renameType) || is_temporary(rename.relation)
-            }
-            NodeTag::T_AlterObjectSchemaStmt => {
-                let alter = &*node.cast::<pg_sys::AlterObjectSchemaStmt>();
-                OF_ITS_OWN.contains(&alter.objectType) || is_temporary(alter.relation)
-            }
-            NodeTag::T_AlterOwnerStmt => {
-                OF_ITS_OWN.contains(&(*node.cast::<pg_sys::AlterOwnerStmt>()).objectType)
-            }
-            NodeTag::T_CommentStmt => {
-                OF_ITS_OWN.contains(&(*node.cast::<pg_sys::CommentStmt>()).objtype)
-            }
+        let of_terrace = match tag {
             NodeTag::T_CreateExtensionStmt => {
                 is_terrace((*node.cast::<pg_sys::CreateExtensionStmt>()).extname)
             }
             NodeTag::T_AlterExtensionStmt => {
                 is_terrace((*node.cast::<pg_sys::AlterExtensionStmt>()).extname)
             }
-            NodeTag::T_DropStmt => drop_stays(&*node.cast()),
+            NodeTag::T_DropStmt => {
+                let drop = &*node.cast::<pg_sys::DropStmt>();
+                drop.removeType == ObjectType::OBJECT_EXTENSION
+                    && elements::<pg_sys::String>(drop.objects)
+                        .into_iter()
+                        .any(|name| is_terrace((*name).sval))
+            }
             _ => false,
-        }
+        };
+        let own = kind(node, tag).is_some_and(|kind| OF_ITS_OWN.contains(&kind));
+        of_terrace
+            || own
+            || relations(node, tag)
+                .into_iter()
+                .any(|name| is_temporary(name))
     }
 }
 
+/// Of what kind the object is that a statement names, where the statement says so.
+///
 /// # Safety
-/// The statement comes from the parser.
-unsafe fn drop_stays(drop: &pg_sys::DropStmt) -> bool {
-    use ObjectType::*;
-    // SAFETY: names of relations are lists of strings, those of extensions are strings.
-    unsafe {
-        match drop.removeType {
-            OBJECT_TABLE | OBJECT_VIEW | OBJECT_MATVIEW | OBJECT_INDEX | OBJECT_SEQUENCE => {
-                elements::<pg_sys::List>(drop.objects)
-                    .into_iter()
-                    .any(|names| is_temporary(pg_sys::makeRangeVarFromNameList(names)))
+/// `node` is a parsed statement of this tag.
+unsafe fn kind(node: *mut pg_sys::Node, tag: NodeTag) -> Option<ObjectType::Type> {
+    // SAFETY: a node's tag says what it is.
+    Some(unsafe {
+        match tag {
+            NodeTag::T_AlterTableStmt => (*node.cast::<pg_sys::AlterTableStmt>()).objtype,
+            NodeTag::T_RenameStmt => (*node.cast::<pg_sys::RenameStmt>()).renameType,
+            NodeTag::T_AlterObjectSchemaStmt => {
+                (*node.cast::<pg_sys::AlterObjectSchemaStmt>()).objectType
             }
-            OBJECT_EXTENSION => elements::<pg_sys::String>(drop.objects)
-                .into_iter()
-                .any(|name| is_terrace((*name).sval)),
-            kind => OF_ITS_OWN.contains(&kind),
+            NodeTag::T_AlterOwnerStmt => (*node.cast::<pg_sys::AlterOwnerStmt>()).objectType,
+            NodeTag::T_CommentStmt => (*node.cast::<pg_sys::CommentStmt>()).objtype,
+            NodeTag::T_DropStmt => (*node.cast::<pg_sys::DropStmt>()).removeType,
+            _ => return None,
         }
+    })
+}
+
+/// The relations that a statement makes or changes.
+///
+/// # Safety
+/// `node` is a parsed statement of this tag.
+unsafe fn relations(node: *mut pg_sys::Node, tag: NodeTag) -> Vec<*mut pg_sys::RangeVar> {
+    use ObjectType::*;
+    // SAFETY: a node's tag says what it is; names of relations are lists of strings.
+    unsafe {
+        let relation = match tag {
+            NodeTag::T_CreateStmt => (*node.cast::<pg_sys::CreateStmt>()).relation,
+            NodeTag::T_CreateTableAsStmt => (*(*node.cast::<pg_sys::CreateTableAsStmt>()).into).rel,
+            NodeTag::T_ViewStmt => (*node.cast::<pg_sys::ViewStmt>()).view,
+            NodeTag::T_CreateSeqStmt => (*node.cast::<pg_sys::CreateSeqStmt>()).sequence,
+            NodeTag::T_AlterSeqStmt => (*node.cast::<pg_sys::AlterSeqStmt>()).sequence,
+            NodeTag::T_AlterTableStmt => (*node.cast::<pg_sys::AlterTableStmt>()).relation,
+            NodeTag::T_IndexStmt => (*node.cast::<pg_sys::IndexStmt>()).relation,
+            NodeTag::T_CreateTrigStmt => (*node.cast::<pg_sys::CreateTrigStmt>()).relation,
+            NodeTag::T_RuleStmt => (*node.cast::<pg_sys::RuleStmt>()).relation,
+            NodeTag::T_RenameStmt => (*node.cast::<pg_sys::RenameStmt>()).relation,
+            NodeTag::T_AlterObjectSchemaStmt => {
+                (*node.cast::<pg_sys::AlterObjectSchemaStmt>()).relation
+            }
+            NodeTag::T_DropStmt => {
+                let drop = &*node.cast::<pg_sys::DropStmt>();
+                return match drop.removeType {
+                    OBJECT_TABLE | OBJECT_VIEW | OBJECT_MATVIEW | OBJECT_INDEX
+                    | OBJECT_SEQUENCE => elements::<pg_sys::List>(drop.objects)
+                        .into_iter()
+                        .map(|names| pg_sys::makeRangeVarFromNameList(names))
+                        .collect(),
+                    _ => Vec::new(),
+                };
+            }
+            _ => return Vec::new(),
+        };
+        if relation.is_null() {
+            return Vec::new();
+        }
+        vec![relation]
     }
+}
+
+/// Whether a statement only changes relations that are not synchronised, which servers
+/// below need not have.
+///
+/// # Safety
+/// `node` is a parsed statement of this tag.
+unsafe fn is_optional(node: *mut pg_sys::Node, tag: NodeTag) -> bool {
+    // SAFETY: as said.
+    let found: Vec<pg_sys::Oid> = unsafe { relations(node, tag) }
+        .into_iter()
+        // SAFETY: a name from the parser.
+        .map(|name| unsafe { look_up(name) })
+        .collect();
+    !found.is_empty()
+        && found
+            .into_iter()
+            .all(|relation| relation != pg_sys::InvalidOid && !is_listed(relation))
+}
+
+fn is_listed(relation: pg_sys::Oid) -> bool {
+    let listed = || {
+        Spi::connect(|client| {
+            let sql = "SELECT terrace.setting_of($1) IS NOT NULL";
+            let rows = client.select(sql, Some(1), &[relation.into()])?;
+            rows.first().get_one::<bool>()
+        })
+    };
+    as_owner(listed).is_ok_and(|listed| listed == Some(true))
 }
 
 /// # Safety
@@ -464,23 +518,26 @@ unsafe fn is_terrace(name: *const c_char) -> bool {
     !name.is_null() && unsafe { CStr::from_ptr(name) } == c"terrace"
 }
 
+/// The relation of this name, if there is one.
+///
 /// # Safety
-/// A name from the parser, or null.
+/// A name from the parser.
+unsafe fn look_up(name: *const pg_sys::RangeVar) -> pg_sys::Oid {
+    let missing = pg_sys::RVROption::RVR_MISSING_OK;
+    let lock = pg_sys::NoLock as c_int;
+    // SAFETY: as said; a look-up that takes no lock may find nothing.
+    unsafe { pg_sys::RangeVarGetRelidExtended(name, lock, missing, None, std::ptr::null_mut()) }
+}
+
+/// # Safety
+/// A name from the parser.
 unsafe fn is_temporary(name: *const pg_sys::RangeVar) -> bool {
     const TEMPORARY: c_char = b't' as c_char;
-    // SAFETY: as said; a look-up that takes no lock may find nothing.
+    // SAFETY: as said.
     unsafe {
-        let Some(range) = name.as_ref() else {
-            return false;
-        };
-        if range.relpersistence == TEMPORARY {
-            return true;
-        }
-        let missing = pg_sys::RVROption::RVR_MISSING_OK;
-        let lock = pg_sys::NoLock as c_int;
-        let found =
-            pg_sys::RangeVarGetRelidExtended(name, lock, missing, None, std::ptr::null_mut());
-        found != pg_sys::InvalidOid && pg_sys::get_rel_persistence(found) == TEMPORARY
+        let found = look_up(name);
+        (*name).relpersistence == TEMPORARY
+            || found != pg_sys::InvalidOid && pg_sys::get_rel_persistence(found) == TEMPORARY
     }
 }
 

@@ -112,10 +112,12 @@ fn arm() -> Result<(), spi::Error> {
     let domains = match DOMAINS.get() {
         Some(list) if !list.is_empty() => {
             let list = list.to_string_lossy().into_owned();
-            Spi::get_one_with_args::<Vec<String>>(
-                "SELECT terrace.with_ancestors(pg_catalog.regexp_split_to_array($1, '\\s*,\\s*'))",
-                &[list.into()],
-            )?
+            // Not `get_one_with_args`, which gives the transaction an id.
+            Spi::connect(|client| {
+                let sql = "SELECT terrace.with_ancestors(pg_catalog.regexp_split_to_array($1, '\\s*,\\s*'))";
+                let rows = client.select(sql, Some(1), &[list.into()])?;
+                rows.first().get_one::<Vec<String>>()
+            })?
             .unwrap_or_default()
         }
         _ => Vec::new(),
@@ -198,7 +200,7 @@ pub(crate) fn write_sealed(prefix: &str, content: &str) {
 
 /// Runs with the rights of whom the extension belongs to. An error ends the transaction
 /// or a part of it, which puts the user back as well.
-fn as_owner<R>(run: impl FnOnce() -> R) -> R {
+pub(crate) fn as_owner<R>(run: impl FnOnce() -> R) -> R {
     let (mut user, mut context) = (pg_sys::InvalidOid, 0);
     let owner = pg_sys::Oid::from(pg_sys::BOOTSTRAP_SUPERUSERID);
     // SAFETY: inside a transaction; what was is put back.

@@ -25,6 +25,8 @@ const ROWS_PREFIX: &str = "terrace.rows";
 /// In the tag of a transaction that goes by itself. Inside a JSON string the quotes would
 /// be escaped.
 const ALONE: &[u8] = b"\"alone\":true";
+/// SQLSTATEs of a statement about what is not here.
+const MISSING: [&str; 4] = ["42P01", "42704", "42883", "3F000"];
 /// So much of a statement is shown when it fails.
 const SHOWN: usize = 300;
 
@@ -47,6 +49,7 @@ pub struct Ddl {
     outside: bool,
     #[serde(default)]
     index: Option<String>,
+    optional: bool,
 }
 
 /// Content of a `terrace.rows` message (`pg_ext/src/fill.rs`), but for the rows.
@@ -178,7 +181,7 @@ impl Session<'_> {
         }
         match ddl.outside {
             true => self.run_outside(ddl).await?,
-            false => drop(self.client.simple(&ddl.sql).await?),
+            false => self.run_inside(ddl).await?,
         }
         let mut reset = String::from("RESET ROLE; RESET check_function_bodies");
         for name in ddl.settings.keys() {
@@ -188,6 +191,24 @@ impl Session<'_> {
         if ddl.outside {
             self.client.simple("BEGIN").await?;
         }
+        Ok(())
+    }
+
+    async fn run_inside(&mut self, ddl: &Ddl) -> anyhow::Result<()> {
+        self.client.simple("SAVEPOINT ddl").await?;
+        let Err(error) = self.client.simple(&ddl.sql).await else {
+            self.client.simple("RELEASE ddl").await?;
+            return Ok(());
+        };
+        let missing = error.code().is_some_and(|code| MISSING.contains(&code));
+        if !ddl.optional || !missing {
+            return Err(error.into());
+        }
+        self.client.simple("ROLLBACK TO ddl; RELEASE ddl").await?;
+        tracing::info!(
+            "left out, as nothing here is changed by it: {}: {error}",
+            ddl.sql
+        );
         Ok(())
     }
 

@@ -29,7 +29,7 @@ const CATALOG: &str = "
     WHERE relkind = 'v' AND relnamespace = 'app'::regnamespace
     UNION ALL SELECT pg_get_functiondef(oid) FROM pg_proc WHERE pronamespace = 'app'::regnamespace
     UNION ALL SELECT pg_get_triggerdef(t.oid) FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid
-    WHERE c.relnamespace = 'app'::regnamespace AND NOT t.tgisinternal
+    WHERE c.relnamespace = 'app'::regnamespace AND NOT t.tgisinternal AND t.tgname NOT LIKE 'terrace%'
     UNION ALL SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE connamespace = 'app'::regnamespace
     UNION ALL SELECT enumtypid::regtype || enumlabel FROM pg_enum
     UNION ALL SELECT inhrelid::regclass || ' of ' || inhparent::regclass FROM pg_inherits
