@@ -725,6 +725,10 @@ END $$;
 
 -- ----- equality --------------------------------------------------------------
 
+-- Has the rest of this session run after whatever else the machine does.
+CREATE FUNCTION give_way() RETURNS void
+    LANGUAGE c AS 'MODULE_PATHNAME', 'give_way_wrapper';
+
 -- What a server finds in its own rows; compared with the top's in terrace.comparisons.
 CREATE TABLE own_checksum (
     comparison bigint,
@@ -744,6 +748,7 @@ DECLARE
     rel regclass := format('%I.%I', of.nspname, of.relname)::regclass;
     place text := terrace.key_expression(rel, of.key);
 BEGIN
+    PERFORM terrace.give_way();
     RETURN QUERY EXECUTE format(
         'SELECT %s, count(*), sum(hash_record_extended(ROW(%s), 0)) FROM %s%s WHERE (%s) GROUP BY 1',
         CASE WHEN place IS NULL THEN '0'
@@ -753,6 +758,7 @@ BEGIN
         (SELECT string_agg(CASE
              WHEN a.atttypid::regtype = ANY ('{bool,int2,int4,int8,oid,date,timestamp,timestamptz,uuid,bytea}'::regtype[])
                  THEN format('%I', name)
+             WHEN a.atttypid::regtype = ANY ('{text,varchar,bpchar}'::regtype[]) THEN format('%I COLLATE "C"', name)
              ELSE format('%I::text COLLATE "C"', name) END, ', ' ORDER BY place.number)
          FROM unnest(of.columns) WITH ORDINALITY AS place(name, number)
          LEFT JOIN pg_attribute a ON a.attrelid = rel AND a.attname = name),

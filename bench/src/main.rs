@@ -7,6 +7,7 @@
 //! `terrace-bench [--quick] [WORKLOAD …]`
 
 mod drain;
+mod equality;
 mod failover;
 mod latency;
 mod memory;
@@ -39,6 +40,7 @@ fn workloads() -> Vec<Box<dyn Workload>> {
         Box::new(latency::Latency),
         Box::new(memory::Memory),
         Box::new(tag::Tag),
+        Box::new(equality::Compare),
         Box::new(failover::Blows::deaths()),
         Box::new(failover::Blows::silences()),
         Box::new(failover::Rejoin),
