@@ -567,6 +567,7 @@ CREATE FUNCTION add_table(rel regclass, domains text[] DEFAULT NULL, filter text
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     class record;
+    unknown text;
 BEGIN
     PERFORM terrace.must_be_top();
     SELECT n.nspname, c.relname, c.relkind, c.relpersistence INTO class
@@ -589,6 +590,22 @@ BEGIN
     END IF;
     IF domains IS NOT NULL THEN
         domains := terrace.with_ancestors(domains);
+    END IF;
+    SELECT c INTO unknown FROM unnest(columns) c
+    WHERE NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = rel AND a.attname = c
+                      AND a.attnum > 0 AND NOT a.attisdropped) LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION 'table "%" has no column "%"', rel, unknown
+            USING ERRCODE = 'undefined_column', HINT = 'List the names as pg_attribute has them.';
+    END IF;
+    IF filter IS NOT NULL THEN
+        BEGIN
+            EXECUTE format('SELECT FROM %s WHERE (%s) LIMIT 0', rel, filter);
+        EXCEPTION WHEN syntax_error_or_access_rule_violation OR data_exception THEN
+            RAISE EXCEPTION 'filter of table "%" is no condition: %', rel, SQLERRM
+                USING ERRCODE = SQLSTATE,
+                      HINT = 'It is what could stand after WHERE, of columns of this table alone.';
+        END;
     END IF;
     INSERT INTO terrace.sync_table VALUES (class.nspname, class.relname, domains, columns, filter);
     -- A copy that begins later waits for this transaction, and has its rows from there.
@@ -1030,6 +1047,7 @@ BEGIN
             SELECT e ->> 'id', (e ->> 'time')::timestamptz, e ->> 'node', e ->> 'domain', e ->> 'kind',
                    e ->> 'reason'
             WHERE isfinite((e ->> 'time')::timestamptz)
+              AND (e ->> 'kind' <> 'delivered' OR isfinite(((e ->> 'reason')::jsonb ->> 'committed_at')::timestamptz))
             ON CONFLICT DO NOTHING;
             told := told OR FOUND;
         EXCEPTION WHEN data_exception OR integrity_constraint_violation OR program_limit_exceeded THEN
@@ -1037,7 +1055,8 @@ BEGIN
         END;
     END LOOP;
     IF told THEN
-        DELETE FROM terrace.event WHERE seq < (SELECT max(seq) FROM terrace.event) - 10000;
+        DELETE FROM terrace.event
+        WHERE seq < (SELECT max(seq) FROM terrace.event) - CASE kind WHEN 'delivered' THEN 10000 ELSE 100000 END;
     END IF;
 END $$;
 
@@ -1172,7 +1191,25 @@ CREATE VIEW topology AS
         WHERE is_top() OR name IN (SELECT domain FROM status)
     ) rows ORDER BY place;
 
-CREATE VIEW events AS SELECT "time", node, domain, kind, reason FROM event ORDER BY "time";
+CREATE VIEW events AS
+    SELECT "time", node, domain, kind, reason FROM event WHERE kind <> 'delivered' ORDER BY "time";
+
+-- When transactions with a label were committed at the top, and applied on each server; of
+-- one label those that other ones came between, or some time.
+CREATE VIEW delivery AS
+    SELECT d.label, d.tag, e.node, d.committed_at, e."time" AS applied_at
+    FROM event e, pg_catalog.jsonb_to_record(e.reason::jsonb) AS d(label text, tag text, committed_at timestamptz)
+    WHERE e.kind = 'delivered'
+    ORDER BY e.seq;
+
+-- Of one batch, in its transaction: for each label the last transaction.
+CREATE FUNCTION note_delivery(node text, domain text, delivered jsonb) RETURNS void
+    LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
+    INSERT INTO terrace.event ("id", "time", node, domain, kind, reason)
+    SELECT node || ' has ' || (d ->> 'tag'), clock_timestamp(), node, domain, 'delivered', d::text
+    FROM jsonb_array_elements(delivered) d
+    ON CONFLICT DO NOTHING
+$$;
 
 CREATE VIEW conflicts AS
     SELECT coalesce((SELECT node FROM status WHERE self), 'top') AS node, relation AS "table", kind,
@@ -1226,7 +1263,7 @@ GRANT EXECUTE ON FUNCTION report(jsonb), guard_session(), resend(regclass, text[
     resend_ranges(bigint, integer[], text[]), range_condition(comparison, integer),
     key_expression(regclass, text) TO terrace_reader;
 GRANT SELECT ON domain, sync_table, sync_schema, comparison, checksum, domains, tables, status, node_status, lag, topology, event,
-    events, conflict, conflicts, own_checksum, own_comparisons, comparisons, progress TO PUBLIC;
+    events, delivery, conflict, conflicts, own_checksum, own_comparisons, comparisons, progress TO PUBLIC;
 
 -- Last, as they would fire for the tables of this file.
 CREATE EVENT TRIGGER terrace_ddl ON ddl_command_start EXECUTE FUNCTION follow_ddl();

@@ -127,9 +127,47 @@ struct Batch {
     bytes: usize,
     end: Lsn,
     last: Option<CommitInfo>,
+    /// The last transaction of each label.
+    labelled: Vec<CommitInfo>,
     /// Rows that were not there to be deleted, by table.
     missing_deletes: Vec<(String, u64)>,
     notified: std::collections::HashSet<Bytes>,
+}
+
+impl Batch {
+    /// Counts a transaction in that is read to its end.
+    fn take_in(&mut self, commit: &Record) -> anyhow::Result<()> {
+        let info = commit.commit().context("commit record")?;
+        if has_label(&info.tag) {
+            let label = Tag::of(&info).label;
+            self.labelled.retain(|known| Tag::of(known).label != label);
+            self.labelled.push(info.clone());
+        }
+        self.transactions += 1;
+        self.end = commit.lsn;
+        self.last = Some(info);
+        Ok(())
+    }
+}
+
+/// What a transaction's tag says of it.
+#[derive(Default, serde::Deserialize)]
+#[serde(default)]
+struct Tag {
+    tag: Option<String>,
+    label: Option<String>,
+}
+
+impl Tag {
+    fn of(info: &CommitInfo) -> Tag {
+        serde_json::from_slice(&info.tag).unwrap_or_default()
+    }
+}
+
+/// Inside a JSON string the quotes would be escaped.
+fn has_label(tag: &[u8]) -> bool {
+    const LABEL: &[u8] = b"\"label\":";
+    tag.windows(LABEL.len()).any(|window| window == LABEL)
 }
 
 struct Session<'a> {
@@ -341,10 +379,7 @@ impl<'a> Session<'a> {
                         if !self.gate_allows(&record) {
                             self.wait_for_gate(record.lsn).await?;
                         }
-                        batch.transactions += 1;
-                        batch.end = record.lsn;
-                        let info = record.commit().context("commit record")?;
-                        batch.last = Some(info);
+                        batch.take_in(&record)?;
                     }
                 }
             }
@@ -475,8 +510,12 @@ impl<'a> Session<'a> {
             self.expected.push_back(Expect::Simple);
         }
         self.attempted = batch.end;
-        let step = self.progress_step(&batch);
-        self.send(&step)?;
+        for step in [Some(self.progress_step(&batch)), self.delivery_step(&batch)]
+            .into_iter()
+            .flatten()
+        {
+            self.send(&step)?;
+        }
         frontend::sync(self.client.buffer());
         // The answer to Sync is what ends a simple query.
         self.expected.push_back(Expect::Simple);
@@ -513,6 +552,27 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// Notes in the same transaction when what has a label came.
+    fn delivery_step(&self, batch: &Batch) -> Option<Step> {
+        let delivered = batch.labelled.iter().map(|info| {
+            let Tag { tag, label } = Tag::of(info);
+            let committed_at = timestamp(info.commit_time + PG_EPOCH_MICROS);
+            serde_json::json!({ "tag": tag, "label": label, "committed_at": committed_at })
+        });
+        let delivered = serde_json::Value::from_iter(delivered).to_string();
+        let node = &self.shared.config.node;
+        (!batch.labelled.is_empty()).then(|| Step {
+            name: String::new(),
+            sql: "SELECT terrace.note_delivery($1, $2, $3::pg_catalog.jsonb)".into(),
+            parse: true,
+            values: [node.name.clone(), node.domain.clone(), delivered]
+                .map(|text| Some(Bytes::from(text)))
+                .to_vec(),
+            expect: Expect::Done,
+            notify: None,
+        })
+    }
+
     async fn bump(&mut self, table: &str, kind: &str, count: u64) -> Result<(), Failed> {
         let count_text = count.to_string();
         self.client
@@ -536,11 +596,10 @@ impl<'a> Session<'a> {
                 None => applied.top_time = top_time,
                 Some(info) => {
                     applied.top_time = info.commit_time;
-                    let tag: serde_json::Value =
-                        serde_json::from_slice(&info.tag).unwrap_or_default();
-                    if let Some(id) = tag["tag"].as_str() {
-                        applied.last_tag = Some(id.to_owned());
-                        applied.last_label = tag["label"].as_str().map(str::to_owned);
+                    let Tag { tag, label } = Tag::of(info);
+                    if tag.is_some() {
+                        applied.last_tag = tag;
+                        applied.last_label = label;
                     }
                 }
             }

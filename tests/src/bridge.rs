@@ -168,7 +168,7 @@ impl Bridge {
     /// The same with further arguments.
     pub fn command(&self, subcommand: &str, arguments: &[&str]) -> Result<Output> {
         Command::new("timeout")
-            .arg("30")
+            .arg("180")
             .arg(bridge_program())
             .args([subcommand, "-c"])
             .arg(self.config())

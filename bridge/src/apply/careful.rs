@@ -79,9 +79,7 @@ impl Session<'_> {
                     }
                     if record.kind == Kind::Commit {
                         self.wait_for_gate(record.lsn).await?;
-                        batch.transactions = 1;
-                        batch.end = record.lsn;
-                        batch.last = Some(record.commit()?);
+                        batch.take_in(&record)?;
                     }
                 }
             }
@@ -89,11 +87,15 @@ impl Session<'_> {
                 break;
             }
         }
-        let step = self.progress_step(&batch);
         if !open {
             self.client.simple("BEGIN").await?;
         }
-        self.run_step(&step).await?;
+        for step in [Some(self.progress_step(&batch)), self.delivery_step(&batch)]
+            .into_iter()
+            .flatten()
+        {
+            self.run_step(&step).await?;
+        }
         self.client.simple("COMMIT").await?;
         self.committed = batch.end;
         self.compare_if_asked().await;

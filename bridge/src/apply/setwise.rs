@@ -38,11 +38,7 @@ impl Session<'_> {
         };
         let mut batch = Batch::default();
         for record in &records {
-            batch.transactions += 1;
-            batch.end = record.lsn;
-        }
-        if let Some(last) = records.last() {
-            batch.last = Some(last.commit().context("commit record")?);
+            batch.take_in(record)?;
         }
         frontend::query("BEGIN", self.client.buffer()).context("BEGIN")?;
         self.expected.push_back(Expect::Simple);

@@ -66,6 +66,31 @@ fn wrong_calls_are_refused() {
             "\"nowhere\" does not exist",
         ),
         ("SELECT terrace.remove_table('t')", "not synchronised"),
+        (
+            "SELECT terrace.add_table('t', filter => 'nope >')",
+            "is no condition",
+        ),
+        (
+            "SELECT terrace.add_table('t', filter => 'nope > 1')",
+            "is no condition",
+        ),
+        (
+            "SELECT terrace.add_table('t', columns => '{id,nope}')",
+            "no column \"nope\"",
+        ),
+        ("SELECT terrace.resend('t')", "is not synchronised"),
+        (
+            "SELECT terrace.begin_comparison('t')",
+            "is not synchronised",
+        ),
+        (
+            "SELECT terrace.add_schema('terrace')",
+            "belongs to the system",
+        ),
+        (
+            "SELECT terrace.remove_schema('public')",
+            "is not synchronised",
+        ),
         ("SELECT terrace.send('', 'x')", "channel name"),
     ] {
         let error = top.connect().batch_execute(sql).expect_err(sql);

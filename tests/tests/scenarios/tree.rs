@@ -51,6 +51,9 @@ fn two_levels_hold_what_the_top_holds() {
     }
     let labelled = "SELECT count(*) FROM terrace.lag WHERE last_label = 'prices 7' AND level > 0";
     wait_until("the label is shown", || tree.top.value(labelled) == "6");
+    let delivered = "SELECT count(DISTINCT node) FROM terrace.delivery WHERE label = 'prices 7' \
+                     AND applied_at BETWEEN committed_at AND now() AND tag <> ''";
+    wait_until("its delivery is told", || tree.top.value(delivered) == "6");
     let roles = "SELECT count(*) FILTER (WHERE role = 'master') || ' ' || count(*) \
                  FROM terrace.lag WHERE level > 0 AND state = 'streaming'";
     wait_until("each domain has one master", || {
