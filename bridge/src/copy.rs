@@ -30,6 +30,14 @@ const WORKERS: usize = 4;
 const TOLD: usize = 20;
 /// What is here is ours to empty or to drop, one line a thing.
 const MARKER: &str = "copy.marker";
+/// Tables of the extension that flow.
+const TERRACE_TABLES: [&str; 5] = [
+    "domain",
+    "sync_table",
+    "sync_schema",
+    "comparison",
+    "checksum",
+];
 /// Line of the marker: the domain's own data and slot are of no use any more.
 const FROM_PARENT: &str = "from parent\n";
 
@@ -139,14 +147,14 @@ pub async fn initial_copy(shared: &Arc<Shared>, source: &ConnInfo) -> anyhow::Re
         let made = restore(&mut local, &post).await;
         tell_left_out(shared, &made.context("create indexes and constraints")?);
     }
-    let copy_settings = ["domain", "sync_table"].map(|name| Table {
+    let of_terrace = TERRACE_TABLES.map(|name| Table {
         namespace: "terrace".into(),
         name: name.into(),
         columns: None,
         filter: None,
         bytes: 0,
     });
-    for table in &copy_settings {
+    for table in &of_terrace {
         copy_table(&mut reader, &mut local, table, &AtomicU64::new(0)).await?;
     }
     if !bridge {
@@ -349,7 +357,12 @@ async fn prepare_schema(
 ) -> anyhow::Result<bool> {
     let ours = read_marker(shared);
     local
-        .simple("TRUNCATE terrace.domain, terrace.sync_table")
+        .simple(&format!(
+            "TRUNCATE {}",
+            TERRACE_TABLES
+                .map(|name| format!("terrace.{name}"))
+                .join(", ")
+        ))
         .await?;
     let (mut present, mut missing) = (Vec::new(), Vec::new());
     for table in tables {

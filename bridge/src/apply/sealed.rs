@@ -7,6 +7,7 @@
 //! used from the next one on.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use bytes::Bytes;
@@ -84,9 +85,13 @@ impl Seals {
         };
         match table {
             "seal" => self.digests.extend(hex(text)),
-            "comparison" => self
-                .comparisons
-                .push(String::from_utf8_lossy(text).into_owned()),
+            "comparison" => {
+                let id = String::from_utf8_lossy(text).into_owned();
+                // A change may be planned twice.
+                if !self.comparisons.contains(&id) {
+                    self.comparisons.push(id);
+                }
+            }
             _ => {}
         }
     }
@@ -300,16 +305,17 @@ impl Session<'_> {
     pub(super) async fn compare_if_asked(&mut self) {
         for id in std::mem::take(&mut self.planner.seals.comparisons) {
             let begun = self.begin_comparison().await;
-            let domain = self.shared.config.node.domain.clone();
+            let shared = Arc::clone(self.shared);
             tokio::spawn(async move {
+                let domain = &shared.config.node.domain;
                 let sums = async {
                     let mut client = begun?;
                     let sql = "SELECT terrace.own_comparison($1::bigint, $2)";
-                    client.query(sql, &[Some(&id), Some(&domain)]).await?;
+                    client.query(sql, &[Some(&id), Some(domain)]).await?;
                     client.simple("COMMIT").await
                 };
                 if let Err(error) = sums.await {
-                    tracing::warn!("comparison {id}: {error}");
+                    shared.event("comparison", &format!("{id} failed: {error}"));
                 }
             });
         }
