@@ -742,7 +742,7 @@ END $$;
 
 -- ----- equality --------------------------------------------------------------
 
--- Has the rest of this session run after whatever else the machine does.
+-- Rests for some times as long as it is since the last rest.
 CREATE FUNCTION give_way() RETURNS void
     LANGUAGE c AS 'MODULE_PATHNAME', 'give_way_wrapper';
 
@@ -755,21 +755,26 @@ CREATE TABLE own_checksum (
     PRIMARY KEY (comparison, range)
 );
 
--- Values of most types are hashed as they are, the others in their text form.
+-- Values of most types are hashed as they are, the others in their text form. Goes over a
+-- table some blocks at a time, as others work here.
 CREATE FUNCTION checksums(of terrace.comparison, filter text)
     RETURNS TABLE (range integer, rows bigint, sum numeric)
-    LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET datestyle = 'ISO'
+    LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp SET datestyle = 'ISO'
     SET intervalstyle = 'postgres' SET timezone = 'UTC' SET extra_float_digits = 3
     SET bytea_output = 'hex' SET xmloption = 'content' SET jit = off
     -- There are few groups, which PostgreSQL cannot know.
     SET enable_sort = off AS $$
 DECLARE
+    blocks CONSTANT integer := 512;
     rel regclass := format('%I.%I', of.nspname, of.relname)::regclass;
     place text := terrace.key_expression(rel, of.key);
+    counts bigint[] := array_fill(0, ARRAY[cardinality(of.bounds) + 1]);
+    sums numeric[] := array_fill(0, ARRAY[cardinality(of.bounds) + 1]);
+    query text;
+    part regclass;
+    found record;
 BEGIN
-    PERFORM terrace.give_way();
-    RETURN QUERY EXECUTE format(
-        'SELECT %s, count(*), sum(hash_record_extended(ROW(%s), 0)) FROM %s%s WHERE (%s) GROUP BY 1',
+    query := format('SELECT %s + 1 AS place, count(*) AS rows, sum(hash_record_extended(ROW(%s), 0)) AS sum',
         CASE WHEN place IS NULL THEN '0'
              ELSE format('width_bucket(%s, %L::%s[])', place, of.bounds,
                   (SELECT format_type(atttypid, -1) FROM pg_attribute WHERE attrelid = rel AND attname = of.key))
@@ -778,11 +783,24 @@ BEGIN
              WHEN a.atttypid::regtype = ANY ('{bool,int2,int4,int8,oid,date,timestamp,timestamptz,uuid,bytea}'::regtype[])
                  THEN format('%I', name)
              WHEN a.atttypid::regtype = ANY ('{text,varchar,bpchar}'::regtype[]) THEN format('%I COLLATE "C"', name)
-             ELSE format('%I::text COLLATE "C"', name) END, ', ' ORDER BY place.number)
-         FROM unnest(of.columns) WITH ORDINALITY AS place(name, number)
-         LEFT JOIN pg_attribute a ON a.attrelid = rel AND a.attname = name),
-        (SELECT CASE relkind WHEN 'r' THEN 'ONLY ' END FROM pg_class WHERE oid = rel), rel,
-        coalesce(filter, 'true'));
+             ELSE format('%I::text COLLATE "C"', name) END, ', ' ORDER BY listed.number)
+         FROM unnest(of.columns) WITH ORDINALITY AS listed(name, number)
+         LEFT JOIN pg_attribute a ON a.attrelid = rel AND a.attname = name));
+    FOR part IN SELECT oid FROM pg_class
+                WHERE relkind = 'r' AND oid IN (SELECT rel UNION SELECT relid FROM pg_partition_tree(rel))
+    LOOP
+        FOR block IN 0 .. pg_relation_size(part) / current_setting('block_size')::integer BY blocks LOOP
+            FOR found IN EXECUTE query || format(
+                ' FROM ONLY %s WHERE ctid >= ''(%s,0)'' AND ctid < ''(%s,0)'' AND (%s) GROUP BY 1',
+                part, block, block + blocks, coalesce(filter, 'true'))
+            LOOP
+                counts[found.place] := counts[found.place] + found.rows;
+                sums[found.place] := sums[found.place] + found.sum;
+            END LOOP;
+            PERFORM terrace.give_way();
+        END LOOP;
+    END LOOP;
+    RETURN QUERY SELECT i - 1, counts[i], sums[i] FROM generate_subscripts(counts, 1) i WHERE counts[i] > 0;
 END $$;
 
 -- Servers may sort words in different ways.

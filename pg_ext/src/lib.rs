@@ -14,7 +14,8 @@ mod guard;
 
 use std::cell::{Cell, RefCell};
 use std::ffi::CString;
-use std::os::raw::{c_char, c_int, c_void};
+use std::os::raw::{c_char, c_void};
+use std::time::{Duration, Instant};
 
 use pgrx::guc::{GucContext, GucFlags, GucRegistry, GucSetting};
 use pgrx::prelude::*;
@@ -215,16 +216,43 @@ pub(crate) fn as_owner<R>(run: impl FnOnce() -> R) -> R {
     result
 }
 
-/// Sums over large tables must not take the processor from those who work here.
+/// Sums over large tables must not take the processor from those who work here: rests for
+/// some times as long as it is since the last rest, and longer where others were in the way.
 #[pg_extern]
 fn give_way() {
-    /// Of nice(2): gets about a tenth of what a session at work gets, when both want it.
-    const LOWER: c_int = 10;
-    unsafe extern "C" {
-        fn setpriority(which: c_int, who: u32, priority: c_int) -> c_int;
+    /// Rest for each second of work, alone …
+    const ALONE: f64 = 3.0;
+    /// … and where work took half as long again as it took of a processor.
+    const IN_COMPANY: f64 = 9.0;
+    const SLICE: Duration = Duration::from_millis(10);
+    thread_local! {
+        static LAST: Cell<Option<(Instant, Duration)>> = const { Cell::new(None) };
     }
-    // SAFETY: of POSIX (PRIO_PROCESS, this process); where it fails, nothing changes.
-    unsafe { setpriority(0, 0, LOWER) };
+    if let Some((since, cpu)) = LAST.take() {
+        let (work, used) = (since.elapsed(), processor_time().saturating_sub(cpu));
+        let factor = match work > used * 3 / 2 {
+            true => IN_COMPANY,
+            false => ALONE,
+        };
+        // What was no work of this kind counts for little.
+        let mut rest = work.min(Duration::from_millis(500)).mul_f64(factor);
+        while !rest.is_zero() {
+            pgrx::check_for_interrupts!();
+            let slice = rest.min(SLICE);
+            std::thread::sleep(slice);
+            rest -= slice;
+        }
+    }
+    LAST.set(Some((Instant::now(), processor_time())));
+}
+
+/// Of this process.
+fn processor_time() -> Duration {
+    unsafe extern "C" {
+        fn clock() -> std::os::raw::c_long;
+    }
+    // SAFETY: of the C library; POSIX has it in microseconds, negative when not known.
+    Duration::from_micros(unsafe { clock() }.try_into().unwrap_or(0))
 }
 
 fn session_user() -> String {
