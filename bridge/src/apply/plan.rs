@@ -701,8 +701,13 @@ fn row_clause(
         // Without a key equal rows are alike: any one of them is the one.
         let clause = clause(relation, old, payload, values, |_| true);
         let table = relation.rows();
+        // Partitions count their rows each by itself.
+        let (place, columns) = match relation.only {
+            true => ("ctid", "ctid"),
+            false => ("(tableoid, ctid)", "tableoid, ctid"),
+        };
         return Ok(format!(
-            "ctid = (SELECT ctid FROM {table} WHERE {clause} LIMIT 1)"
+            "{place} = (SELECT {columns} FROM {table} WHERE {clause} LIMIT 1)"
         ));
     }
     if !relation.columns.iter().any(|column| column.key) {

@@ -4,6 +4,7 @@
 mod copy;
 mod extension;
 mod failover;
+mod layouts;
 mod matching;
 mod mistakes;
 mod network;

@@ -1,0 +1,116 @@
+//! Tables that look different below than at the top, or are changed in ways that few are:
+//! by the copy, in order and piled up, on two levels.
+
+use terrace_tests::{Server, Tree, wait_until};
+
+const ONE: [(&str, Option<&str>, usize); 1] = [("region", None, 1)];
+const CHAIN: [(&str, Option<&str>, usize); 2] =
+    [("region", None, 1), ("branch", Some("region"), 1)];
+
+/// Each statement of `sql` as a transaction of its own, with `from` in place of `{n}`.
+fn run(top: &Server, sql: &str, from: i32) {
+    let sql = sql.replace("{n}", &from.to_string());
+    let mut client = top.connect();
+    for statement in sql.split(";\n").filter(|text| !text.trim().is_empty()) {
+        let done = client.batch_execute(statement);
+        done.unwrap_or_else(|error| {
+            panic!("{statement}: {}", terrace_tests::server::explain(&error))
+        });
+    }
+}
+
+/// Runs `changes` before the copy, in order, and while the bridges are stopped; what
+/// `tables` select must be the same everywhere each time. `below` is run on the servers of
+/// region and branch before their bridges start.
+fn flows(schema: &str, below: [&str; 2], changes: &str, tables: &[&str]) -> Tree {
+    let mut tree = Tree::plant(schema).expect("boot the top");
+    run(&tree.top, changes, 0);
+    tree.boot(&CHAIN).expect("boot the servers");
+    for (node, sql) in tree.nodes.iter().zip(below) {
+        node.server.sql(sql);
+    }
+    tree.start_bridges().expect("start the bridges");
+    tree.wait_streaming();
+    tree.wait_for_equal(tables);
+    run(&tree.top, changes, 1000);
+    tree.wait_for_equal(tables);
+    for node in &mut tree.nodes {
+        node.bridge.stop();
+    }
+    run(&tree.top, changes, 2000);
+    tree.start_bridges().expect("start the bridges");
+    tree.wait_streaming();
+    tree.wait_for_equal(tables);
+    let conflicts = tree.top.rows("SELECT * FROM terrace.conflicts");
+    assert!(conflicts.is_empty(), "{conflicts:?}");
+    tree
+}
+
+// Of equal rows in two partitions below both were changed: a row's place is one only within
+// its partition.
+#[test]
+fn a_table_may_be_partitioned_below() {
+    let schema = "
+        CREATE TABLE sale (id int, day date, v text, PRIMARY KEY (id, day));
+        CREATE TABLE visit (day date, v text);
+        SELECT terrace.add_table('sale'), terrace.add_table('visit')";
+    // The branch has nothing beforehand: it gets what region has.
+    let below = "
+        CREATE TABLE sale (id int, day date, v text, PRIMARY KEY (id, day)) PARTITION BY RANGE (day);
+        CREATE TABLE sale_old PARTITION OF sale FOR VALUES FROM (MINVALUE) TO ('2026-01-01');
+        CREATE TABLE sale_new PARTITION OF sale FOR VALUES FROM ('2026-01-01') TO (MAXVALUE);
+        CREATE TABLE visit (day date, v text) PARTITION BY LIST (v);
+        CREATE TABLE visit_a PARTITION OF visit FOR VALUES IN ('a');
+        CREATE TABLE visit_other PARTITION OF visit DEFAULT PARTITION BY HASH (day);
+        CREATE TABLE visit_other_0 PARTITION OF visit_other FOR VALUES WITH (MODULUS 2, REMAINDER 0);
+        CREATE TABLE visit_other_1 PARTITION OF visit_other FOR VALUES WITH (MODULUS 2, REMAINDER 1)";
+    let changes = "
+        INSERT INTO sale SELECT {n} + g, '2025-12-25'::date + g, 'new' FROM generate_series(1, 20) g;
+        INSERT INTO visit SELECT '2026-01-01'::date + {n} + g / 2, chr(97 + g % 3) FROM generate_series(1, 30) g;
+        UPDATE sale SET day = '2026-02-02' WHERE id = {n} + 1;
+        UPDATE sale SET day = '2025-02-02', v = 'back' WHERE id IN ({n} + 1, {n} + 19);
+        UPDATE sale SET id = id + 100, day = '2026-03-03' WHERE id = {n} + 2;
+        DELETE FROM sale WHERE id IN ({n} + 3, {n} + 18);
+        UPDATE visit SET v = 'b' WHERE day = '2026-01-03'::date + {n};
+        UPDATE visit SET v = 'a' WHERE ctid = (SELECT min(ctid) FROM visit WHERE v = 'b');
+        DELETE FROM visit WHERE ctid = (SELECT max(ctid) FROM visit WHERE v = 'a');
+        DELETE FROM visit WHERE ctid = (SELECT min(ctid) FROM visit);
+        BEGIN; TRUNCATE visit; INSERT INTO visit SELECT '2026-01-01', v FROM unnest('{a,a,b,c}'::text[]) v; COMMIT;
+        UPDATE visit SET v = 'd' WHERE ctid = (SELECT min(ctid) FROM visit)";
+    let tree = flows(schema, [below, ""], changes, &["sale", "visit"]);
+    for node in &tree.nodes {
+        let spread = "SELECT count(DISTINCT tableoid) FROM sale";
+        assert_eq!(node.server.value(spread), "2", "{}", node.server.name);
+    }
+}
+
+// One that was to be emptied for a copy could not be: PostgreSQL refuses TRUNCATE ONLY of it;
+// and rows that it had were not seen, and those of the copy came on top.
+#[test]
+fn a_table_that_is_partitioned_below_is_emptied_for_a_new_copy() {
+    let schema = "CREATE TABLE t (id int PRIMARY KEY, v text); SELECT terrace.add_table('t');
+                  INSERT INTO t SELECT g, 'x' FROM generate_series(1, 10) g";
+    let mut tree = Tree::plant(schema).expect("boot the top");
+    tree.boot(&ONE).expect("boot the server");
+    tree.nodes[0].server.sql(
+        "CREATE TABLE t (id int PRIMARY KEY, v text) PARTITION BY HASH (id);
+         CREATE TABLE t_0 PARTITION OF t FOR VALUES WITH (MODULUS 2, REMAINDER 0);
+         CREATE TABLE t_1 PARTITION OF t FOR VALUES WITH (MODULUS 2, REMAINDER 1);
+         INSERT INTO t VALUES (100, 'somebody''s')",
+    );
+    tree.start_bridges().expect("start the bridge");
+    let server = &tree.nodes[0].server;
+    let reason = "SELECT coalesce(max(reason), '') FROM terrace.lag";
+    wait_until("it is not emptied unasked", || {
+        server.value(reason).contains("already has rows")
+    });
+    server.sql("TRUNCATE t");
+    tree.wait_streaming();
+    tree.wait_for_equal(&["t"]);
+    tree.nodes[0].bridge.resync();
+    let copies = "SELECT count(*) FROM terrace.events WHERE kind = 'resync'";
+    wait_until("it copies anew", || tree.top.value(copies) == "1");
+    tree.wait_streaming();
+    tree.top.sql("UPDATE t SET v = 'y' WHERE id > 5");
+    tree.wait_for_equal(&["t"]);
+}
