@@ -143,6 +143,8 @@ pub struct Planner {
     statements: HashMap<String, String>,
     /// Names are not used twice in a session.
     named: u64,
+    /// Every relation that the message planned last must have looked up.
+    unknown: Vec<u32>,
 }
 
 fn value(datum: Datum<'_>, payload: &Bytes) -> Option<Bytes> {
@@ -177,6 +179,7 @@ impl Planner {
             routing_changed: false,
             statements: HashMap::new(),
             named: 0,
+            unknown: Vec::new(),
         };
         planner.reload_routing(client).await?;
         Ok(planner)
@@ -259,8 +262,19 @@ impl Planner {
         Ok(())
     }
 
-    /// Reads what the table looks like here.
+    /// Reads what the table looks like here, and those that came with it in a TRUNCATE.
     pub async fn lookup(&mut self, client: &mut Client, relid: u32) -> anyhow::Result<()> {
+        let mut unknown = std::mem::take(&mut self.unknown);
+        if !unknown.contains(&relid) {
+            unknown = vec![relid];
+        }
+        for relid in unknown {
+            self.lookup_one(client, relid).await?;
+        }
+        Ok(())
+    }
+
+    async fn lookup_one(&mut self, client: &mut Client, relid: u32) -> anyhow::Result<()> {
         let relation = self
             .relations
             .get_mut(&relid)
@@ -365,17 +379,22 @@ impl Planner {
             }
             _ => return Ok(Planned::Nothing),
         };
+        let mut unknown = Vec::new();
         for relid in &relids {
             let relation = self
                 .relations
                 .get(relid)
                 .context("change of an undefined relation")?;
             if relation.routed && !relation.looked_up {
-                return Ok(Planned::Lookup(*relid));
+                unknown.push(*relid);
             }
             if relation.namespace == "terrace" && relation.name == "sync_table" {
                 self.routing_changed = true;
             }
+        }
+        if let Some(relid) = unknown.first().copied() {
+            self.unknown = unknown;
+            return Ok(Planned::Lookup(relid));
         }
         let relation = &self.relations[&relids[0]];
         if !relation.routed && relids.len() == 1 {
