@@ -218,7 +218,9 @@ impl Planner {
             .collect();
         for relation in self.relations.values_mut() {
             let place = (relation.namespace.clone(), relation.name.clone());
-            relation.routed = !self.elsewhere.contains(&place);
+            let routed = !self.elsewhere.contains(&place);
+            relation.looked_up &= relation.routed || !routed;
+            relation.routed = routed;
         }
         self.routing_changed = false;
         Ok(())
@@ -268,6 +270,11 @@ impl Planner {
         if !unknown.contains(&relid) {
             unknown = vec![relid];
         }
+        if self.routing_changed {
+            // By this very transaction, and not for those before it.
+            self.reload_routing(client).await?;
+            self.routing_changed = true;
+        }
         for relid in unknown {
             self.lookup_one(client, relid).await?;
         }
@@ -279,6 +286,10 @@ impl Planner {
             .relations
             .get_mut(&relid)
             .context("undefined relation")?;
+        if !relation.routed {
+            relation.looked_up = true;
+            return Ok(());
+        }
         let sql = "SELECT a.attname, a.attgenerated <> '', \
                  EXISTS (SELECT FROM pg_index i WHERE i.indrelid = a.attrelid AND i.indisprimary \
                          AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])), \
@@ -385,16 +396,23 @@ impl Planner {
                 .relations
                 .get(relid)
                 .context("change of an undefined relation")?;
-            if relation.routed && !relation.looked_up {
+            if !relation.looked_up && (relation.routed || self.routing_changed) {
                 unknown.push(*relid);
-            }
-            if relation.namespace == "terrace" && relation.name == "sync_table" {
-                self.routing_changed = true;
             }
         }
         if let Some(relid) = unknown.first().copied() {
             self.unknown = unknown;
             return Ok(Planned::Lookup(relid));
+        }
+        let relation = &self.relations[&relids[0]];
+        if relation.namespace == "terrace" && relation.name == "sync_table" {
+            self.routing_changed = true;
+            // Whatever follows in this transaction may go elsewhere.
+            let others = self
+                .relations
+                .values_mut()
+                .filter(|r| r.namespace != "terrace");
+            others.for_each(|other| other.looked_up = false);
         }
         let relation = &self.relations[&relids[0]];
         if !relation.routed && relids.len() == 1 {

@@ -163,4 +163,19 @@ fn tables_are_truncated_one_by_one_and_together() {
     tree.start_bridges().expect("start the bridges");
     tree.wait_streaming();
     tree.wait_for_equal(&tables);
+    // One of the tables goes to one level alone, and is written to as it joins: a branch that
+    // has no such table used to ask for it.
+    for server in [&tree.top, &tree.nodes[0].server] {
+        server.sql("CREATE TABLE near (id int PRIMARY KEY)");
+    }
+    tree.top.sql(
+        "SELECT terrace.add_table('near', '{region}'); INSERT INTO near SELECT generate_series(1, 5)",
+    );
+    let near = &tree.nodes[0].server;
+    let count = "SELECT count(*) FROM near";
+    wait_until("its rows are there", || near.value(count) == "5");
+    tree.top.sql("TRUNCATE near, stem");
+    wait_until("and are gone", || near.value(count) == "0");
+    tree.wait_for_equal(&tables);
+    tree.wait_streaming();
 }
