@@ -7,6 +7,14 @@ use terrace_tests::{Tree, wait_until};
 
 const REGION: [(&str, Option<&str>, usize); 1] = [("region", None, 3)];
 
+const GONE: &str = "SELECT count(*) FROM terrace.events WHERE kind IN ('gap', 'resync')";
+
+/// The other servers of the domain.
+fn others(tree: &Tree, domain: &str, name: &str) -> Vec<String> {
+    let names = tree.domain(domain).map(|node| node.server.name.clone());
+    names.filter(|other| other != name).collect()
+}
+
 fn confirmed(tree: &Tree) -> String {
     tree.top.value(
         "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = 'terrace_region'",
@@ -155,4 +163,43 @@ fn a_child_that_was_away_finds_its_place_at_another_server_of_its_parent() {
     wait_until("the child has the rows", || server.value(rows) == "96");
     let told = "SELECT count(*) FROM terrace.events WHERE kind IN ('gap', 'resync')";
     assert_eq!(server.value(told), "0", "and not by a copy");
+}
+
+// PostgreSQL's fast shutdown waits until what it has sent is acknowledged, and that waits
+// for slaves: `ack_timeout` is what bounds it.
+#[test]
+fn the_top_stops_while_acknowledgements_wait() {
+    let mut tree = Tree::grow_with("[failover]\nack_timeout = \"5s\"", STEPS, &REGION);
+    let counting = count_up(&tree.top);
+    counting.go_on(50);
+    let master = tree.settled_master("region");
+    let slaves = others(&tree, "region", &master);
+    for slave in &slaves {
+        tree.node(slave).bridge.pause();
+    }
+    let written = tree.top.value("SELECT pg_current_wal_lsn()");
+    tree.rows_arrive(&master, Duration::from_secs(4));
+    let waits = format!(
+        "SELECT confirmed_flush_lsn < '{written}' FROM pg_replication_slots \
+         WHERE slot_name = 'terrace_region'"
+    );
+    assert_eq!(tree.top.value(&waits), "t", "nothing waits");
+    let started = Instant::now();
+    tree.top.stop();
+    let took = started.elapsed();
+    println!("the top stopped after {took:?}");
+    assert!(took < Duration::from_secs(9), "it took {took:?}");
+    for slave in &slaves {
+        tree.node(slave).bridge.resume();
+    }
+    // What a slave says of a parent that is away used to stay when it was back.
+    let away = "SELECT reason LIKE 'no parent server answers%' FROM terrace.node_status WHERE self";
+    for slave in &slaves {
+        let server = &tree.node(slave).server;
+        wait_until("the top is missed", || server.value(away) == "t");
+    }
+    tree.top.restart().expect("start the top");
+    tree.wait_streaming();
+    tree.all_is_well(counting);
+    assert_eq!(tree.top.value(GONE), "0");
 }
