@@ -203,3 +203,53 @@ fn the_top_stops_while_acknowledgements_wait() {
     tree.all_is_well(counting);
     assert_eq!(tree.top.value(GONE), "0");
 }
+
+// What an idle top has written for nobody is acknowledged as well, so that its WAL can go;
+// one that has not seen that takes the slot and must not miss it.
+#[test]
+fn what_an_idle_top_was_acknowledged_is_missed_by_nobody() {
+    let schema = "CREATE TABLE t (n int PRIMARY KEY); SELECT terrace.add_table('t');
+                  CREATE TABLE apart (n int)";
+    let mut tree = Tree::grow(schema, &REGION);
+    tree.top.sql("CREATE DATABASE other");
+    let mut other = tree.top.config();
+    let mut other = other
+        .dbname("other")
+        .connect(postgres::NoTls)
+        .expect("connect");
+    let mut rows = 0;
+    for round in 0..4 {
+        let master = tree.settled_master("region");
+        other
+            .batch_execute(
+                "DROP TABLE IF EXISTS t; CREATE TABLE t AS SELECT generate_series(1, 1000)",
+            )
+            .expect("write elsewhere");
+        tree.top
+            .sql("SELECT pg_logical_emit_message(true, 'x', 'y')");
+        // The last of it is no transaction that flows.
+        tree.top.sql(
+            "INSERT INTO apart SELECT generate_series(1, 100); CHECKPOINT;
+             SELECT pg_logical_emit_message(false, 'x', 'y')",
+        );
+        let end = tree.top.value("SELECT pg_current_wal_lsn()");
+        let beyond = format!(
+            "SELECT confirmed_flush_lsn >= '{end}' FROM pg_replication_slots \
+             WHERE slot_name = 'terrace_region'"
+        );
+        wait_until("the slot goes on", || tree.top.value(&beyond) == "t");
+        // One, or all of them at one moment.
+        if round % 2 == 0 {
+            tree.node(&master).bridge.kill9();
+            tree.successor("region", &master);
+        } else {
+            tree.nodes.iter_mut().for_each(|node| node.bridge.kill9());
+        }
+        tree.start_bridges().expect("start the bridges");
+        rows += 1;
+        tree.top.sql(&format!("INSERT INTO t VALUES ({rows})"));
+        tree.wait_for_equal(&["t"]);
+    }
+    tree.settled_master("region");
+    assert_eq!(tree.top.value(GONE), "0");
+}
