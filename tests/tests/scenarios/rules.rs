@@ -253,3 +253,47 @@ fn what_an_idle_top_was_acknowledged_is_missed_by_nobody() {
     tree.settled_master("region");
     assert_eq!(tree.top.value(GONE), "0");
 }
+
+// A server that slept believes what it knew of the others then. What it removes is its own,
+// and what it does not know of any more it learns before it removes anything.
+#[test]
+fn a_master_that_wakes_makes_nobody_forget() {
+    let mut tree = Tree::grow_with("[queue]\nretain_min = \"1MiB\"", WIDE, &REGION);
+    let master = tree.settled_master("region");
+    let [away, next] = <[String; 2]>::try_from(others(&tree, "region", &master)).expect("two");
+    tree.node(&away).bridge.stop();
+    let place = format!("SELECT flush_lsn - '0/0' FROM terrace.lag WHERE node = '{away}'");
+    let place: u64 = tree.top.value(&place).parse().expect("a position");
+    fill_wide(&tree.top, 0..4);
+    let rows = |tree: &mut Tree, name: &str| {
+        let server = &tree.node(name).server;
+        server.value("SELECT count(*) FROM wide")
+    };
+    for name in [&master, &next] {
+        wait_until("the rows are there", || rows(&mut tree, name) == "48");
+    }
+    tree.node(&master).bridge.pause();
+    // No majority is left: the slot is free when the lease is over.
+    tree.successor("region", &master);
+    fill_wide(&tree.top, 4..8);
+    wait_until("the other leads", || rows(&mut tree, &next) == "96");
+    tree.node(&master).bridge.resume();
+    wait_until("it has what it slept over", || {
+        rows(&mut tree, &master) == "96"
+    });
+    // Time for each to forget what it may.
+    std::thread::sleep(Duration::from_secs(3));
+    for name in [&master, &next] {
+        let first = &tree.node(name).bridge.segments()[0];
+        let start = first.file_stem().and_then(|stem| stem.to_str());
+        let start = u64::from_str_radix(start.expect("a name"), 16).expect("a position");
+        assert!(start <= place, "{name} begins at {start:X}, not {place:X}");
+    }
+    // It finds all of it at the one that slept.
+    tree.node(&next).bridge.kill9();
+    tree.node(&away).bridge.restart().expect("start the bridge");
+    wait_until("it has caught up", || rows(&mut tree, &away) == "96");
+    tree.node(&next).bridge.restart().expect("start the bridge");
+    tree.settled_master("region");
+    assert_eq!(tree.top.value(GONE), "0");
+}
