@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use terrace_tests::load::{STEPS, WIDE, count_up, fill_wide};
+use terrace_tests::load::{ACCOUNTS, Observer, STEPS, WIDE, count_up, fill_wide, transfers};
+use terrace_tests::proxy::Proxy;
 use terrace_tests::{Tree, wait_until};
 
 const REGION: [(&str, Option<&str>, usize); 1] = [("region", None, 3)];
@@ -13,6 +14,10 @@ const GONE: &str = "SELECT count(*) FROM terrace.events WHERE kind IN ('gap', 'r
 fn others(tree: &Tree, domain: &str, name: &str) -> Vec<String> {
     let names = tree.domain(domain).map(|node| node.server.name.clone());
     names.filter(|other| other != name).collect()
+}
+
+fn strs(names: &[String]) -> Vec<&str> {
+    names.iter().map(String::as_str).collect()
 }
 
 fn confirmed(tree: &Tree) -> String {
@@ -296,4 +301,67 @@ fn a_master_that_wakes_makes_nobody_forget() {
     tree.node(&next).bridge.restart().expect("start the bridge");
     tree.settled_master("region");
     assert_eq!(tree.top.value(GONE), "0");
+}
+
+/// Whether a server's own bridge is at work below `upstream`.
+fn follows(tree: &Tree, name: &str, upstream: &str) -> bool {
+    let port = tree.links[&(name.to_owned(), upstream.to_owned())].port;
+    let sql = format!(
+        "SELECT count(*) FROM terrace.lag WHERE node = '{name}' AND role = 'master' \
+         AND upstream LIKE '%:{port}'"
+    );
+    let node = tree.nodes.iter().find(|node| node.server.name == name);
+    node.expect("a node").server.value(&sql) == "1"
+}
+
+// Rule H: what a child shows never goes back, also when all that is left above is a server
+// that is behind it.
+#[test]
+fn a_child_goes_to_a_server_that_is_behind_it() {
+    let tree = Tree::plant(&format!("{ACCOUNTS}{STEPS}")).expect("boot the top");
+    let domains = [("region", None, 3), ("branch", Some("region"), 1)];
+    let mut tree = tree.with_links().grow_on(&domains);
+    let observer = Observer::start(&tree.node("branch-1").server);
+    let (moving, counting) = (transfers(&tree.top), count_up(&tree.top));
+    counting.go_on(50);
+    tree.settled_master("region");
+    let stale = tree.with_role("region", "slave");
+    let ahead = others(&tree, "region", &stale);
+    tree.between(
+        &[&stale],
+        &[&["top"], &strs(&ahead)[..]].concat(),
+        Proxy::cut,
+    );
+    let count = "SELECT count(*) FROM steps";
+    let had: i64 = tree.node(&stale).server.value(count).parse().expect("n");
+    let branch = &tree.nodes[3].server;
+    wait_until("the branch is far ahead", || {
+        branch.value(count).parse::<i64>().expect("n") > had + 500
+    });
+    for name in &ahead {
+        tree.node(name).bridge.kill9();
+    }
+    let branch = &tree.nodes[3].server;
+    wait_until("it goes to the one that is left", || {
+        follows(&tree, "branch-1", &stale)
+    });
+    let place = "SELECT lsn FROM terrace.progress";
+    let shown = branch.value(place);
+    counting.go_on(500);
+    assert_eq!(branch.value(place), shown, "nothing new is to be had there");
+    assert!(follows(&tree, "branch-1", &stale));
+    let behind = tree.node(&stale).server.value(count);
+    assert!(behind.parse::<i64>().expect("n") < had + 400, "{behind}");
+    // It sees the top again, whose slot is beyond it: it does not lead with a hole.
+    tree.heal();
+    counting.go_on(500);
+    tree.start_bridges().expect("start the bridges");
+    tree.settled_master("region");
+    tree.wait_streaming();
+    moving.stop();
+    tree.all_is_well(counting);
+    tree.wait_for_equal(&["account"]);
+    observer.stop();
+    let copies = "SELECT count(*) FROM terrace.events WHERE kind = 'resync'";
+    assert_eq!(tree.top.value(copies), "0");
 }
