@@ -365,3 +365,45 @@ fn a_child_goes_to_a_server_that_is_behind_it() {
     let copies = "SELECT count(*) FROM terrace.events WHERE kind = 'resync'";
     assert_eq!(tree.top.value(copies), "0");
 }
+
+// The cursor at one parent server says nothing of that at another: two may lead, which costs
+// bandwidth and nothing else.
+#[test]
+fn two_masters_of_a_child_follow_two_servers_above() {
+    let mut tree = Tree::plant(&format!("{STEPS}{WIDE}"))
+        .expect("boot the top")
+        .with_links();
+    tree.settings = "[queue]\nretain_min = \"1MiB\"".into();
+    let tree = tree.grow_on(&[("region", None, 2), ("branch", Some("region"), 3)]);
+    let counting = count_up(&tree.top);
+    counting.go_on(50);
+    let one = tree.settled_master("branch");
+    let rest = others(&tree, "branch", &one);
+    let regions = ["region-1", "region-2"];
+    let first = regions.iter().find(|name| follows(&tree, &one, name));
+    let first = *first.expect("it follows a server");
+    let second = regions
+        .into_iter()
+        .find(|name| *name != first)
+        .expect("another");
+    tree.between(&strs(&rest), &[&one, first], Proxy::cut);
+    wait_until("another leads as well, below the other server", || {
+        rest.iter().any(|name| follows(&tree, name, second))
+    });
+    fill_wide(&tree.top, 0..3);
+    tree.wait_for_equal(&["wide"]);
+    counting.go_on(100);
+    assert!(follows(&tree, &one, first), "and the first one still does");
+    tree.heal();
+    tree.settled_master("branch");
+    // The place at the server that nobody follows any more holds nothing up.
+    fill_wide(&tree.top, 3..10);
+    tree.wait_for_equal(&["wide"]);
+    for node in &tree.nodes {
+        wait_until("what all have is forgotten", || {
+            node.bridge.queue_bytes() < 40 << 20
+        });
+    }
+    tree.all_is_well(counting);
+    assert_eq!(tree.top.value(GONE), "0");
+}
