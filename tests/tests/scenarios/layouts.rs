@@ -1,11 +1,13 @@
 //! Tables that look different below than at the top, or are changed in ways that few are:
 //! by the copy, in order and piled up, on two levels.
 
+use terrace_tests::load::Background;
 use terrace_tests::{Server, Tree, wait_until};
 
 const ONE: [(&str, Option<&str>, usize); 1] = [("region", None, 1)];
 const CHAIN: [(&str, Option<&str>, usize); 2] =
     [("region", None, 1), ("branch", Some("region"), 1)];
+const NO_CONFLICT: &str = "SELECT count(*) FROM terrace.conflicts";
 
 /// Each statement of `sql` as a transaction of its own, with `from` in place of `{n}`.
 fn run(top: &Server, sql: &str, from: i32) {
@@ -113,6 +115,54 @@ fn a_table_that_is_partitioned_below_is_emptied_for_a_new_copy() {
     tree.wait_streaming();
     tree.top.sql("UPDATE t SET v = 'y' WHERE id > 5");
     tree.wait_for_equal(&["t"]);
+}
+
+// Until DDL travels, a partition is made below first, and detached there by hand.
+#[test]
+fn partitions_are_attached_and_detached_in_traffic() {
+    let tree = Tree::grow(
+        "CREATE TABLE parted (a int, n bigint, PRIMARY KEY (a, n)) PARTITION BY LIST (a);
+         CREATE TABLE parted_1 PARTITION OF parted FOR VALUES IN (1);
+         SELECT terrace.add_table('parted')",
+        &CHAIN,
+    );
+    let writing = Background::start(&tree.top, |client, n| {
+        let sql = "INSERT INTO parted SELECT a, $1 FROM unnest($2::int[]) a ON CONFLICT DO NOTHING";
+        let attached = "SELECT array_agg(right(inhrelid::regclass::text, 1)::int) \
+                        FROM pg_inherits WHERE inhparent = 'parted'::regclass";
+        let there: Vec<i32> = client.query_one(attached, &[])?.get(0);
+        client.execute(sql, &[&n, &there]).map(drop)
+    });
+    writing.go_on(20);
+    for node in tree.nodes.iter().rev() {
+        node.server
+            .sql("CREATE TABLE parted_2 PARTITION OF parted FOR VALUES IN (2)");
+    }
+    tree.top.sql("CREATE TABLE parted_2 (LIKE parted)");
+    tree.top
+        .sql("ALTER TABLE parted ATTACH PARTITION parted_2 FOR VALUES IN (2)");
+    writing.go_on(50);
+    let rows = "SELECT count(*) > 20 FROM parted_2";
+    for node in &tree.nodes {
+        wait_until("its rows arrive", || node.server.value(rows) == "t");
+    }
+    // What is detached is synchronised no more, also when it is written to.
+    tree.top.sql("ALTER TABLE parted DETACH PARTITION parted_2");
+    writing.go_on(50);
+    writing.stop();
+    let all = "SELECT terrace.wait_for(pg_current_wal_lsn(), timeout => '30s')";
+    assert_eq!(tree.top.value(all), "t");
+    tree.wait_for_equal(&["parted_1", "parted_2"]);
+    tree.top
+        .sql("DELETE FROM parted_2; INSERT INTO parted VALUES (1, -1)");
+    tree.wait_for_equal(&["parted_1"]);
+    for node in &tree.nodes {
+        assert_eq!(node.server.value(rows), "t", "{}", node.server.name);
+        node.server
+            .sql("ALTER TABLE parted DETACH PARTITION parted_2");
+    }
+    tree.wait_for_equal(&["parted"]);
+    assert_eq!(tree.top.value(NO_CONFLICT), "0");
 }
 
 // The first TRUNCATE of several tables that a session of the bridge met was left out.
