@@ -212,6 +212,70 @@ fn columns_stand_in_another_order_below_and_there_are_more() {
     }
 }
 
+/// `start`, filled up to the 63 bytes that a name may have.
+fn longest(start: &str) -> String {
+    let mut name = start.to_owned();
+    while name.len() + 2 <= 63 {
+        name.push('ž');
+    }
+    name + &"x".repeat((63 - start.len()) % 2)
+}
+
+fn quoted(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+fn quote_literal(text: &str) -> String {
+    format!("E'{}'", text.replace('\\', "\\\\").replace('\'', "''"))
+}
+
+#[test]
+fn names_are_quoted_and_long() {
+    let names = [
+        "Ša\"tna.%s $1 \\",
+        "TABLE \"a\".b; -- 'x'",
+        "TABLE \"a\".b; -- 'y'",
+        "Stays: \"here\" *?",
+    ]
+    .map(longest);
+    let [schema, table, other, apart] = names.each_ref().map(|name| quoted(name));
+    let [key, column, odd] = [
+        "select \"Key\", %I",
+        "select \"Value\", \\n",
+        "\t$$ :x ? 名前",
+    ]
+    .map(|start| quoted(&longest(start)));
+    let sql = format!(
+        "CREATE SCHEMA {schema};
+         CREATE TABLE {schema}.{table} ({key} int PRIMARY KEY, {column} text, {odd} text);
+         CREATE TABLE {schema}.{other} ({key} int, {column} text) PARTITION BY LIST ({key});
+         CREATE TABLE {schema}.{odd} PARTITION OF {schema}.{other} DEFAULT;
+         CREATE INDEX ON {schema}.{table} ({column});
+         SELECT terrace.add_schema({name});
+         CREATE TABLE {schema}.{apart} ({key} int)",
+        name = quote_literal(&names[0])
+    );
+    let changes = format!(
+        "INSERT INTO {schema}.{table} SELECT {{n}} + g, g::text FROM generate_series(1, 150) g;
+         UPDATE {schema}.{table} SET {odd} = repeat({column}, 1000) WHERE {key} % 3 = 0;
+         UPDATE {schema}.{table} SET {key} = {key} + 500 WHERE {key} = {{n}} + 5;
+         DELETE FROM {schema}.{table} WHERE {key} % 10 = 0;
+         INSERT INTO {schema}.{other} SELECT {{n}}, 'twice' FROM generate_series(1, 2);
+         UPDATE {schema}.{other} SET {column} = 'once' WHERE ctid = (SELECT max(ctid) FROM {schema}.{other});
+         DELETE FROM {schema}.{other} WHERE {column} = 'twice' AND {key} = {{n}}"
+    );
+    let tables = [format!("{schema}.{table}"), format!("{schema}.{other}")];
+    let tables: Vec<&str> = tables.iter().map(String::as_str).collect();
+    let tree = flows(&sql, ["", ""], &changes, &tables);
+    for node in &tree.nodes {
+        let there = format!(
+            "SELECT count(*) FROM pg_class WHERE relname = {}",
+            quote_literal(&names[3])
+        );
+        assert_eq!(node.server.value(&there), "0", "what is not added stays");
+    }
+}
+
 // The first TRUNCATE of several tables that a session of the bridge met was left out.
 #[test]
 fn tables_are_truncated_one_by_one_and_together() {
