@@ -427,3 +427,37 @@ fn tables_are_truncated_one_by_one_and_together() {
     tree.wait_for_equal(&tables);
     tree.wait_streaming();
 }
+
+#[test]
+fn what_is_rolled_back_in_part_leaves_nothing() {
+    let schema = "
+        CREATE TABLE t (id int PRIMARY KEY, v text); ALTER TABLE t ALTER v SET STORAGE EXTERNAL;
+        CREATE TABLE trace (id int, v text);
+        SELECT terrace.add_table('t'), terrace.add_table('trace');
+        CREATE FUNCTION churn(base int) RETURNS void LANGUAGE plpgsql AS $f$
+        BEGIN
+            FOR i IN 1..5000 LOOP
+                BEGIN
+                    INSERT INTO t VALUES (base * 6 + i / 2, 'loop');
+                    INSERT INTO trace VALUES (i, 'kept');
+                    IF i % 4 = 0 THEN RAISE EXCEPTION 'no'; END IF;
+                EXCEPTION WHEN unique_violation OR raise_exception THEN
+                    IF i % 100 = 0 THEN INSERT INTO trace VALUES (i, 'caught'); END IF;
+                END;
+            END LOOP;
+        END $f$;
+        ALTER DATABASE app SET logical_decoding_work_mem = '64kB'";
+    let changes = "
+        SELECT churn({n});
+        BEGIN; INSERT INTO t VALUES (-{n} - 1, 'a'); SAVEPOINT one; UPDATE t SET v = 'b' WHERE id = -{n} - 1;
+        SAVEPOINT two; DELETE FROM t WHERE id = -{n} - 1; INSERT INTO t VALUES (-{n} - 2, repeat('gone', 5000));
+        ROLLBACK TO two; UPDATE t SET v = v || 'c' WHERE id = -{n} - 1; RELEASE two;
+        INSERT INTO t VALUES (-{n} - 2, repeat('kept', 5000)); SAVEPOINT three;
+        UPDATE t SET v = 'gone' WHERE id < 0; TRUNCATE trace; ROLLBACK TO three; ROLLBACK TO three;
+        UPDATE t SET id = id - 3 WHERE id = -{n} - 2; COMMIT;
+        BEGIN; SAVEPOINT all_of_it; DELETE FROM t; DELETE FROM trace; ROLLBACK TO all_of_it; COMMIT;
+        BEGIN; INSERT INTO trace VALUES ({n}, 'gone'); ROLLBACK";
+    let tree = flows(schema, ["", ""], changes, &["t", "trace"]);
+    let gone = "SELECT count(*) FILTER (WHERE v LIKE '%gone%') || ' ' || (count(*) > 7000) FROM t";
+    assert_eq!(tree.nodes[1].server.value(gone), "0 true");
+}
