@@ -364,24 +364,32 @@ async fn prepare_schema(
                 .join(", ")
         ))
         .await?;
-    let (mut present, mut missing) = (Vec::new(), Vec::new());
+    let (mut present, mut missing, mut rows_of) = (Vec::new(), Vec::new(), Vec::new());
     for table in tables {
+        let name = table.qualified();
         let rows = local
             .query(
-                "SELECT 1 WHERE to_regclass($1) IS NOT NULL",
-                &[Some(&table.qualified())],
+                "SELECT relkind::text FROM pg_catalog.pg_class WHERE oid = to_regclass($1)",
+                &[Some(&name)],
             )
             .await?;
-        if rows.is_empty() {
-            missing.push(table)
+        let Some(kind) = rows.first().and_then(|row| row.first()) else {
+            missing.push(table);
+            continue;
+        };
+        present.push(table);
+        // A table that is partitioned here has no rows but in its partitions.
+        let only = if kind.as_deref() == Some("p") {
+            ""
         } else {
-            present.push(table)
-        }
+            "ONLY "
+        };
+        rows_of.push(format!("{only}{name}"));
     }
-    for table in &present {
+    for (table, rows) in present.iter().zip(&rows_of) {
         let name = table.qualified();
         let full = local
-            .simple(&format!("SELECT 1 FROM ONLY {name} LIMIT 1"))
+            .simple(&format!("SELECT 1 FROM {rows} LIMIT 1"))
             .await?;
         if !full.is_empty() && ours.is_empty() {
             bail!(
@@ -391,12 +399,8 @@ async fn prepare_schema(
         }
     }
     if !present.is_empty() && !ours.is_empty() {
-        let names: Vec<String> = present
-            .iter()
-            .map(|table| format!("ONLY {}", table.qualified()))
-            .collect();
         local
-            .simple(&format!("TRUNCATE {}", names.join(", ")))
+            .simple(&format!("TRUNCATE {}", rows_of.join(", ")))
             .await
             .context("empty the tables of an interrupted copy")?;
     }

@@ -257,7 +257,7 @@ impl Roles {
 
     fn next(&mut self, link: &Link) -> Next {
         let (peers, parents) = (self.observer.peers(), self.observer.parents());
-        self.publish_view(link, &peers, &parents);
+        let is_led = self.publish_view(link, &peers, &parents);
         if let Some((segment, reason)) = self.shared.take_damage() {
             return self.damaged(&segment, reason);
         }
@@ -272,6 +272,10 @@ impl Roles {
         }
         if *link != Link::None {
             self.in_gap = false;
+            if is_led {
+                // A link to a sibling outlives what was said while nobody led.
+                self.shared.set_link(State::Streaming, None);
+            }
             if std::mem::take(&mut self.kept_divergence) {
                 let shared = Arc::clone(&self.shared);
                 spawn_blocking(move || timeline::forget_divergence(&shared.config.node.data_dir));
@@ -384,8 +388,8 @@ impl Roles {
         Next::Nothing
     }
 
-    /// Tells the others and the reports what this node sees.
-    fn publish_view(&self, link: &Link, peers: &[Peer], parents: &[Peer]) {
+    /// Tells the others and the reports what this node sees; whether it sees a master.
+    fn publish_view(&self, link: &Link, peers: &[Peer], parents: &[Peer]) -> bool {
         let node = &self.shared.config.node;
         let upstream = match link {
             Link::None => None,
@@ -416,12 +420,14 @@ impl Roles {
                 self.shared.set_member_flush(&peer.name, told.flush);
             }
         }
+        let master = match link {
+            Link::Parent => Some(node.name.clone()),
+            _ => peers.iter().find(is_master).map(|peer| peer.name.clone()),
+        };
+        let is_led = master.is_some();
         self.shared.set_view(View {
             parent_ok: self.parent_sight(link, parents) == Sight::Answers,
-            master: match link {
-                Link::Parent => Some(node.name.clone()),
-                _ => peers.iter().find(is_master).map(|peer| peer.name.clone()),
-            },
+            master,
             copying: false,
             path,
             domains,
@@ -429,6 +435,7 @@ impl Roles {
             report_to: self.observer.parent_in_sight(parents),
             problem: self.observer.problem(),
         });
+        is_led
     }
 
     /// What comes over the link says that the parent is there, also where so many packets

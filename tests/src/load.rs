@@ -152,7 +152,8 @@ pub fn transfers(top: &Server) -> Background {
 }
 
 /// Reads a server over and over: the sum of all accounts never changes, and the
-/// numbers of `steps` and `trail` have no gap and never go back.
+/// numbers of `steps` and `trail` have no gap, and neither they nor the position that the
+/// server says it is at ever go back.
 pub struct Observer {
     stop: Arc<AtomicBool>,
     reads: Arc<AtomicUsize>,
@@ -169,7 +170,7 @@ impl Observer {
         let (stopped, counter) = (stop.clone(), reads.clone());
         let (config, name) = (server.config(), server.name.clone());
         let thread = std::thread::spawn(move || {
-            let (mut client, mut seen) = (None, 0);
+            let (mut client, mut seen) = (None, (0, 0));
             while !stopped.load(Ordering::Relaxed) {
                 if client.is_none() {
                     client = config.connect(postgres::NoTls).ok();
@@ -177,21 +178,24 @@ impl Observer {
                 let sql = "SELECT (SELECT sum(balance)::bigint FROM account), \
                            (SELECT coalesce(max(n), 0) FROM steps), \
                            (SELECT count(*) FROM steps), (SELECT count(*) FROM trail), \
-                           (SELECT count(*) FROM terrace.progress)";
+                           (SELECT count(*) FROM terrace.progress), \
+                           (SELECT coalesce(max(lsn - '0/0')::bigint, 0) FROM terrace.progress)";
                 match client.as_mut().map(|client| client.query_one(sql, &[])) {
                     // The initial copy is under way: no position, nothing promised.
-                    Some(Ok(row)) if row.get::<_, i64>(4) == 0 => seen = 0,
+                    Some(Ok(row)) if row.get::<_, i64>(4) == 0 => seen = (0, 0),
                     Some(Ok(row)) => {
                         let sum: Option<i64> = row.get(0);
                         let [last, steps, trail] = [1, 2, 3].map(|i| row.get::<_, i64>(i));
                         assert_eq!(sum, Some(100_000), "sum on {name}");
                         assert_eq!((last, last), (steps, trail), "gap on {name}");
-                        assert!(last >= seen, "{name} went back from {seen} to {last}");
-                        seen = last;
+                        let now = (last, row.get::<_, i64>(5));
+                        let on = now.0 >= seen.0 && now.1 >= seen.1;
+                        assert!(on, "{name} went back from {seen:?} to {now:?}");
+                        seen = now;
                         counter.fetch_add(1, Ordering::Relaxed);
                     }
                     // After a crash the server may know less: it commits asynchronously.
-                    _ => (client, seen) = (None, 0),
+                    _ => (client, seen) = (None, (0, 0)),
                 }
                 std::thread::sleep(Duration::from_millis(5));
             }

@@ -148,6 +148,8 @@ pub struct Planner {
     named: u64,
     /// Of the transaction that is planned.
     pub(super) seals: Seals,
+    /// Every relation that the message planned last must have looked up.
+    unknown: Vec<u32>,
 }
 
 fn value(datum: Datum<'_>, payload: &Bytes) -> Option<Bytes> {
@@ -183,6 +185,7 @@ impl Planner {
             statements: HashMap::new(),
             named: 0,
             seals: Seals::default(),
+            unknown: Vec::new(),
         };
         planner.reload_routing(client).await?;
         Ok(planner)
@@ -221,7 +224,9 @@ impl Planner {
             .collect();
         for relation in self.relations.values_mut() {
             let place = (relation.namespace.clone(), relation.name.clone());
-            relation.routed = !self.elsewhere.contains(&place);
+            let routed = !self.elsewhere.contains(&place);
+            relation.looked_up &= relation.routed || !routed;
+            relation.routed = routed;
         }
         self.routing_changed = false;
         Ok(())
@@ -265,12 +270,32 @@ impl Planner {
         Ok(())
     }
 
-    /// Reads what the table looks like here.
+    /// Reads what the table looks like here, and those that came with it in a TRUNCATE.
     pub async fn lookup(&mut self, client: &mut Client, relid: u32) -> anyhow::Result<()> {
+        let mut unknown = std::mem::take(&mut self.unknown);
+        if !unknown.contains(&relid) {
+            unknown = vec![relid];
+        }
+        if self.routing_changed {
+            // By this very transaction, and not for those before it.
+            self.reload_routing(client).await?;
+            self.routing_changed = true;
+        }
+        for relid in unknown {
+            self.lookup_one(client, relid).await?;
+        }
+        Ok(())
+    }
+
+    async fn lookup_one(&mut self, client: &mut Client, relid: u32) -> anyhow::Result<()> {
         let relation = self
             .relations
             .get_mut(&relid)
             .context("undefined relation")?;
+        if !relation.routed {
+            relation.looked_up = true;
+            return Ok(());
+        }
         let sql = "SELECT a.attname, a.attgenerated <> '', \
                  EXISTS (SELECT FROM pg_index i WHERE i.indrelid = a.attrelid AND i.indisprimary \
                          AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])), \
@@ -387,17 +412,29 @@ impl Planner {
         {
             self.seals.note(&relation.name, *new);
         }
+        let mut unknown = Vec::new();
         for relid in &relids {
             let relation = self
                 .relations
                 .get(relid)
                 .context("change of an undefined relation")?;
-            if relation.routed && !relation.looked_up {
-                return Ok(Planned::Lookup(*relid));
+            if !relation.looked_up && (relation.routed || self.routing_changed) {
+                unknown.push(*relid);
             }
-            if relation.namespace == "terrace" && relation.name == "sync_table" {
-                self.routing_changed = true;
-            }
+        }
+        if let Some(relid) = unknown.first().copied() {
+            self.unknown = unknown;
+            return Ok(Planned::Lookup(relid));
+        }
+        let relation = &self.relations[&relids[0]];
+        if relation.namespace == "terrace" && relation.name == "sync_table" {
+            self.routing_changed = true;
+            // Whatever follows in this transaction may go elsewhere.
+            let others = self
+                .relations
+                .values_mut()
+                .filter(|r| r.namespace != "terrace");
+            others.for_each(|other| other.looked_up = false);
         }
         let relation = &self.relations[&relids[0]];
         // A seal is for this transaction in the stream, not for the table here.
@@ -725,8 +762,13 @@ fn row_clause(
         // Without a key equal rows are alike: any one of them is the one.
         let clause = clause(relation, old, payload, values, |_| true);
         let table = relation.rows();
+        // Partitions count their rows each by itself.
+        let (place, columns) = match relation.only {
+            true => ("ctid", "ctid"),
+            false => ("(tableoid, ctid)", "tableoid, ctid"),
+        };
         return Ok(format!(
-            "ctid = (SELECT ctid FROM {table} WHERE {clause} LIMIT 1)"
+            "{place} = (SELECT {columns} FROM {table} WHERE {clause} LIMIT 1)"
         ));
     }
     if !relation.columns.iter().any(|column| column.key) {

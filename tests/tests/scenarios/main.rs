@@ -5,6 +5,7 @@ mod copy;
 mod ddl;
 mod extension;
 mod failover;
+mod layouts;
 mod matching;
 mod mistakes;
 mod network;

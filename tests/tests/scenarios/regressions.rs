@@ -371,3 +371,111 @@ fn what_is_published_changes_while_masters_do() {
         "nothing was left out"
     );
 }
+
+// The order of the tree is that of commits: a prepared transaction has its place where
+// COMMIT PREPARED is, whoever leads between the two, and whatever is copied meanwhile.
+#[test]
+fn prepared_transactions_come_whole_where_they_are_committed() {
+    let mut tree = Tree::plant(TABLE).expect("boot the top");
+    tree.top
+        .sql("ALTER SYSTEM SET max_prepared_transactions = 10");
+    tree.top.stop();
+    tree.top.restart().expect("start the top");
+    let prepare = |top: &Server, name: &str, sql: &str| {
+        top.sql(&format!("BEGIN; {sql}; PREPARE TRANSACTION '{name}'"));
+    };
+    let commit = |top: &Server, name: &str| top.sql(&format!("COMMIT PREPARED '{name}'"));
+
+    // The snapshot of the copy waits for it, as for any transaction that began before.
+    let rows = "INSERT INTO t SELECT g, 'first' FROM generate_series(1, 3) g";
+    prepare(&tree.top, "first", rows);
+    tree.boot(&[("region", None, 2)]).expect("boot the servers");
+    tree.start_bridges().expect("start the bridges");
+    let waits = "SELECT count(*) > 0 FROM pg_stat_activity \
+                 WHERE backend_type = 'walsender' AND wait_event_type = 'Lock'";
+    wait_until("the copy waits", || tree.top.value(waits) == "t");
+    commit(&tree.top, "first");
+    tree.wait_streaming();
+    tree.wait_for_equal(&["t"]);
+
+    // The branch copies while one is open that region knows nothing of yet.
+    let rows = "UPDATE t SET v = 'second' WHERE id < 3; INSERT INTO t VALUES (11, 'second')";
+    prepare(&tree.top, "second", rows);
+    tree.boot(&[("branch", Some("region"), 1)])
+        .expect("boot the branch");
+    tree.start_bridges().expect("start its bridge");
+    tree.wait_streaming();
+    commit(&tree.top, "second");
+    tree.wait_for_equal(&["t"]);
+
+    // Others commit meanwhile, and the master changes. No reader sees a part.
+    let branch = &tree.nodes[2].server;
+    let reading = Background::start(branch, |client, _| {
+        let sql = "SELECT count(*), count(*) FILTER (WHERE v = 'gone') FROM t \
+                   WHERE id BETWEEN 100 AND 199";
+        let row = client.query_one(sql, &[])?;
+        let (some, gone): (i64, i64) = (row.get(0), row.get(1));
+        assert!(some == 0 || some == 50, "{some} rows of 50");
+        assert_eq!(gone, 0, "rows of one that is rolled back");
+        Ok(())
+    });
+    let half = |from: i32, v: &str| {
+        format!("INSERT INTO t SELECT g, '{v}' FROM generate_series({from}, {from} + 49) g")
+    };
+    let kept = format!("SET LOCAL terrace.label = 'kept'; {}", half(100, "kept"));
+    prepare(
+        &tree.top,
+        "kept",
+        &format!("{kept}; UPDATE t SET v = 'kept' WHERE id = 1"),
+    );
+    prepare(&tree.top, "gone", &half(150, "gone"));
+    tree.top.sql("UPDATE t SET v = 'between' WHERE id = 2");
+    tree.wait_for_equal(&["t"]);
+    let master = tree.settled_master("region");
+    tree.node(&master).bridge.kill9();
+    tree.successor("region", &master);
+    tree.top.sql("UPDATE t SET v = 'later' WHERE id = 2");
+    tree.top.kill9();
+    tree.top.restart().expect("start the top");
+    tree.start_bridges().expect("start the bridge");
+    let label = "SELECT count(*) FROM terrace.lag WHERE last_label = 'kept' AND level > 0";
+    commit(&tree.top, "kept");
+    wait_until("its label has come", || tree.top.value(label) == "3");
+    tree.top.sql("ROLLBACK PREPARED 'gone'");
+    tree.top.sql("UPDATE t SET v = v || ', after' WHERE id < 3");
+    tree.wait_for_equal(&["t"]);
+
+    // Piled up.
+    for node in &mut tree.nodes {
+        node.bridge.stop();
+    }
+    for n in (1000..1400).step_by(4) {
+        let other = n + 1;
+        prepare(
+            &tree.top,
+            "one",
+            &format!("INSERT INTO t VALUES ({n}, 'one')"),
+        );
+        prepare(
+            &tree.top,
+            "two",
+            &format!("INSERT INTO t VALUES ({other}, 'two')"),
+        );
+        tree.top
+            .sql(&format!("INSERT INTO t VALUES ({other} + 1, 'plain')"));
+        if n % 3 == 0 {
+            tree.top.sql("ROLLBACK PREPARED 'one'");
+        } else {
+            commit(&tree.top, "one");
+        }
+        tree.top.sql("UPDATE t SET v = v || '.' WHERE id > 1390");
+        commit(&tree.top, "two");
+    }
+    tree.start_bridges().expect("start the bridges");
+    tree.wait_streaming();
+    tree.wait_for_equal(&["t"]);
+    reading.stop();
+    let bad = "SELECT (SELECT count(*) FROM terrace.conflicts) + \
+               (SELECT count(*) FROM terrace.events WHERE kind IN ('gap', 'resync'))";
+    assert_eq!(tree.top.value(bad), "0");
+}

@@ -2,10 +2,23 @@
 
 use std::time::{Duration, Instant};
 
-use terrace_tests::load::{STEPS, WIDE, count_up, fill_wide};
+use terrace_tests::load::{ACCOUNTS, Observer, STEPS, WIDE, count_up, fill_wide, transfers};
+use terrace_tests::proxy::Proxy;
 use terrace_tests::{Tree, wait_until};
 
 const REGION: [(&str, Option<&str>, usize); 1] = [("region", None, 3)];
+
+const GONE: &str = "SELECT count(*) FROM terrace.events WHERE kind IN ('gap', 'resync')";
+
+/// The other servers of the domain.
+fn others(tree: &Tree, domain: &str, name: &str) -> Vec<String> {
+    let names = tree.domain(domain).map(|node| node.server.name.clone());
+    names.filter(|other| other != name).collect()
+}
+
+fn strs(names: &[String]) -> Vec<&str> {
+    names.iter().map(String::as_str).collect()
+}
 
 fn confirmed(tree: &Tree) -> String {
     tree.top.value(
@@ -155,4 +168,242 @@ fn a_child_that_was_away_finds_its_place_at_another_server_of_its_parent() {
     wait_until("the child has the rows", || server.value(rows) == "96");
     let told = "SELECT count(*) FROM terrace.events WHERE kind IN ('gap', 'resync')";
     assert_eq!(server.value(told), "0", "and not by a copy");
+}
+
+// PostgreSQL's fast shutdown waits until what it has sent is acknowledged, and that waits
+// for slaves: `ack_timeout` is what bounds it.
+#[test]
+fn the_top_stops_while_acknowledgements_wait() {
+    let mut tree = Tree::grow_with("[failover]\nack_timeout = \"5s\"", STEPS, &REGION);
+    let counting = count_up(&tree.top);
+    counting.go_on(50);
+    let master = tree.settled_master("region");
+    let slaves = others(&tree, "region", &master);
+    for slave in &slaves {
+        tree.node(slave).bridge.pause();
+    }
+    let written = tree.top.value("SELECT pg_current_wal_lsn()");
+    tree.rows_arrive(&master, Duration::from_secs(4));
+    let waits = format!(
+        "SELECT confirmed_flush_lsn < '{written}' FROM pg_replication_slots \
+         WHERE slot_name = 'terrace_region'"
+    );
+    assert_eq!(tree.top.value(&waits), "t", "nothing waits");
+    let started = Instant::now();
+    tree.top.stop();
+    let took = started.elapsed();
+    println!("the top stopped after {took:?}");
+    assert!(took < Duration::from_secs(9), "it took {took:?}");
+    for slave in &slaves {
+        tree.node(slave).bridge.resume();
+    }
+    // What a slave says of a parent that is away used to stay when it was back.
+    let away = "SELECT reason LIKE 'no parent server answers%' FROM terrace.node_status WHERE self";
+    for slave in &slaves {
+        let server = &tree.node(slave).server;
+        wait_until("the top is missed", || server.value(away) == "t");
+    }
+    tree.top.restart().expect("start the top");
+    tree.wait_streaming();
+    tree.all_is_well(counting);
+    assert_eq!(tree.top.value(GONE), "0");
+}
+
+// What an idle top has written for nobody is acknowledged as well, so that its WAL can go;
+// one that has not seen that takes the slot and must not miss it.
+#[test]
+fn what_an_idle_top_was_acknowledged_is_missed_by_nobody() {
+    let schema = "CREATE TABLE t (n int PRIMARY KEY); SELECT terrace.add_table('t');
+                  CREATE TABLE apart (n int)";
+    let mut tree = Tree::grow(schema, &REGION);
+    tree.top.sql("CREATE DATABASE other");
+    let mut other = tree.top.config();
+    let mut other = other
+        .dbname("other")
+        .connect(postgres::NoTls)
+        .expect("connect");
+    let mut rows = 0;
+    for round in 0..4 {
+        let master = tree.settled_master("region");
+        other
+            .batch_execute(
+                "DROP TABLE IF EXISTS t; CREATE TABLE t AS SELECT generate_series(1, 1000)",
+            )
+            .expect("write elsewhere");
+        tree.top
+            .sql("SELECT pg_logical_emit_message(true, 'x', 'y')");
+        // The last of it is no transaction that flows.
+        tree.top.sql(
+            "INSERT INTO apart SELECT generate_series(1, 100); CHECKPOINT;
+             SELECT pg_logical_emit_message(false, 'x', 'y')",
+        );
+        let end = tree.top.value("SELECT pg_current_wal_lsn()");
+        let beyond = format!(
+            "SELECT confirmed_flush_lsn >= '{end}' FROM pg_replication_slots \
+             WHERE slot_name = 'terrace_region'"
+        );
+        wait_until("the slot goes on", || tree.top.value(&beyond) == "t");
+        // One, or all of them at one moment.
+        if round % 2 == 0 {
+            tree.node(&master).bridge.kill9();
+            tree.successor("region", &master);
+        } else {
+            tree.nodes.iter_mut().for_each(|node| node.bridge.kill9());
+        }
+        tree.start_bridges().expect("start the bridges");
+        rows += 1;
+        tree.top.sql(&format!("INSERT INTO t VALUES ({rows})"));
+        tree.wait_for_equal(&["t"]);
+    }
+    tree.settled_master("region");
+    assert_eq!(tree.top.value(GONE), "0");
+}
+
+// A server that slept believes what it knew of the others then. What it removes is its own,
+// and what it does not know of any more it learns before it removes anything.
+#[test]
+fn a_master_that_wakes_makes_nobody_forget() {
+    let mut tree = Tree::grow_with("[queue]\nretain_min = \"1MiB\"", WIDE, &REGION);
+    let master = tree.settled_master("region");
+    let [away, next] = <[String; 2]>::try_from(others(&tree, "region", &master)).expect("two");
+    tree.node(&away).bridge.stop();
+    let place = format!("SELECT flush_lsn - '0/0' FROM terrace.lag WHERE node = '{away}'");
+    let place: u64 = tree.top.value(&place).parse().expect("a position");
+    fill_wide(&tree.top, 0..4);
+    let rows = |tree: &mut Tree, name: &str| {
+        let server = &tree.node(name).server;
+        server.value("SELECT count(*) FROM wide")
+    };
+    for name in [&master, &next] {
+        wait_until("the rows are there", || rows(&mut tree, name) == "48");
+    }
+    tree.node(&master).bridge.pause();
+    // No majority is left: the slot is free when the lease is over.
+    tree.successor("region", &master);
+    fill_wide(&tree.top, 4..8);
+    wait_until("the other leads", || rows(&mut tree, &next) == "96");
+    tree.node(&master).bridge.resume();
+    wait_until("it has what it slept over", || {
+        rows(&mut tree, &master) == "96"
+    });
+    // Time for each to forget what it may.
+    std::thread::sleep(Duration::from_secs(3));
+    for name in [&master, &next] {
+        let first = &tree.node(name).bridge.segments()[0];
+        let start = first.file_stem().and_then(|stem| stem.to_str());
+        let start = u64::from_str_radix(start.expect("a name"), 16).expect("a position");
+        assert!(start <= place, "{name} begins at {start:X}, not {place:X}");
+    }
+    // It finds all of it at the one that slept.
+    tree.node(&next).bridge.kill9();
+    tree.node(&away).bridge.restart().expect("start the bridge");
+    wait_until("it has caught up", || rows(&mut tree, &away) == "96");
+    tree.node(&next).bridge.restart().expect("start the bridge");
+    tree.settled_master("region");
+    assert_eq!(tree.top.value(GONE), "0");
+}
+
+/// Whether a server's own bridge is at work below `upstream`.
+fn follows(tree: &Tree, name: &str, upstream: &str) -> bool {
+    let port = tree.links[&(name.to_owned(), upstream.to_owned())].port;
+    let sql = format!(
+        "SELECT count(*) FROM terrace.lag WHERE node = '{name}' AND role = 'master' \
+         AND upstream LIKE '%:{port}'"
+    );
+    let node = tree.nodes.iter().find(|node| node.server.name == name);
+    node.expect("a node").server.value(&sql) == "1"
+}
+
+// Rule H: what a child shows never goes back, also when all that is left above is a server
+// that is behind it.
+#[test]
+fn a_child_goes_to_a_server_that_is_behind_it() {
+    let tree = Tree::plant(&format!("{ACCOUNTS}{STEPS}")).expect("boot the top");
+    let domains = [("region", None, 3), ("branch", Some("region"), 1)];
+    let mut tree = tree.with_links().grow_on(&domains);
+    let observer = Observer::start(&tree.node("branch-1").server);
+    let (moving, counting) = (transfers(&tree.top), count_up(&tree.top));
+    counting.go_on(50);
+    tree.settled_master("region");
+    let stale = tree.with_role("region", "slave");
+    let ahead = others(&tree, "region", &stale);
+    tree.between(
+        &[&stale],
+        &[&["top"], &strs(&ahead)[..]].concat(),
+        Proxy::cut,
+    );
+    let count = "SELECT count(*) FROM steps";
+    let had: i64 = tree.node(&stale).server.value(count).parse().expect("n");
+    let branch = &tree.nodes[3].server;
+    wait_until("the branch is far ahead", || {
+        branch.value(count).parse::<i64>().expect("n") > had + 500
+    });
+    for name in &ahead {
+        tree.node(name).bridge.kill9();
+    }
+    let branch = &tree.nodes[3].server;
+    wait_until("it goes to the one that is left", || {
+        follows(&tree, "branch-1", &stale)
+    });
+    let place = "SELECT lsn FROM terrace.progress";
+    let shown = branch.value(place);
+    counting.go_on(500);
+    assert_eq!(branch.value(place), shown, "nothing new is to be had there");
+    assert!(follows(&tree, "branch-1", &stale));
+    let behind = tree.node(&stale).server.value(count);
+    assert!(behind.parse::<i64>().expect("n") < had + 400, "{behind}");
+    // It sees the top again, whose slot is beyond it: it does not lead with a hole.
+    tree.heal();
+    counting.go_on(500);
+    tree.start_bridges().expect("start the bridges");
+    tree.settled_master("region");
+    tree.wait_streaming();
+    moving.stop();
+    tree.all_is_well(counting);
+    tree.wait_for_equal(&["account"]);
+    observer.stop();
+    let copies = "SELECT count(*) FROM terrace.events WHERE kind = 'resync'";
+    assert_eq!(tree.top.value(copies), "0");
+}
+
+// The cursor at one parent server says nothing of that at another: two may lead, which costs
+// bandwidth and nothing else.
+#[test]
+fn two_masters_of_a_child_follow_two_servers_above() {
+    let mut tree = Tree::plant(&format!("{STEPS}{WIDE}"))
+        .expect("boot the top")
+        .with_links();
+    tree.settings = "[queue]\nretain_min = \"1MiB\"".into();
+    let tree = tree.grow_on(&[("region", None, 2), ("branch", Some("region"), 3)]);
+    let counting = count_up(&tree.top);
+    counting.go_on(50);
+    let one = tree.settled_master("branch");
+    let rest = others(&tree, "branch", &one);
+    let regions = ["region-1", "region-2"];
+    let first = regions.iter().find(|name| follows(&tree, &one, name));
+    let first = *first.expect("it follows a server");
+    let second = regions
+        .into_iter()
+        .find(|name| *name != first)
+        .expect("another");
+    tree.between(&strs(&rest), &[&one, first], Proxy::cut);
+    wait_until("another leads as well, below the other server", || {
+        rest.iter().any(|name| follows(&tree, name, second))
+    });
+    fill_wide(&tree.top, 0..3);
+    tree.wait_for_equal(&["wide"]);
+    counting.go_on(100);
+    assert!(follows(&tree, &one, first), "and the first one still does");
+    tree.heal();
+    tree.settled_master("branch");
+    // The place at the server that nobody follows any more holds nothing up.
+    fill_wide(&tree.top, 3..10);
+    tree.wait_for_equal(&["wide"]);
+    for node in &tree.nodes {
+        wait_until("what all have is forgotten", || {
+            node.bridge.queue_bytes() < 40 << 20
+        });
+    }
+    tree.all_is_well(counting);
+    assert_eq!(tree.top.value(GONE), "0");
 }
