@@ -93,6 +93,11 @@ CREATE FUNCTION send_rows(header text, clear text, query text) RETURNS bigint
     LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'send_rows_wrapper';
 CREATE FUNCTION see_ddl() RETURNS void
     LANGUAGE c AS 'MODULE_PATHNAME', 'see_ddl_wrapper';
+CREATE FUNCTION tell_made(definition text) RETURNS void
+    LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'tell_made_wrapper';
+-- A statement of the top, on a server below: SET ROLE would not keep its code from RESET ROLE.
+CREATE FUNCTION run_as(role text, sql text) RETURNS void
+    LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'run_as_wrapper';
 CREATE FUNCTION replicate_ddl(sql text) RETURNS void
     LANGUAGE c AS 'MODULE_PATHNAME', 'replicate_ddl_wrapper';
 
@@ -101,11 +106,19 @@ CREATE FUNCTION write_sealed(prefix text, content text) RETURNS void
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     bytes bytea := convert_to(content, 'UTF8');
+    announced bytea := sha256(convert_to(prefix || E'\n', 'UTF8') || bytes);
 BEGIN
+    IF pg_encoding_to_char((SELECT encoding FROM pg_database WHERE datname = current_database())) <> 'UTF8' THEN
+        RAISE EXCEPTION 'DDL and rows can be sent from a database of encoding UTF8 only'
+            USING ERRCODE = 'feature_not_supported';
+    ELSIF nullif(current_setting('terrace.domains', true), '') IS NOT NULL THEN
+        RAISE EXCEPTION 'DDL and tables that are added cannot be for some domains only'
+            USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'RESET terrace.domains first.';
+    END IF;
     PERFORM terrace.arm_alone();
-    INSERT INTO terrace.seal VALUES (sha256(bytes));
+    INSERT INTO terrace.seal VALUES (announced);
     PERFORM pg_logical_emit_message(true, prefix, bytes);
-    DELETE FROM terrace.seal WHERE digest = sha256(bytes);
+    DELETE FROM terrace.seal WHERE digest = announced;
 END $$;
 
 CREATE FUNCTION with_ancestors(names text[]) RETURNS text[]
@@ -281,7 +294,8 @@ BEGIN
     IF terrace.in_publication(rel) THEN
         EXECUTE format('ALTER PUBLICATION terrace DROP TABLE ONLY %s', rel);
     END IF;
-    FOR part IN SELECT relid FROM pg_partition_tree(rel) UNION SELECT rel LOOP
+    FOR part IN SELECT p FROM (SELECT relid FROM pg_partition_tree(rel) UNION SELECT rel) parts(p)
+                WHERE terrace.setting_of(p) IS NULL LOOP
         EXECUTE format('DROP TRIGGER IF EXISTS terrace_tag ON %s', part);
         EXECUTE format('DROP TRIGGER IF EXISTS terrace_protect ON %s', part);
         EXECUTE format('REVOKE SELECT ON %s FROM terrace_reader', part);
@@ -303,8 +317,21 @@ DECLARE
     found record;
     part regclass;
 BEGIN
+    -- Owners may disable all triggers of a table, also these.
+    FOR found IN
+        SELECT DISTINCT t.tgrelid::regclass AS rel, t.tgname
+        FROM pg_event_trigger_ddl_commands() made
+        JOIN pg_trigger t ON t.tgrelid = made.objid AND t.tgname IN ('terrace_tag', 'terrace_protect')
+        WHERE made.classid = 'pg_class'::regclass AND t.tgenabled = 'D'
+    LOOP
+        EXECUTE format('ALTER TABLE %s ENABLE TRIGGER %I', found.rel, found.tgname);
+    END LOOP;
     IF terrace.is_top() THEN
+        PERFORM terrace.tell_made(terrace.definition_of(objid)) FROM pg_event_trigger_ddl_commands()
+        WHERE classid = 'pg_class'::regclass AND command_tag IN ('CREATE TABLE AS', 'SELECT INTO');
         PERFORM terrace.follow_renamed();
+        PERFORM terrace.follow_columns(objid) FROM pg_event_trigger_ddl_commands()
+        WHERE classid = 'pg_class'::regclass AND command_tag = 'ALTER TABLE';
     END IF;
     FOR found IN
         SELECT DISTINCT s.nspname, s.relname, ARRAY(
@@ -344,6 +371,58 @@ BEGIN
         LOOP
             PERFORM terrace.add_table(part);
         END LOOP;
+    END IF;
+END $$;
+
+-- A table that was made from a query, without its rows.
+CREATE FUNCTION definition_of(rel regclass) RETURNS text
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT format('CREATE %sTABLE %I.%I (%s)', CASE c.relpersistence WHEN 'u' THEN 'UNLOGGED ' END,
+        n.nspname, c.relname,
+        (SELECT string_agg(format('%I %s%s', a.attname, format_type(a.atttypid, a.atttypmod),
+                    ' COLLATE ' || nullif(a.attcollation, t.typcollation)::regcollation), ', ' ORDER BY a.attnum)
+         FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+         WHERE a.attrelid = rel AND a.attnum > 0))
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.oid = rel AND c.relpersistence <> 't'
+$$;
+
+-- PostgreSQL keeps what is published by columns and by a filter in step with the table, or
+-- takes the table out of the publication; the list must say what it has.
+CREATE FUNCTION follow_columns(rel oid) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    listed terrace.sync_table;
+    published record;
+    kept text;
+BEGIN
+    SELECT s.* INTO listed FROM terrace.sync_table s JOIN pg_namespace n ON n.nspname = s.nspname
+    JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = s.relname WHERE c.oid = rel;
+    IF listed IS NULL OR listed.columns IS NULL AND listed.filter IS NULL THEN
+        RETURN;
+    END IF;
+    SELECT (SELECT array_agg(a.attname::text ORDER BY a.attnum) FROM pg_attribute a
+            WHERE a.attrelid = rel AND a.attnum = ANY (r.prattrs::int2[])) AS columns,
+           pg_get_expr(r.prqual, r.prrelid) AS filter INTO published
+    FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
+    WHERE p.pubname = 'terrace' AND r.prrelid = rel;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'table "%" is synchronised by a column that would be gone', rel::regclass
+            USING ERRCODE = 'dependent_objects_still_exist',
+                  HINT = 'Call terrace.remove_table first, then add it as it is to be.';
+    END IF;
+    kept := listed.filter;
+    BEGIN
+        IF kept IS NOT NULL THEN
+            EXECUTE format('SELECT FROM %s WHERE (%s) LIMIT 0', rel::regclass, kept);
+        END IF;
+    EXCEPTION WHEN undefined_column THEN
+        kept := published.filter;
+    END;
+    IF kept IS DISTINCT FROM listed.filter
+       OR NOT (listed.columns <@ published.columns AND published.columns <@ listed.columns) THEN
+        UPDATE terrace.sync_table s SET columns = published.columns, filter = kept
+        WHERE s.nspname = listed.nspname AND s.relname = listed.relname;
     END IF;
 END $$;
 
@@ -590,6 +669,10 @@ BEGIN
     END IF;
     IF domains IS NOT NULL THEN
         domains := terrace.with_ancestors(domains);
+        IF class.relkind = 'p' THEN
+            RAISE EXCEPTION 'partitioned table "%" cannot be for some domains only', rel
+                USING ERRCODE = 'feature_not_supported', HINT = 'Add its partitions one by one.';
+        END IF;
     END IF;
     SELECT c INTO unknown FROM unnest(columns) c
     WHERE NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = rel AND a.attname = c
@@ -666,7 +749,7 @@ END $$;
 
 -- Sends the rows of a table, and of its partitions, to the servers below, where they take
 -- the place of what is there. Writers of the table wait until this transaction ends.
-CREATE FUNCTION fill(rel regclass) RETURNS bigint
+CREATE FUNCTION fill(rel regclass, domains text[] DEFAULT NULL) RETURNS bigint
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     part regclass;
@@ -676,13 +759,13 @@ BEGIN
                 WHERE relkind = 'r' AND oid IN (SELECT rel UNION SELECT relid FROM pg_partition_tree(rel))
                 ORDER BY oid
     LOOP
-        count := count + terrace.fill_part(part, 'true');
+        count := count + terrace.fill_part(part, 'true', domains);
     END LOOP;
     RETURN count;
 END $$;
 
 -- Settings of the function: values stand in the stream in the form of every server.
-CREATE FUNCTION fill_part(part regclass, condition text) RETURNS bigint
+CREATE FUNCTION fill_part(part regclass, condition text, domains text[]) RETURNS bigint
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET datestyle = 'ISO'
     SET intervalstyle = 'postgres' SET timezone = 'UTC' SET extra_float_digits = 3
     SET bytea_output = 'hex' SET xmloption = 'content' AS $$
@@ -691,8 +774,10 @@ DECLARE
     setting terrace.sync_table := terrace.setting_of(part);
     names text[];
 BEGIN
-    -- What was committed between an older snapshot and the lock would be nowhere.
-    IF current_setting('transaction_isolation') <> 'read committed' THEN
+    -- What was committed between an older snapshot and the lock would be nowhere; nobody
+    -- else has written to a table that is made just now.
+    IF current_setting('transaction_isolation') <> 'read committed'
+       AND NOT EXISTS (SELECT FROM pg_type WHERE typrelid = part AND xmin = pg_current_xact_id()::xid) THEN
         RAISE EXCEPTION 'rows can be sent in transactions of isolation level READ COMMITTED only'
             USING ERRCODE = 'active_sql_transaction';
     END IF;
@@ -701,11 +786,28 @@ BEGIN
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = part;
     names := terrace.columns_of(part, setting.columns);
     RETURN terrace.send_rows(
-        format('"table":%s,"columns":%s', json_build_array(class.nspname, class.relname), to_json(names)),
+        format('"table":%s,"columns":%s,"domains":%s', json_build_array(class.nspname, class.relname),
+               to_json(names), coalesce(to_json(domains)::text, 'null')),
         to_json(condition)::text,
         format('SELECT to_json(ARRAY[%s]::text[])::text FROM ONLY %s WHERE (%s) AND (%s)',
-               (SELECT string_agg(format('%I::text', name), ', ') FROM unnest(names) name), part,
+               (SELECT string_agg(terrace.text_of(name), ', ') FROM unnest(names) name), part,
                condition, coalesce(setting.filter, 'true')));
+END $$;
+
+-- A column by its type's output function. A cast could be anybody's, and these run as the
+-- owner of the extension; IS NULL holds for a row of NULLs too.
+CREATE FUNCTION text_of(name text) RETURNS text
+    LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT format('CASE num_nulls(%1$I) WHEN 0 THEN format(''%%s'', %1$I) END', name)
+$$;
+
+-- What an ALTER TABLE filled in by itself may be something else on each server.
+CREATE FUNCTION refill(rel oid) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF NOT terrace.setting_of(rel) IS NULL AND terrace.is_received() THEN
+        PERFORM terrace.fill(rel);
+    END IF;
 END $$;
 
 -- The line of the list that a table, or a partition, is synchronised by.
@@ -736,8 +838,8 @@ BEGIN
         RAISE EXCEPTION 'table "%" is not synchronised', rel USING ERRCODE = 'undefined_object',
             HINT = 'See terrace.tables.';
     END IF;
-    PERFORM set_config('terrace.domains', coalesce(array_to_string(domains, ','), ''), true);
-    RETURN terrace.fill(rel);
+    PERFORM terrace.with_ancestors(domains);
+    RETURN terrace.fill(rel, domains);
 END $$;
 
 -- ----- equality --------------------------------------------------------------
@@ -776,14 +878,12 @@ DECLARE
 BEGIN
     query := format('SELECT %s + 1 AS place, count(*) AS rows, sum(hash_record_extended(ROW(%s), 0)) AS sum',
         CASE WHEN place IS NULL THEN '0'
-             ELSE format('width_bucket(%s, %L::%s[])', place, of.bounds,
-                  (SELECT format_type(atttypid, -1) FROM pg_attribute WHERE attrelid = rel AND attname = of.key))
-             END,
+             ELSE format('width_bucket(%s, %L::%s[])', place, of.bounds, terrace.key_type(rel, of.key)) END,
         (SELECT string_agg(CASE
              WHEN a.atttypid::regtype = ANY ('{bool,int2,int4,int8,oid,date,timestamp,timestamptz,uuid,bytea}'::regtype[])
                  THEN format('%I', name)
              WHEN a.atttypid::regtype = ANY ('{text,varchar,bpchar}'::regtype[]) THEN format('%I COLLATE "C"', name)
-             ELSE format('%I::text COLLATE "C"', name) END, ', ' ORDER BY listed.number)
+             ELSE terrace.text_of(name) || ' COLLATE "C"' END, ', ' ORDER BY listed.number)
          FROM unnest(of.columns) WITH ORDINALITY AS listed(name, number)
          LEFT JOIN pg_attribute a ON a.attrelid = rel AND a.attname = name));
     FOR part IN SELECT oid FROM pg_class
@@ -808,6 +908,16 @@ CREATE FUNCTION key_expression(rel regclass, key text) RETURNS text
     LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT format('%I%s', attname, CASE WHEN attcollation <> 0 THEN ' COLLATE "C"' END)
     FROM pg_attribute WHERE attrelid = rel AND attname = key
+$$;
+
+-- A domain's checks could be anybody's, and a bound need not hold to them.
+CREATE FUNCTION key_type(rel regclass, key text) RETURNS text
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    WITH RECURSIVE base AS (
+        SELECT atttypid AS type FROM pg_attribute WHERE attrelid = rel AND attname = key
+        UNION ALL SELECT t.typbasetype FROM base JOIN pg_type t ON t.oid = base.type WHERE t.typtype = 'd'
+    )
+    SELECT format_type(t.oid, -1) FROM base JOIN pg_type t ON t.oid = base.type WHERE t.typtype <> 'd'
 $$;
 
 CREATE FUNCTION range_condition(of terrace.comparison, range integer) RETURNS text
@@ -839,20 +949,19 @@ BEGIN
     made.relname := setting.relname;
     made.columns := terrace.columns_of(rel, setting.columns);
     made.bounds := '{}';
-    SELECT a.attname INTO made.key FROM pg_index i
-    JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
-    WHERE i.indrelid = rel AND i.indisprimary AND i.indimmediate;
+    IF ranges NOT BETWEEN 1 AND 1000 THEN
+        RAISE EXCEPTION 'a comparison has 1 to 1000 ranges' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    made.key := terrace.key_of(rel);
     IF made.key IS NOT NULL THEN
         SELECT greatest(sum(pg_relation_size(relid)), 1) / 8192 INTO pages
         FROM (SELECT rel AS relid UNION SELECT relid FROM pg_partition_tree(rel)) parts;
         EXECUTE format(
-            'SELECT ARRAY(SELECT DISTINCT b COLLATE "C" FROM unnest(percentile_disc(%L::float8[])
-                 WITHIN GROUP (ORDER BY %s)::text[]) b WHERE b IS NOT NULL) FROM %s TABLESAMPLE SYSTEM (%s)',
+            'SELECT ARRAY(SELECT format(''%%s'', b) FROM unnest(percentile_disc(%L::float8[])
+                     WITHIN GROUP (ORDER BY %s)) WITH ORDINALITY bounds(b, n)
+                 WHERE b IS NOT NULL GROUP BY 1 ORDER BY min(n)) FROM %s TABLESAMPLE SYSTEM (%s)',
             ARRAY(SELECT i::float8 / ranges FROM generate_series(1, ranges - 1) i),
             terrace.key_expression(rel, made.key), rel, least(100, 100 * 300 / pages)) INTO made.bounds;
-        EXECUTE format('SELECT ARRAY(SELECT b FROM unnest(%L::text[]) b ORDER BY b::%s)', made.bounds,
-            (SELECT format_type(atttypid, -1) || CASE WHEN attcollation <> 0 THEN ' COLLATE "C"' ELSE '' END
-             FROM pg_attribute WHERE attrelid = rel AND attname = made.key)) INTO made.bounds;
     END IF;
     DELETE FROM terrace.checksum c USING terrace.comparison o
     WHERE c.comparison = o.id AND o.started < now() - interval '1 day';
@@ -867,8 +976,18 @@ END $$;
 -- The top's sums, in the snapshot of a session that began before begin_comparison ended.
 CREATE FUNCTION finish_comparison(made comparison) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    rel regclass := to_regclass(format('%I.%I', made.nspname, made.relname));
+    setting terrace.sync_table := terrace.setting_of(rel);
 BEGIN
     PERFORM terrace.must_be_top();
+    -- The caller says what it is about, as the snapshot does not show it yet.
+    IF setting IS NULL THEN
+        RAISE EXCEPTION 'table "%.%" is not synchronised', made.nspname, made.relname
+            USING ERRCODE = 'undefined_object';
+    END IF;
+    made.columns := terrace.columns_of(rel, setting.columns);
+    made.key := terrace.key_of(rel);
     WITH sums AS (
         SELECT * FROM terrace.checksums(made,
             (SELECT s.filter FROM terrace.sync_table s
@@ -877,6 +996,16 @@ BEGIN
     SELECT made.id, s.range, s.rows, s.sum FROM sums s
     UNION ALL SELECT made.id, -1, coalesce(sum(s.rows), 0), NULL FROM sums s;
 END $$;
+
+-- The first column of the primary key, if its type is one that every server orders alike.
+CREATE FUNCTION key_of(rel regclass) RETURNS text
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT a.attname FROM pg_index i
+    JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+    JOIN pg_type t ON t.oid = terrace.key_type(rel, a.attname)::regtype
+    WHERE i.indrelid = rel AND i.indisprimary AND i.indimmediate
+      AND (t.typnamespace = 'pg_catalog'::regnamespace OR t.typtype = 'e') AND t.typcategory <> 'A'
+$$;
 
 -- What a bridge asks beside the apply, in a snapshot of exactly that position.
 CREATE FUNCTION own_comparison(id bigint, domain text) RETURNS void
@@ -925,15 +1054,17 @@ BEGIN
     IF rel IS NULL THEN
         RAISE EXCEPTION 'comparison % does not exist', comparison USING ERRCODE = 'undefined_object',
             HINT = 'Compare again.';
+    ELSIF terrace.setting_of(rel) IS NULL THEN
+        RAISE EXCEPTION 'table "%" is not synchronised any more', rel USING ERRCODE = 'undefined_object';
     END IF;
-    PERFORM set_config('terrace.domains', array_to_string(domains, ','), true);
+    PERFORM terrace.with_ancestors(domains);
     FOR part IN SELECT oid FROM pg_class
                 WHERE relkind = 'r' AND oid IN (SELECT rel UNION SELECT relid FROM pg_partition_tree(rel))
                 ORDER BY oid
     LOOP
         -- All at once: a row may have taken what belongs to one of another range.
         count := count + terrace.fill_part(part,
-            (SELECT string_agg('(' || terrace.range_condition(made, r) || ')', ' OR ') FROM unnest(ranges) r));
+            (SELECT string_agg('(' || terrace.range_condition(made, r) || ')', ' OR ') FROM unnest(ranges) r), domains);
     END LOOP;
     RETURN count;
 END $$;

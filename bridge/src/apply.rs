@@ -203,7 +203,8 @@ impl<'a> Session<'a> {
             ("timezone", "UTC"),
             ("xmloption", "content"),
             ("bytea_output", "hex"),
-            ("search_path", "pg_catalog"),
+            // What a statement of the top makes in pg_temp is never found first.
+            ("search_path", "pg_catalog, pg_temp"),
             ("lock_timeout", "0"),
             ("statement_timeout", "0"),
             ("idle_in_transaction_session_timeout", "0"),

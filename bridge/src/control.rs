@@ -21,6 +21,8 @@ use crate::upstream::session;
 
 /// A switchover that takes longer has failed.
 const SWITCHOVER_LIMIT: Duration = Duration::from_secs(10);
+/// A refusal that lasts as long is meant.
+const REFUSED_FOR: Duration = Duration::from_secs(2);
 /// The socket has the name that libpq gives one of this port.
 const PORT: u16 = 1;
 
@@ -97,8 +99,12 @@ pub async fn switchover(config: &Config, domain: &str, to: Option<&str>) -> anyh
     let mut client = connect(config).await?;
     let before = master(&status(&mut client).await?);
     let target = to.map_or(String::new(), |to| format!(" TO {}", quote_ident(to)));
-    let asked = client.simple(&format!("SWITCHOVER{target}")).await;
-    asked.map_err(|error| anyhow::anyhow!(error.message()))?;
+    let started = Instant::now();
+    // Servers that have just come back are not known to be fit before the next heartbeat.
+    while let Err(error) = client.simple(&format!("SWITCHOVER{target}")).await {
+        ensure!(started.elapsed() < REFUSED_FOR, error.message());
+        sleep(Duration::from_millis(200)).await;
+    }
     let started = Instant::now();
     loop {
         let after = master(&status(&mut client).await?);

@@ -245,9 +245,12 @@ async fn check_slot(shared: &Arc<Shared>, client: &mut Client, slot: &str) -> an
 }
 
 async fn snapshot_session(source: &ConnInfo, snapshot: &str) -> Result<Client, PgError> {
+    let mut gucs = pinned_settings();
+    // An error rather than some of the rows, where policies hide the others.
+    gucs.push(("row_security".into(), "off".into()));
     let options = SessionOptions {
         application_name: "terrace copy".into(),
-        gucs: pinned_settings(),
+        gucs,
         ..Default::default()
     };
     let mut client = Client::connect(source, &options).await?;

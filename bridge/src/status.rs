@@ -386,7 +386,12 @@ impl Shared {
     pub fn set_apply_problem(&self, problem: Option<String>) {
         let mut inner = self.inner();
         if inner.apply_problem != problem {
-            if problem.is_none() {
+            // What stands in the way still does, after something that came before it.
+            if problem.is_none()
+                && inner
+                    .stuck
+                    .is_some_and(|(end, _)| end <= *self.replayed.borrow())
+            {
                 inner.stuck = None;
             }
             inner.apply_failing_since = match problem {

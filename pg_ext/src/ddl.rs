@@ -13,12 +13,14 @@
 //! ([`see_ddl`]) loads it and refuses the one statement that came too early: nothing is
 //! left out in silence.
 
+mod statement;
+
 use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, CString, c_char, c_int};
 
 use pgrx::guc::{GucContext, GucFlags, GucRegistry, GucSetting};
 use pgrx::pg_sys::panic::ErrorReport;
-use pgrx::pg_sys::{self, AlterTableType, NodeTag, ObjectType, ProcessUtilityContext};
+use pgrx::pg_sys::{self, NodeTag, ObjectType, ProcessUtilityContext};
 use pgrx::prelude::*;
 
 use crate::{as_owner, guard, put_json, write_sealed};
@@ -42,64 +44,10 @@ thread_local! {
     static NEXT: Cell<pg_sys::ProcessUtility_hook_type> = const { Cell::new(None) };
     /// The hook has seen a statement of this session.
     static SEEING: Cell<bool> = const { Cell::new(false) };
-    /// To be told when it is done, as it ends its transaction and begins another one.
-    static LATER: RefCell<Option<Ddl>> = const { RefCell::new(None) };
+    /// The statement that travels and is being run; a left-over of one that failed is
+    /// replaced by the next one.
+    static UNDER_WAY: RefCell<Option<Ddl>> = const { RefCell::new(None) };
 }
-
-/// What travels. Roles, databases, publications and the like are each server's own.
-const TRAVELS: &[NodeTag] = &[
-    NodeTag::T_CreateStmt,
-    NodeTag::T_CreateTableAsStmt,
-    NodeTag::T_AlterTableStmt,
-    NodeTag::T_IndexStmt,
-    NodeTag::T_DropStmt,
-    NodeTag::T_RenameStmt,
-    NodeTag::T_AlterObjectSchemaStmt,
-    NodeTag::T_AlterOwnerStmt,
-    NodeTag::T_ViewStmt,
-    NodeTag::T_RefreshMatViewStmt,
-    NodeTag::T_CreateFunctionStmt,
-    NodeTag::T_AlterFunctionStmt,
-    NodeTag::T_CreateTrigStmt,
-    NodeTag::T_CreateSchemaStmt,
-    NodeTag::T_CreateSeqStmt,
-    NodeTag::T_AlterSeqStmt,
-    NodeTag::T_DefineStmt,
-    NodeTag::T_CompositeTypeStmt,
-    NodeTag::T_CreateEnumStmt,
-    NodeTag::T_AlterEnumStmt,
-    NodeTag::T_CreateRangeStmt,
-    NodeTag::T_AlterTypeStmt,
-    NodeTag::T_CreateDomainStmt,
-    NodeTag::T_AlterDomainStmt,
-    NodeTag::T_CommentStmt,
-    NodeTag::T_CreateStatsStmt,
-    NodeTag::T_AlterStatsStmt,
-    NodeTag::T_CreatePolicyStmt,
-    NodeTag::T_AlterPolicyStmt,
-    NodeTag::T_RuleStmt,
-    NodeTag::T_CreateCastStmt,
-    NodeTag::T_CreateExtensionStmt,
-    NodeTag::T_AlterExtensionStmt,
-    NodeTag::T_CreateOpClassStmt,
-    NodeTag::T_CreateOpFamilyStmt,
-    NodeTag::T_AlterOpFamilyStmt,
-    NodeTag::T_AlterOperatorStmt,
-];
-
-/// Kinds of objects that are each server's own.
-const OF_ITS_OWN: &[ObjectType::Type] = &[
-    ObjectType::OBJECT_DATABASE,
-    ObjectType::OBJECT_ROLE,
-    ObjectType::OBJECT_TABLESPACE,
-    ObjectType::OBJECT_PUBLICATION,
-    ObjectType::OBJECT_SUBSCRIPTION,
-    ObjectType::OBJECT_EVENT_TRIGGER,
-    ObjectType::OBJECT_FDW,
-    ObjectType::OBJECT_FOREIGN_SERVER,
-    ObjectType::OBJECT_FOREIGN_TABLE,
-    ObjectType::OBJECT_USER_MAPPING,
-];
 
 /// Called once, when the library is loaded.
 pub fn init() {
@@ -158,7 +106,7 @@ fn replicate_ddl(sql: Option<&str>) {
     }
     // SAFETY: the text lives through the call; an error in it is raised as PostgreSQL does.
     let statements = unsafe {
-        elements::<pg_sys::RawStmt>(pg_sys::raw_parser(
+        statement::elements::<pg_sys::RawStmt>(pg_sys::raw_parser(
             text.as_ptr(),
             pg_sys::RawParseMode::RAW_PARSE_DEFAULT,
         ))
@@ -178,13 +126,34 @@ fn replicate_ddl(sql: Option<&str>) {
              objects are each server's own.",
         );
     };
-    ddl.tell();
-    let level = ddl_off();
-    if let Err(error) = Spi::run(&ddl.own) {
+    let own = ddl.sql.clone();
+    let told = begin(ddl);
+    if let Err(error) = Spi::run(&own) {
         pgrx::error!("terrace: {error}");
     }
-    // SAFETY: the level was begun above.
-    unsafe { pg_sys::AtEOXact_GUC(false, level) };
+    end(told);
+}
+
+/// Runs a statement as a role that cannot be left: what it calls is that role's code, and
+/// the session is a superuser's.
+#[pg_extern]
+fn run_as(role: &str, sql: &str) {
+    let Ok(name) = CString::new(role) else {
+        pgrx::error!("terrace: no role name");
+    };
+    let (mut user, mut context) = (pg_sys::InvalidOid, 0);
+    // SAFETY: inside a transaction, whose end puts the user back if an error keeps us from it.
+    unsafe {
+        let role = pg_sys::get_role_oid(name.as_ptr(), false);
+        pg_sys::GetUserIdAndSecContext(&mut user, &mut context);
+        let local = context | pg_sys::SECURITY_LOCAL_USERID_CHANGE as c_int;
+        pg_sys::SetUserIdAndSecContext(role, local);
+    }
+    if let Err(error) = Spi::run(sql) {
+        pgrx::error!("terrace: {error}");
+    }
+    // SAFETY: as above.
+    unsafe { pg_sys::SetUserIdAndSecContext(user, context) };
 }
 
 /// Begins a nesting level of the settings in which nothing is told.
@@ -206,18 +175,33 @@ fn ddl_off() -> c_int {
     }
 }
 
+/// When a statement is told.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum When {
+    /// Before it runs, so before what it brings about.
+    Before,
+    /// When the table is made, by what it came to be: what it was made from need not be below.
+    Made,
+    /// When it is done, unless it made something temporary.
+    After(*const pg_sys::RangeVar),
+    /// When it is done, as it ends its transaction and begins another one.
+    Outside,
+}
+
 /// A statement that travels.
 struct Ddl {
-    /// As it is run here.
-    own: String,
-    /// As it is run below.
     sql: String,
-    /// It cannot run inside a transaction.
-    outside: bool,
-    /// The index that it makes outside of one, as SQL names it.
+    when: When,
+    role: String,
+    superuser: bool,
+    /// By which its text is read: members of a JSON object.
+    settings: String,
+    /// The index that it makes outside of a transaction, as SQL names it.
     index: Option<String>,
-    /// Where what it changes is missing, it is left out.
-    optional: bool,
+    /// Where none of these is, and none is to be, it is left out.
+    about: Vec<statement::Name>,
+    /// What is in this table then is told too.
+    refill: Option<pg_sys::Oid>,
 }
 
 impl Ddl {
@@ -229,26 +213,46 @@ impl Ddl {
         // SAFETY: a node's tag says what it is.
         unsafe {
             let tag = node.as_ref()?.type_;
-            if !TRAVELS.contains(&tag) || stays(node, tag) {
+            if !statement::TRAVELS.contains(&tag) {
                 return None;
             }
-            let own = String::from_utf8_lossy(text).trim().to_owned();
+            match statement::stays(node, tag) {
+                Ok(true) => return None,
+                Ok(false) => {}
+                Err(problem) => raise(
+                    PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
+                    problem.into(),
+                    "Drop them one after the other.",
+                ),
+            }
+            let user = pg_sys::GetUserId();
             let mut ddl = Ddl {
-                sql: own.clone(),
-                own,
-                outside: false,
+                sql: String::from_utf8_lossy(text).trim().to_owned(),
+                when: When::Before,
+                role: statement::text(pg_sys::GetUserNameFromId(user, false)),
+                superuser: pg_sys::superuser_arg(user),
+                settings: settings(),
                 index: None,
-                optional: is_optional(node, tag),
+                about: statement::about(node, tag),
+                refill: None,
             };
             match tag {
-                NodeTag::T_CreateTableAsStmt => without_data(&mut ddl, &*node.cast()),
+                NodeTag::T_CreateTableAsStmt => {
+                    let create = &*node.cast::<pg_sys::CreateTableAsStmt>();
+                    if create.objtype == ObjectType::OBJECT_TABLE {
+                        ddl.when = When::Made;
+                    }
+                }
+                NodeTag::T_ViewStmt => {
+                    ddl.when = When::After((*node.cast::<pg_sys::ViewStmt>()).view);
+                }
                 NodeTag::T_IndexStmt => {
                     let index = &*node.cast::<pg_sys::IndexStmt>();
-                    ddl.outside = index.concurrent;
                     if index.concurrent {
-                        ddl.index = index_name(index);
+                        ddl.when = When::Outside;
+                        ddl.index = statement::index_name(index);
                     }
-                    if index.concurrent && ddl.index.is_none() {
+                    if index.concurrent && index.idxname.is_null() {
                         raise(
                             PgSqlErrorCode::ERRCODE_INVALID_NAME,
                             "CREATE INDEX CONCURRENTLY without a name cannot be replicated".into(),
@@ -256,11 +260,15 @@ impl Ddl {
                         );
                     }
                 }
-                NodeTag::T_DropStmt => {
-                    ddl.outside = (*node.cast::<pg_sys::DropStmt>()).concurrent;
+                NodeTag::T_DropStmt if (*node.cast::<pg_sys::DropStmt>()).concurrent => {
+                    ddl.when = When::Outside;
                 }
                 NodeTag::T_AlterTableStmt => {
-                    ddl.outside = detaches_concurrently(&*node.cast());
+                    let alter = &*node.cast::<pg_sys::AlterTableStmt>();
+                    if statement::detaches_concurrently(alter) {
+                        ddl.when = When::Outside;
+                    }
+                    ddl.refill = statement::fills(alter);
                 }
                 _ => {}
             }
@@ -273,30 +281,20 @@ impl Ddl {
         let mut message = String::from("{\"sql\":");
         put_json(&mut message, &self.sql);
         message.push_str(",\"role\":");
-        // SAFETY: the current user exists while it is that; the name is copied.
-        let (role, superuser) = unsafe {
-            let user = pg_sys::GetUserId();
-            let name = CStr::from_ptr(pg_sys::GetUserNameFromId(user, false));
-            (
-                name.to_string_lossy().into_owned(),
-                pg_sys::superuser_arg(user),
-            )
-        };
-        put_json(&mut message, &role);
-        message.push_str(&format!(",\"superuser\":{superuser},\"settings\":{{"));
-        for (index, name) in SETTINGS.into_iter().enumerate() {
-            // SAFETY: the settings are PostgreSQL's own, so each has a value; it is copied.
-            let value =
-                unsafe { CStr::from_ptr(pg_sys::GetConfigOption(name.as_ptr(), true, false)) };
-            if index > 0 {
-                message.push(',');
-            }
-            put_json(&mut message, &name.to_string_lossy());
-            message.push(':');
-            put_json(&mut message, &value.to_string_lossy());
+        put_json(&mut message, &self.role);
+        let (superuser, settings) = (self.superuser, &self.settings);
+        let outside = self.when == When::Outside;
+        message.push_str(&format!(
+            ",\"superuser\":{superuser},\"settings\":{{{settings}}},\"outside\":{outside},\"about\":["
+        ));
+        for (index, (schema, name)) in self.about.iter().enumerate() {
+            message.push_str(if index > 0 { ",[" } else { "[" });
+            put_json(&mut message, schema);
+            message.push(',');
+            put_json(&mut message, name);
+            message.push(']');
         }
-        let (outside, optional) = (self.outside, self.optional);
-        message.push_str(&format!("}},\"outside\":{outside},\"optional\":{optional}"));
+        message.push(']');
         if let Some(index) = &self.index {
             message.push_str(",\"index\":");
             put_json(&mut message, index);
@@ -306,238 +304,70 @@ impl Ddl {
     }
 }
 
-/// The rows of a new table travel as rows, if they are to.
-fn without_data(ddl: &mut Ddl, create: &pg_sys::CreateTableAsStmt) {
-    if create.objtype != ObjectType::OBJECT_TABLE {
-        return;
-    }
-    if create.is_select_into {
-        raise(
-            PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
-            "SELECT INTO cannot be replicated".into(),
-            "Use CREATE TABLE AS.",
-        );
-    }
-    // SAFETY: the parser gives it always.
-    if unsafe { (*create.into).skipData } {
-        return;
-    }
-    let mut sql = ddl
-        .sql
-        .trim_end_matches(|c: char| c == ';' || c.is_whitespace());
-    if let Some(rest) = strip_word(sql, "data").and_then(|rest| strip_word(rest, "with")) {
-        sql = rest;
-    }
-    ddl.sql = format!("{sql}\nWITH NO DATA");
-}
-
-/// The name of an index, if it is given one; it is where its table is.
-///
-/// # Safety
-/// The statement comes from the parser.
-unsafe fn index_name(index: &pg_sys::IndexStmt) -> Option<String> {
-    let quoted = |name: *const c_char| {
-        // SAFETY: a string of the parser, or null.
-        let name = (!name.is_null()).then(|| unsafe { CStr::from_ptr(name) })?;
-        Some(format!(
-            "\"{}\"",
-            name.to_string_lossy().replace('"', "\"\"")
-        ))
-    };
-    let name = quoted(index.idxname)?;
-    // SAFETY: an index is one of a relation.
-    Some(match quoted(unsafe { (*index.relation).schemaname }) {
-        Some(schema) => format!("{schema}.{name}"),
-        None => name,
-    })
-}
-
-fn strip_word<'a>(text: &'a str, word: &str) -> Option<&'a str> {
-    let at = text.len().checked_sub(word.len())?;
-    let fits = text.is_char_boundary(at) && text[at..].eq_ignore_ascii_case(word);
-    let rest = fits.then(|| &text[..at])?;
-    rest.ends_with(char::is_whitespace).then(|| rest.trim_end())
-}
-
-/// # Safety
-/// The statement comes from the parser.
-unsafe fn detaches_concurrently(alter: &pg_sys::AlterTableStmt) -> bool {
-    // SAFETY: the command's kind says what its definition is.
-    unsafe {
-        elements::<pg_sys::AlterTableCmd>(alter.cmds)
-            .into_iter()
-            .any(|command| {
-                (*command).subtype == AlterTableType::AT_DetachPartition
-                    && (*(*command).def.cast::<pg_sys::PartitionCmd>()).concurrent
-            })
-    }
-}
-
-/// Whether a statement is about what is this server's, or this session's, own.
-///
-/// # Safety
-/// `node` is a parsed statement of this tag.
-unsafe fn stays(node: *mut pg_sys::Node, tag: NodeTag) -> bool {
-    // SAFETY: a node's tag says what it is; names of extensions are strings.
-    unsafe {
-        let of_terrace = match tag {
-            NodeTag::T_CreateExtensionStmt => {
-                is_terrace((*node.cast::<pg_sys::CreateExtensionStmt>()).extname)
-            }
-            NodeTag::T_AlterExtensionStmt => {
-                is_terrace((*node.cast::<pg_sys::AlterExtensionStmt>()).extname)
-            }
-            NodeTag::T_DropStmt => {
-                let drop = &*node.cast::<pg_sys::DropStmt>();
-                drop.removeType == ObjectType::OBJECT_EXTENSION
-                    && elements::<pg_sys::String>(drop.objects)
-                        .into_iter()
-                        .any(|name| is_terrace((*name).sval))
-            }
-            _ => false,
-        };
-        let own = kind(node, tag).is_some_and(|kind| OF_ITS_OWN.contains(&kind));
-        of_terrace
-            || own
-            || relations(node, tag)
-                .into_iter()
-                .any(|name| is_temporary(name))
-    }
-}
-
-/// Of what kind the object is that a statement names, where the statement says so.
-///
-/// # Safety
-/// `node` is a parsed statement of this tag.
-unsafe fn kind(node: *mut pg_sys::Node, tag: NodeTag) -> Option<ObjectType::Type> {
-    // SAFETY: a node's tag says what it is.
-    Some(unsafe {
-        match tag {
-            NodeTag::T_AlterTableStmt => (*node.cast::<pg_sys::AlterTableStmt>()).objtype,
-            NodeTag::T_RenameStmt => (*node.cast::<pg_sys::RenameStmt>()).renameType,
-            NodeTag::T_AlterObjectSchemaStmt => {
-                (*node.cast::<pg_sys::AlterObjectSchemaStmt>()).objectType
-            }
-            NodeTag::T_AlterOwnerStmt => (*node.cast::<pg_sys::AlterOwnerStmt>()).objectType,
-            NodeTag::T_CommentStmt => (*node.cast::<pg_sys::CommentStmt>()).objtype,
-            NodeTag::T_DropStmt => (*node.cast::<pg_sys::DropStmt>()).removeType,
-            _ => return None,
+/// The settings by which this session's statements are read, as members of a JSON object.
+fn settings() -> String {
+    let mut members = String::new();
+    for name in SETTINGS {
+        // SAFETY: the settings are PostgreSQL's own, so each has a value; it is copied.
+        let value = unsafe { statement::text(pg_sys::GetConfigOption(name.as_ptr(), true, false)) };
+        if !members.is_empty() {
+            members.push(',');
         }
-    })
-}
-
-/// The relations that a statement makes or changes.
-///
-/// # Safety
-/// `node` is a parsed statement of this tag.
-unsafe fn relations(node: *mut pg_sys::Node, tag: NodeTag) -> Vec<*mut pg_sys::RangeVar> {
-    use ObjectType::*;
-    // SAFETY: a node's tag says what it is; names of relations are lists of strings.
-    unsafe {
-        let relation = match tag {
-            NodeTag::T_CreateStmt => (*node.cast::<pg_sys::CreateStmt>()).relation,
-            NodeTag::T_CreateTableAsStmt => (*(*node.cast::<pg_sys::CreateTableAsStmt>()).into).rel,
-            NodeTag::T_ViewStmt => (*node.cast::<pg_sys::ViewStmt>()).view,
-            NodeTag::T_CreateSeqStmt => (*node.cast::<pg_sys::CreateSeqStmt>()).sequence,
-            NodeTag::T_AlterSeqStmt => (*node.cast::<pg_sys::AlterSeqStmt>()).sequence,
-            NodeTag::T_AlterTableStmt => (*node.cast::<pg_sys::AlterTableStmt>()).relation,
-            NodeTag::T_IndexStmt => (*node.cast::<pg_sys::IndexStmt>()).relation,
-            NodeTag::T_CreateTrigStmt => (*node.cast::<pg_sys::CreateTrigStmt>()).relation,
-            NodeTag::T_RuleStmt => (*node.cast::<pg_sys::RuleStmt>()).relation,
-            NodeTag::T_RenameStmt => (*node.cast::<pg_sys::RenameStmt>()).relation,
-            NodeTag::T_AlterObjectSchemaStmt => {
-                (*node.cast::<pg_sys::AlterObjectSchemaStmt>()).relation
-            }
-            NodeTag::T_DropStmt => {
-                let drop = &*node.cast::<pg_sys::DropStmt>();
-                return match drop.removeType {
-                    OBJECT_TABLE | OBJECT_VIEW | OBJECT_MATVIEW | OBJECT_INDEX
-                    | OBJECT_SEQUENCE => elements::<pg_sys::List>(drop.objects)
-                        .into_iter()
-                        .map(|names| pg_sys::makeRangeVarFromNameList(names))
-                        .collect(),
-                    _ => Vec::new(),
-                };
-            }
-            _ => return Vec::new(),
-        };
-        if relation.is_null() {
-            return Vec::new();
-        }
-        vec![relation]
+        put_json(&mut members, &name.to_string_lossy());
+        members.push(':');
+        put_json(&mut members, &value);
     }
+    members
 }
 
-/// Whether a statement only changes relations that are not synchronised, which servers
-/// below need not have.
-///
-/// # Safety
-/// `node` is a parsed statement of this tag.
-unsafe fn is_optional(node: *mut pg_sys::Node, tag: NodeTag) -> bool {
-    // SAFETY: as said.
-    let found: Vec<pg_sys::Oid> = unsafe { relations(node, tag) }
-        .into_iter()
-        // SAFETY: a name from the parser.
-        .map(|name| unsafe { look_up(name) })
-        .collect();
-    !found.is_empty()
-        && found
-            .into_iter()
-            .all(|relation| relation != pg_sys::InvalidOid && !is_listed(relation))
-}
-
-fn is_listed(relation: pg_sys::Oid) -> bool {
-    let listed = || {
-        Spi::connect(|client| {
-            let sql = "SELECT terrace.setting_of($1) IS NOT NULL";
-            let rows = client.select(sql, Some(1), &[relation.into()])?;
-            rows.first().get_one::<bool>()
-        })
+/// Before the statement runs; gives what [`end`] takes.
+fn begin(ddl: Ddl) -> c_int {
+    if ddl.when == When::Before {
+        ddl.tell();
+    }
+    let level = match ddl.when {
+        When::Outside => OUTSIDE,
+        _ => ddl_off(),
     };
-    as_owner(listed).is_ok_and(|listed| listed == Some(true))
+    UNDER_WAY.set(Some(ddl));
+    level
 }
 
-/// # Safety
-/// A list of pointers to `T`, or null.
-unsafe fn elements<T>(list: *const pg_sys::List) -> Vec<*mut T> {
-    // SAFETY: a list has as many cells as it says.
-    unsafe {
-        list.as_ref().map_or_else(Vec::new, |list| {
-            std::slice::from_raw_parts(list.elements, list.length as usize)
-                .iter()
-                .map(|cell| cell.ptr_value.cast())
-                .collect()
-        })
+/// When it has run.
+fn end(level: c_int) {
+    if level != OUTSIDE {
+        // SAFETY: the level that `begin` began.
+        unsafe { pg_sys::AtEOXact_GUC(false, level) };
+    }
+    let Some(ddl) = UNDER_WAY.take() else {
+        return;
+    };
+    let late = match ddl.when {
+        When::Outside => true,
+        // SAFETY: the statement is being run, so its name is there.
+        When::After(made) => !unsafe { statement::is_temporary(made) },
+        When::Before | When::Made => false,
+    };
+    if late {
+        ddl.tell();
+    }
+    if let Some(table) = ddl.refill {
+        let refilled =
+            as_owner(|| Spi::run_with_args("SELECT terrace.refill($1)", &[table.into()]));
+        if let Err(error) = refilled {
+            pgrx::error!("terrace: {error}");
+        }
     }
 }
 
-/// # Safety
-/// A string of the parser, or null.
-unsafe fn is_terrace(name: *const c_char) -> bool {
-    // SAFETY: as said.
-    !name.is_null() && unsafe { CStr::from_ptr(name) } == c"terrace"
-}
-
-/// The relation of this name, if there is one.
-///
-/// # Safety
-/// A name from the parser.
-unsafe fn look_up(name: *const pg_sys::RangeVar) -> pg_sys::Oid {
-    let missing = pg_sys::RVROption::RVR_MISSING_OK;
-    let lock = pg_sys::NoLock as c_int;
-    // SAFETY: as said; a look-up that takes no lock may find nothing.
-    unsafe { pg_sys::RangeVarGetRelidExtended(name, lock, missing, None, std::ptr::null_mut()) }
-}
-
-/// # Safety
-/// A name from the parser.
-unsafe fn is_temporary(name: *const pg_sys::RangeVar) -> bool {
-    const TEMPORARY: c_char = b't' as c_char;
-    // SAFETY: as said.
-    unsafe {
-        let found = look_up(name);
-        (*name).relpersistence == TEMPORARY
-            || found != pg_sys::InvalidOid && pg_sys::get_rel_persistence(found) == TEMPORARY
+/// Of the statement under way that makes a table from a query: tells what came of it. Called
+/// when the table is there and nothing is in the stream that is about it.
+#[pg_extern]
+fn tell_made(definition: &str) {
+    let ddl = UNDER_WAY.take();
+    if let Some(mut ddl) = ddl.filter(|ddl| ddl.when == When::Made) {
+        ddl.sql = definition.to_owned();
+        ddl.tell();
     }
 }
 
@@ -617,8 +447,8 @@ unsafe extern "C-unwind" fn on_utility(
 
 /// What [`before`] gives for a statement that does not travel …
 const NOT_TOLD: c_int = -1;
-/// … and for one that is told when it is done; else it is a nesting level.
-const LATE: c_int = 0;
+/// … and for one that ends its transaction; else it is a nesting level.
+const OUTSIDE: c_int = 0;
 
 #[pg_guard]
 unsafe extern "C-unwind" fn before(
@@ -631,32 +461,17 @@ unsafe extern "C-unwind" fn before(
     let ddl = unsafe {
         let node = (*statement).utilityStmt;
         guard::check_utility(node);
-        if !is_wanted(context) || !TRAVELS.contains(&(*node).type_) || !is_top() {
+        if !is_wanted(context) || !statement::TRAVELS.contains(&(*node).type_) || !is_top() {
             return NOT_TOLD;
         }
         Ddl::of(node, own_text(&*statement, text))
     };
-    match ddl {
-        None => NOT_TOLD,
-        Some(ddl) if ddl.outside => {
-            LATER.set(Some(ddl));
-            LATE
-        }
-        Some(ddl) => {
-            ddl.tell();
-            ddl_off()
-        }
-    }
+    ddl.map_or(NOT_TOLD, begin)
 }
 
 #[pg_guard]
 unsafe extern "C-unwind" fn after(told: c_int) {
-    if told != LATE {
-        // SAFETY: the level that `before` began.
-        unsafe { pg_sys::AtEOXact_GUC(false, told) };
-    } else if let Some(ddl) = LATER.take() {
-        ddl.tell();
-    }
+    end(told);
 }
 
 /// The part of a query's text that is this statement.

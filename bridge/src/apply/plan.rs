@@ -206,6 +206,11 @@ impl Planner {
         self.routing_changed
     }
 
+    /// The routing may have changed since the last reload.
+    pub fn note_routing(&mut self) {
+        self.routing_changed = true;
+    }
+
     /// Reads which tables this domain does not get.
     pub async fn reload_routing(&mut self, client: &mut Client) -> anyhow::Result<()> {
         let rows = client

@@ -26,8 +26,6 @@ const ROWS_PREFIX: &str = "terrace.rows";
 /// In the tag of a transaction that goes by itself. Inside a JSON string the quotes would
 /// be escaped.
 const ALONE: &[u8] = b"\"alone\":true";
-/// SQLSTATEs of a statement about what is not here.
-const MISSING: [&str; 4] = ["42P01", "42704", "42883", "3F000"];
 /// So much of a statement is shown when it fails.
 const SHOWN: usize = 300;
 
@@ -50,7 +48,7 @@ pub struct Ddl {
     outside: bool,
     #[serde(default)]
     index: Option<String>,
-    optional: bool,
+    about: Vec<(String, String)>,
 }
 
 /// Content of a `terrace.rows` message (`pg_ext/src/fill.rs`), but for the rows.
@@ -60,6 +58,8 @@ pub struct Rows {
     columns: Vec<String>,
     /// Condition of the rows that make way first.
     clear: Option<String>,
+    /// For these alone.
+    domains: Option<Vec<String>>,
     #[serde(skip)]
     message: Bytes,
 }
@@ -97,12 +97,24 @@ impl Seals {
     }
 
     /// The order in a message. One that nothing announces is nobody's.
-    pub fn open(&self, prefix: &str, content: Bytes) -> anyhow::Result<Option<SealedOrder>> {
+    pub fn open(&mut self, prefix: &str, content: Bytes) -> anyhow::Result<Option<SealedOrder>> {
         if prefix != DDL_PREFIX && prefix != ROWS_PREFIX {
             return Ok(None);
         }
-        let digest = Sha256::digest(&content);
-        if !self.digests.iter().any(|known| known[..] == digest[..]) {
+        let digest = Sha256::new()
+            .chain_update(prefix)
+            .chain_update(b"\n")
+            .chain_update(&content)
+            .finalize();
+        let announced = self
+            .digests
+            .iter()
+            .position(|known| known[..] == digest[..]);
+        // Each seal is for one message.
+        if announced
+            .map(|place| self.digests.swap_remove(place))
+            .is_none()
+        {
             tracing::warn!("a message {prefix} that is not the extension's is left out");
             return Ok(None);
         }
@@ -149,6 +161,10 @@ impl Session<'_> {
     }
 
     async fn run_ddl(&mut self, ddl: &Ddl) -> anyhow::Result<()> {
+        if self.is_foreign(ddl).await? {
+            tracing::info!("left out, as nothing here is changed by it: {}", ddl.sql);
+            return Ok(());
+        }
         let known = self
             .client
             .query(
@@ -177,18 +193,17 @@ impl Session<'_> {
                 )
                 .await?;
         }
-        if role {
-            let role = quote_ident(&ddl.role);
-            let scope = if ddl.outside { "" } else { "LOCAL " };
-            self.client
-                .simple(&format!("SET {scope}ROLE {role}"))
-                .await?;
+        match (ddl.outside, role) {
+            (true, role) => self.run_outside(ddl, role).await?,
+            (false, true) => {
+                let sql = "SELECT terrace.run_as($1, $2)";
+                self.client
+                    .query(sql, &[Some(&ddl.role), Some(&ddl.sql)])
+                    .await?;
+            }
+            (false, false) => drop(self.client.simple(&ddl.sql).await?),
         }
-        match ddl.outside {
-            true => self.run_outside(ddl).await?,
-            false => self.run_inside(ddl).await?,
-        }
-        let mut reset = String::from("RESET ROLE; RESET check_function_bodies");
+        let mut reset = String::from("RESET check_function_bodies");
         for name in ddl.settings.keys() {
             reset.push_str(&format!("; RESET {}", quote_ident(name)));
         }
@@ -199,27 +214,34 @@ impl Session<'_> {
         Ok(())
     }
 
-    async fn run_inside(&mut self, ddl: &Ddl) -> anyhow::Result<()> {
-        self.client.simple("SAVEPOINT ddl").await?;
-        let Err(error) = self.client.simple(&ddl.sql).await else {
-            self.client.simple("RELEASE ddl").await?;
-            return Ok(());
-        };
-        let missing = error.code().is_some_and(|code| MISSING.contains(&code));
-        if !ddl.optional || !missing {
-            return Err(error.into());
+    /// Whether all that a statement changes is missing here, and nothing of it is to be here.
+    async fn is_foreign(&mut self, ddl: &Ddl) -> anyhow::Result<bool> {
+        for (namespace, name) in &ddl.about {
+            let rows = self
+                .client
+                .query(
+                    "SELECT pg_catalog.to_regclass(pg_catalog.format('%I.%I', $1::text, $2::text)) IS NULL \
+                       AND NOT EXISTS (SELECT FROM terrace.sync_table s \
+                           WHERE s.nspname = $1 AND s.relname = $2 \
+                             AND (s.domains IS NULL OR $3 = ANY (s.domains)))",
+                    &[
+                        Some(namespace),
+                        Some(name),
+                        Some(&self.shared.config.node.domain),
+                    ],
+                )
+                .await?;
+            if rows.first().and_then(|row| row.first()?.as_deref()) != Some("t") {
+                return Ok(false);
+            }
         }
-        self.client.simple("ROLLBACK TO ddl; RELEASE ddl").await?;
-        tracing::info!(
-            "left out, as nothing here is changed by it: {}: {error}",
-            ddl.sql
-        );
-        Ok(())
+        Ok(!ddl.about.is_empty())
     }
 
     /// What cannot run inside a transaction may have run already, in whole or in part, when
-    /// the bridge was killed before it was noted.
-    async fn run_outside(&mut self, ddl: &Ddl) -> anyhow::Result<()> {
+    /// the bridge was killed before it was noted. None of these runs code of the role's, but
+    /// for that of indexes, from which PostgreSQL takes the way back to this session's role.
+    async fn run_outside(&mut self, ddl: &Ddl, role: bool) -> anyhow::Result<()> {
         if let Some(index) = &ddl.index {
             let rows = self
                 .client
@@ -239,7 +261,13 @@ impl Session<'_> {
                 _ => {}
             }
         }
-        match self.client.simple(&ddl.sql).await {
+        if role {
+            let set = format!("SET ROLE {}", quote_ident(&ddl.role));
+            self.client.simple(&set).await?;
+        }
+        let ran = self.client.simple(&ddl.sql).await;
+        self.client.simple("RESET ROLE").await?;
+        match ran {
             // Dropped already.
             Err(error) if ddl.index.is_none() && error.code() == Some("42704") => Ok(()),
             ran => Ok(ran.map(drop)?),
@@ -248,6 +276,19 @@ impl Session<'_> {
 
     async fn take_rows(&mut self, rows: &Rows) -> anyhow::Result<()> {
         let (namespace, name) = &rows.table;
+        let domain = &self.shared.config.node.domain;
+        if rows
+            .domains
+            .as_ref()
+            .is_some_and(|domains| !domains.contains(domain))
+        {
+            return Ok(());
+        }
+        if self.planner.routing_changed() {
+            // By this very transaction, and maybe again before it ends.
+            self.planner.reload_routing(&mut self.client).await?;
+            self.planner.note_routing();
+        }
         if !self.planner.is_routed(namespace, name) {
             return Ok(());
         }
@@ -256,9 +297,10 @@ impl Session<'_> {
             .client
             .query(
                 "SELECT a.attname, pg_catalog.format_type(a.atttypid, -1), c.relkind = 'r' \
-                 FROM pg_catalog.pg_attribute a \
-                 JOIN pg_catalog.pg_class c ON c.oid = a.attrelid \
-                 WHERE c.oid = pg_catalog.to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped",
+                 FROM pg_catalog.pg_class c \
+                 LEFT JOIN pg_catalog.pg_attribute a \
+                   ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped \
+                 WHERE c.oid = pg_catalog.to_regclass($1)",
                 &[Some(&table)],
             )
             .await?;
@@ -290,9 +332,12 @@ impl Session<'_> {
             values.push(format!("(r ->> {place})::{kind}"));
         }
         let sql = format!(
-            "INSERT INTO {table} ({}) OVERRIDING SYSTEM VALUE SELECT {} \
+            "INSERT INTO {table}{} SELECT {} \
              FROM pg_catalog.json_array_elements($1::pg_catalog.json -> 'rows') r",
-            names.join(", "),
+            match names.is_empty() {
+                true => String::new(),
+                false => format!(" ({}) OVERRIDING SYSTEM VALUE", names.join(", ")),
+            },
             values.join(", ")
         );
         let message = std::str::from_utf8(&rows.message)?;
@@ -360,12 +405,16 @@ mod tests {
 
     #[test]
     fn only_what_is_announced_is_obeyed() {
-        let content =
-            Bytes::from_static(br#"{"table":["s","t"],"columns":["a"],"clear":null,"rows":[]}"#);
+        let content = Bytes::from_static(
+            br#"{"table":["s","t"],"columns":["a"],"clear":null,"domains":null,"rows":[]}"#,
+        );
         let mut seals = Seals::default();
         assert!(seals.open(ROWS_PREFIX, content.clone()).unwrap().is_none());
-        seals.digests.push(Sha256::digest(&content).to_vec());
+        let sealed = [ROWS_PREFIX.as_bytes(), b"\n", &content[..]].concat();
+        seals.digests.push(Sha256::digest(&sealed).to_vec());
+        assert!(seals.open(DDL_PREFIX, content.clone()).unwrap().is_none());
         assert!(seals.open(ROWS_PREFIX, content.clone()).unwrap().is_some());
+        assert!(seals.open(ROWS_PREFIX, content.clone()).unwrap().is_none());
         assert!(seals.open("other", content.clone()).unwrap().is_none());
         assert!(
             seals

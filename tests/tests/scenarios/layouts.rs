@@ -252,6 +252,7 @@ fn names_are_quoted_and_long() {
          CREATE TABLE {schema}.{odd} PARTITION OF {schema}.{other} DEFAULT;
          CREATE INDEX ON {schema}.{table} ({column});
          SELECT terrace.add_schema({name});
+         SELECT terrace.remove_schema({name});
          CREATE TABLE {schema}.{apart} ({key} int)",
         name = quote_literal(&names[0])
     );

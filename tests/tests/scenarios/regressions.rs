@@ -185,7 +185,7 @@ fn a_local_update_in_flight_hides_no_row() {
     let server = &tree.nodes[0].server;
     let mut local = server.connect();
     local
-        .batch_execute("BEGIN; UPDATE t SET v = 'local'")
+        .batch_execute("SET session_replication_role = replica; BEGIN; UPDATE t SET v = 'local'")
         .expect("update");
     tree.top
         .sql("UPDATE t SET v = 'new' WHERE id < 3; DELETE FROM t WHERE id = 3");

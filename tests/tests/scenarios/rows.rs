@@ -86,7 +86,42 @@ fn a_table_with_rows_is_added_while_data_flows() {
             node.server.rows(&format!("{listed} ORDER BY id")) == wanted
         });
     }
+    // The list follows a column that is renamed, and keeps one from going.
+    let mut client = tree.top.connect();
+    let rename = "SELECT terrace.replicate_ddl('ALTER TABLE stock RENAME COLUMN place TO spot')";
+    client.batch_execute(rename).expect("rename");
+    tree.top
+        .sql("UPDATE stock SET spot = 'new' WHERE id % 7 = 0; SELECT terrace.resend('stock')");
+    let wanted = tree
+        .top
+        .rows("SELECT id, spot FROM stock WHERE id % 2 = 0 ORDER BY id");
+    for node in &tree.nodes {
+        wait_until("the renamed column is there", || {
+            node.server.rows("SELECT id, spot FROM stock ORDER BY id") == wanted
+        });
+    }
+    let refused = client.batch_execute("ALTER TABLE stock DROP COLUMN spot CASCADE");
+    let refused = explain(&refused.expect_err("it is listed"));
+    assert!(refused.contains("is synchronised by a column"), "{refused}");
+    // What is for one domain is no other's, and changes nothing of the rest of a transaction.
+    tree.top.sql("CREATE TABLE here (id int PRIMARY KEY); INSERT INTO here VALUES (1);
+                  CREATE TABLE there (id int PRIMARY KEY); INSERT INTO there VALUES (1);
+                  BEGIN; SELECT terrace.add_table('here', '{region}'); SELECT terrace.add_table('there', '{region}');
+                  SELECT terrace.resend('notes', '{region}'); INSERT INTO notes VALUES (-1, 'for all'); COMMIT");
+    for node in &tree.nodes {
+        node.server
+            .sql("CREATE TABLE here (id int PRIMARY KEY); CREATE TABLE there (id int PRIMARY KEY)");
+    }
     tree.wait_for_equal(&["notes"]);
+    for node in &tree.nodes {
+        let rows = if node.domain == "region" {
+            "1 1"
+        } else {
+            "0 0"
+        };
+        let found = "SELECT (SELECT count(*) FROM here) || ' ' || (SELECT count(*) FROM there)";
+        assert_eq!(node.server.value(found), rows, "{}", node.server.name);
+    }
     tree.all_is_well(counting);
     let conflicts = "SELECT count(*) FROM terrace.conflict";
     for node in &tree.nodes {

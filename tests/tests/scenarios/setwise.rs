@@ -143,12 +143,10 @@ fn a_table_that_is_routed_elsewhere_in_the_middle_of_a_pile_stops_there() {
     insert(0);
     route("ARRAY['other']");
     insert(100);
-    route("NULL");
-    insert(200);
     tree.start_bridges().expect("start the bridges");
     tree.wait_streaming();
     let ids = "SELECT format('%s %s', count(*), count(*) FILTER (WHERE id / 100 = 1)) FROM t";
-    for (node, expected) in tree.nodes.iter().zip(["200 0", "300 100"]) {
+    for (node, expected) in tree.nodes.iter().zip(["100 0", "200 100"]) {
         wait_until("the rows are there", || node.server.value(ids) == expected);
         let log = node.bridge.logged();
         assert!(log.contains("applied set-wise"), "it was not tried");
