@@ -266,6 +266,8 @@ fn a_master_that_wakes_makes_nobody_forget() {
     let mut tree = Tree::grow_with("[queue]\nretain_min = \"1MiB\"", WIDE, &REGION);
     let master = tree.settled_master("region");
     let [away, next] = <[String; 2]>::try_from(others(&tree, "region", &master)).expect("two");
+    // Long enough for each to have heard where the others are.
+    std::thread::sleep(Duration::from_millis(2500));
     tree.node(&away).bridge.stop();
     let place = format!("SELECT flush_lsn - '0/0' FROM terrace.lag WHERE node = '{away}'");
     let place: u64 = tree.top.value(&place).parse().expect("a position");
