@@ -90,18 +90,18 @@ fn hand_over(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A cluster to copy from. The top has one of its own, hence another system identifier.
-fn template(top: bool) -> Result<&'static Path> {
-    static TEMPLATES: [OnceLock<Result<PathBuf, String>>; 2] = [OnceLock::new(), OnceLock::new()];
-    let made = TEMPLATES[usize::from(top)]
-        .get_or_init(|| make_template(top).map_err(|error| format!("{error:#}")));
+/// A cluster to copy from, with the extension or without. The top has one of its own, hence
+/// another system identifier.
+fn template(top: bool, extension: bool) -> Result<&'static Path> {
+    type Made = OnceLock<Result<PathBuf, String>>;
+    static TEMPLATES: [Made; 4] = [const { Made::new() }; 4];
+    let made = TEMPLATES[2 * usize::from(top) + usize::from(extension)]
+        .get_or_init(|| make_template(top, extension).map_err(|error| format!("{error:#}")));
     made.as_deref().map_err(|error| anyhow::anyhow!("{error}"))
 }
 
-fn make_template(top: bool) -> Result<PathBuf> {
-    use std::io::Write;
-    let name = if top { "template-top" } else { "template" };
-    let scratch = templates()?.join(name);
+fn make_template(top: bool, extension: bool) -> Result<PathBuf> {
+    let scratch = templates()?.join(format!("top-{top}-extension-{extension}"));
     fs::create_dir(&scratch)?;
     hand_over(&scratch)?;
     let data = scratch.join("data");
@@ -119,23 +119,62 @@ fn make_template(top: bool) -> Result<PathBuf> {
         .current_dir(&scratch);
     run(initdb, "initdb")?;
     let rights = if top { "REPLICATION" } else { "SUPERUSER" };
+    // Nobody misses template0, and every server would copy it.
+    single(
+        &data,
+        "postgres",
+        &[
+            &format!("CREATE ROLE terrace LOGIN {rights} PASSWORD '{PASSWORD}'"),
+            "CREATE DATABASE app",
+            "UPDATE pg_database SET datistemplate = false WHERE datname = 'template0'",
+            "DROP DATABASE template0",
+        ],
+    )?;
+    if extension {
+        // By a server like any other: what is made without a postmaster gets the numbers of
+        // the system's own, and is not published.
+        let mut server = Server {
+            name: "template".into(),
+            port: free_port(),
+            host: None,
+            directory: scratch,
+            process: None,
+        };
+        let conf = data.join("postgresql.conf");
+        let settings = format!(
+            "\nport = {}\nlisten_addresses = ''\nunix_socket_directories = '{}'\nfsync = off\n",
+            server.port,
+            server.directory.display()
+        );
+        fs::write(&conf, fs::read_to_string(&conf)? + &settings)?;
+        server.restart()?;
+        server.sql("CREATE EXTENSION terrace");
+        if top {
+            server.sql("GRANT terrace_reader TO terrace");
+        }
+        server.stop();
+    }
+    Ok(data)
+}
+
+/// Runs statements, of one line each, on a cluster that no server runs on.
+fn single(data: &Path, database: &str, statements: &[&str]) -> Result<()> {
+    use std::io::Write;
     let mut single = command(&program("postgres"), user(), Signal::SIGTERM);
     single
         .args(["--single", "-F", "-D"])
-        .arg(&data)
-        .arg("postgres")
-        .current_dir(&scratch);
+        .arg(data)
+        .arg(database)
+        .current_dir(data);
     single
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
     let mut child = single.spawn().context("postgres --single")?;
     let mut stdin = child.stdin.take().context("postgres --single")?;
-    writeln!(
-        stdin,
-        "CREATE ROLE terrace LOGIN {rights} PASSWORD '{PASSWORD}'"
-    )?;
-    writeln!(stdin, "CREATE DATABASE app")?;
+    for statement in statements {
+        writeln!(stdin, "{statement}")?;
+    }
     drop(stdin);
     let output = child.wait_with_output()?;
     let said = String::from_utf8_lossy(&output.stderr);
@@ -143,7 +182,7 @@ fn make_template(top: bool) -> Result<PathBuf> {
         output.status.success() && !said.contains("ERROR"),
         "postgres --single: {said}"
     );
-    Ok(data)
+    Ok(())
 }
 
 /// Where the templates are, for as long as this process lives.
@@ -183,7 +222,7 @@ impl Server {
         hand_over(&directory)?;
         let mut copy = command("cp", user(), Signal::SIGTERM);
         copy.arg("-a")
-            .arg(template(options.top)?)
+            .arg(template(options.top, options.extension)?)
             .arg(directory.join("data"));
         run(copy, "copy the template cluster")?;
         let port = free_port();
@@ -221,12 +260,6 @@ impl Server {
             process: None,
         };
         server.restart()?;
-        if options.extension {
-            server.sql("CREATE EXTENSION terrace");
-            if options.top {
-                server.sql("GRANT terrace_reader TO terrace");
-            }
-        }
         Ok(server)
     }
 

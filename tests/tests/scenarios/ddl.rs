@@ -257,6 +257,24 @@ fn a_statement_that_cannot_run_below_is_shown_and_goes_on() {
     assert_eq!(tree.top.value(lag), "1", "nobody else is held up");
     tree.node("branch-1").server.sql("DROP TABLE public.clash");
     tree.wait_for_equal(&["public.clash"]);
+    // The other way out: what stands in the way is left out, also when positions that are
+    // written late come before it.
+    tree.top.sql("INSERT INTO steps VALUES (1)");
+    std::thread::sleep(Duration::from_millis(700));
+    tree.node("branch-1")
+        .server
+        .sql("CREATE TABLE public.other (b int)");
+    tree.top.sql("CREATE TABLE public.other (a int)");
+    wait_for_stall(&tree, "CREATE TABLE public.other (a int)%already exists");
+    let end = "SELECT substring(reason FROM 'ends at ([0-9A-F]+/[0-9A-F]+)') FROM terrace.lag WHERE state = 'stalled'";
+    let end = tree.top.value(end);
+    let skipped = tree
+        .node("branch-1")
+        .bridge
+        .command("skip", &["--lsn", &end]);
+    assert!(skipped.expect("run skip").status.success());
+    tree.top.sql("INSERT INTO steps VALUES (2)");
+    tree.wait_for_equal(&["steps"]);
 }
 
 // Whoever may write messages at the top must not run anything below.

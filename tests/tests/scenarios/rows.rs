@@ -3,7 +3,7 @@
 use std::process::Output;
 
 use terrace_tests::load::{Background, STEPS, count_up};
-use terrace_tests::server::explain;
+use terrace_tests::server::{explain, rows};
 use terrace_tests::{Tree, wait_until};
 
 const TREE: [(&str, Option<&str>, usize); 2] = [("region", None, 2), ("branch", Some("region"), 2)];
@@ -97,7 +97,8 @@ fn a_table_with_rows_is_added_while_data_flows() {
         .rows("SELECT id, spot FROM stock WHERE id % 2 = 0 ORDER BY id");
     for node in &tree.nodes {
         wait_until("the renamed column is there", || {
-            node.server.rows("SELECT id, spot FROM stock ORDER BY id") == wanted
+            let sql = "SELECT id, spot FROM stock ORDER BY id";
+            rows(&mut node.server.connect(), sql).is_ok_and(|found| found == wanted)
         });
     }
     let refused = client.batch_execute("ALTER TABLE stock DROP COLUMN spot CASCADE");

@@ -351,7 +351,8 @@ fn a_child_goes_to_a_server_that_is_behind_it() {
     let shown = branch.value(place);
     counting.go_on(500);
     assert_eq!(branch.value(place), shown, "nothing new is to be had there");
-    assert!(follows(&tree, "branch-1", &stale));
+    // It looks for the others now and then.
+    wait_until("it is there still", || follows(&tree, "branch-1", &stale));
     let behind = tree.node(&stale).server.value(count);
     assert!(behind.parse::<i64>().expect("n") < had + 400, "{behind}");
     // It sees the top again, whose slot is beyond it: it does not lead with a hole.
