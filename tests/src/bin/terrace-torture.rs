@@ -209,11 +209,15 @@ fn cause(tree: &mut Tree, fault: &Fault) -> Result<()> {
         Fault::Disk(name) => {
             let node = tree.node(name);
             node.bridge.kill9();
-            std::fs::remove_dir_all(node.bridge.directory().join("data"))
-                .context("remove the queue")?;
+            let queue = node.bridge.directory().join("data");
+            // It may be gone from the last time still.
+            if queue.exists() {
+                std::fs::remove_dir_all(queue).context("remove the queue")?;
+            }
             let tables = TABLES.join(", ");
             node.server.sql(&format!(
-                "TRUNCATE {tables}, terrace.progress, terrace.status"
+                "SET session_replication_role = replica; \
+                 TRUNCATE {tables}, terrace.progress, terrace.status"
             ));
         }
     }
