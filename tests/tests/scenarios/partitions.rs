@@ -111,13 +111,13 @@ fn a_master_is_cut_off_this_way_and_that() {
     all_is_well(&tree, counting);
 }
 
-/// Another one leads, new rows arrive below, and after the healing it still leads.
+/// Another one leads and new rows arrive below; who leads after the healing, which on a busy
+/// machine may be a third one: the promotions are counted.
 fn replaced(tree: &Tree, old: &str) -> String {
-    let new = tree.successor("region", old);
+    tree.successor("region", old);
     tree.rows_arrive("branch-1", SOON);
     network(tree).heal();
-    assert_eq!(tree.settled_master("region"), new, "{old} is a slave");
-    new
+    tree.settled_master("region")
 }
 
 /// Name of the server that branch-1 follows.
