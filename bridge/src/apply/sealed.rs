@@ -182,17 +182,12 @@ impl Session<'_> {
         if ddl.outside {
             // The transaction holds nothing else.
             self.client.simple("ROLLBACK").await?;
+            if self.is_made(ddl).await? {
+                self.client.simple("BEGIN").await?;
+                return Ok(());
+            }
         }
-        let local = if ddl.outside { "false" } else { "true" };
-        let bodies = ("check_function_bodies".to_owned(), "off".to_owned());
-        for (name, value) in ddl.settings.iter().chain([(&bodies.0, &bodies.1)]) {
-            self.client
-                .query(
-                    "SELECT pg_catalog.set_config($1, $2, $3::bool)",
-                    &[Some(name), Some(value), Some(local)],
-                )
-                .await?;
-        }
+        self.set_for(ddl).await?;
         match (ddl.outside, role) {
             (true, role) => self.run_outside(ddl, role).await?,
             (false, true) => {
@@ -211,6 +206,24 @@ impl Session<'_> {
         if ddl.outside {
             self.client.simple("BEGIN").await?;
         }
+        Ok(())
+    }
+
+    /// The settings by which a statement is read. From here to their end the search path is
+    /// the role's: this session names nothing but what PostgreSQL or the extension has in a
+    /// schema that it says, and no operator.
+    async fn set_for(&mut self, ddl: &Ddl) -> anyhow::Result<()> {
+        let mut settings = ddl.settings.clone();
+        settings.insert("check_function_bodies".into(), "off".into());
+        let settings = serde_json::to_string(&settings)?;
+        let local = if ddl.outside { "false" } else { "true" };
+        self.client
+            .query(
+                "SELECT pg_catalog.set_config(key, value, $2::pg_catalog.bool) \
+                 FROM pg_catalog.json_each_text($1::pg_catalog.json)",
+                &[Some(&settings), Some(local)],
+            )
+            .await?;
         Ok(())
     }
 
@@ -238,29 +251,32 @@ impl Session<'_> {
         Ok(!ddl.about.is_empty())
     }
 
-    /// What cannot run inside a transaction may have run already, in whole or in part, when
-    /// the bridge was killed before it was noted. None of these runs code of the role's, but
-    /// for that of indexes, from which PostgreSQL takes the way back to this session's role.
-    async fn run_outside(&mut self, ddl: &Ddl, role: bool) -> anyhow::Result<()> {
-        if let Some(index) = &ddl.index {
-            let rows = self
-                .client
-                .query(
-                    "SELECT i.indisvalid, i.indexrelid::pg_catalog.regclass::text \
-                     FROM pg_catalog.pg_index i \
-                     WHERE i.indexrelid = pg_catalog.to_regclass($1)",
-                    &[Some(index)],
-                )
-                .await?;
-            match rows.first().map(Vec::as_slice) {
-                Some([Some(valid), _]) if valid == "t" => return Ok(()),
-                Some([_, Some(left)]) => {
-                    let drop = format!("DROP INDEX {left}");
-                    self.client.simple(&drop).await?;
-                }
-                _ => {}
-            }
+    /// Whether the index is there that a statement is to make outside of a transaction: it may
+    /// have run already, in whole or in part, when the bridge was killed before it was noted.
+    /// What a part of it left behind is dropped.
+    async fn is_made(&mut self, ddl: &Ddl) -> anyhow::Result<bool> {
+        let Some(index) = &ddl.index else {
+            return Ok(false);
+        };
+        let rows = self
+            .client
+            .query(
+                "SELECT i.indisvalid FROM pg_catalog.pg_index i \
+                 WHERE i.indexrelid = pg_catalog.to_regclass($1)",
+                &[Some(index)],
+            )
+            .await?;
+        match rows.first().and_then(|row| row.first()?.as_deref()) {
+            Some("t") => return Ok(true),
+            Some(_) => drop(self.client.simple(&format!("DROP INDEX {index}")).await?),
+            None => {}
         }
+        Ok(false)
+    }
+
+    /// None of these runs code of the role's, but for that of indexes, from which PostgreSQL
+    /// takes the way back to this session's role.
+    async fn run_outside(&mut self, ddl: &Ddl, role: bool) -> anyhow::Result<()> {
         if role {
             let set = format!("SET ROLE {}", quote_ident(&ddl.role));
             self.client.simple(&set).await?;

@@ -215,9 +215,23 @@ fn ddl_runs_as_the_role_that_ran_it() {
         CREATE CAST (app.odd AS text) WITH FUNCTION app.to_text(app.odd);
         CREATE TABLE app.made AS SELECT 1 AS id, row(1)::app.odd AS o;
         ALTER TABLE app.made ADD COLUMN c int DEFAULT app.rise();
-        CREATE VIEW pg_temp.pg_am AS SELECT app.rise();";
+        CREATE VIEW pg_temp.pg_am AS SELECT app.rise();
+        CREATE FUNCTION app.rises(text) RETURNS bool LANGUAGE sql AS 'SELECT app.rise() = 1';
+        CREATE DOMAIN app.bool AS text CHECK (app.rises(value));
+        CREATE FUNCTION app.same(oid, regclass) RETURNS pg_catalog.bool LANGUAGE sql AS 'SELECT app.rise() = 1';
+        CREATE OPERATOR app.= (FUNCTION = app.same, LEFTARG = oid, RIGHTARG = regclass);
+        SET search_path = app, pg_catalog; CREATE TABLE app.last (id int);
+        RESET search_path;";
+    let index = "CREATE INDEX CONCURRENTLY by_id ON app.last (id)";
     tree.top.sql("SELECT terrace.add_schema('app')");
     client.batch_execute(code).expect("try to rise");
+    for statement in [
+        "SET search_path = app, pg_catalog",
+        index,
+        "RESET search_path",
+    ] {
+        client.batch_execute(statement).expect("try to rise");
+    }
     wait_for_catalog(&tree);
     tree.wait_for_equal(&["app.made"]);
     let risen = "SELECT rolsuper FROM pg_roles WHERE rolname = 'maker'";
