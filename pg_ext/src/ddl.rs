@@ -16,7 +16,7 @@
 mod statement;
 
 use std::cell::{Cell, RefCell};
-use std::ffi::{CStr, CString, c_char, c_int};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 
 use pgrx::guc::{GucContext, GucFlags, GucRegistry, GucSetting};
 use pgrx::pg_sys::panic::ErrorReport;
@@ -44,8 +44,7 @@ thread_local! {
     static NEXT: Cell<pg_sys::ProcessUtility_hook_type> = const { Cell::new(None) };
     /// The hook has seen a statement of this session.
     static SEEING: Cell<bool> = const { Cell::new(false) };
-    /// The statement that travels and is being run; a left-over of one that failed is
-    /// replaced by the next one.
+    /// The statement that travels and is being run; see [`forget`].
     static UNDER_WAY: RefCell<Option<Ddl>> = const { RefCell::new(None) };
 }
 
@@ -60,11 +59,35 @@ pub fn init() {
         GucFlags::default(),
     );
     // SAFETY: hooks are of this process, which runs one session in one thread; one that
-    // was there before is called by ours.
+    // was there before is called by ours. The callback lives as long as the library.
     unsafe {
+        pg_sys::RegisterSubXactCallback(Some(on_part_end), std::ptr::null_mut());
         NEXT.set(pg_sys::ProcessUtility_hook);
         pg_sys::ProcessUtility_hook = Some(on_utility);
     }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn on_part_end(
+    event: pg_sys::SubXactEvent::Type,
+    part: pg_sys::SubTransactionId,
+    _parent: pg_sys::SubTransactionId,
+    _arg: *mut c_void,
+) {
+    if event == pg_sys::SubXactEvent::SUBXACT_EVENT_ABORT_SUB {
+        forget(part);
+    }
+}
+
+/// `TopSubTransactionId` of `c.h`: the number of the whole transaction.
+pub const WHOLE: pg_sys::SubTransactionId = 1;
+
+/// A part of the transaction is rolled back, and with it a statement that began in it: parts
+/// within have higher numbers, and one of those may fail while the statement goes on.
+pub fn forget(part: pg_sys::SubTransactionId) {
+    UNDER_WAY.with_borrow_mut(|ddl| {
+        ddl.take_if(|ddl| ddl.part >= part);
+    });
 }
 
 fn raise(code: PgSqlErrorCode, message: String, hint: &'static str) {
@@ -202,6 +225,8 @@ struct Ddl {
     about: Vec<statement::Name>,
     /// What is in this table then is told too.
     refill: Option<pg_sys::Oid>,
+    /// The part of the transaction that it runs in.
+    part: pg_sys::SubTransactionId,
 }
 
 impl Ddl {
@@ -235,6 +260,7 @@ impl Ddl {
                 index: None,
                 about: statement::about(node, tag),
                 refill: None,
+                part: pg_sys::GetCurrentSubTransactionId(),
             };
             match tag {
                 NodeTag::T_CreateTableAsStmt => {

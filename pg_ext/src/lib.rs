@@ -147,6 +147,9 @@ unsafe extern "C-unwind" fn on_transaction_end(event: pg_sys::XactEvent::Type, _
         | pg_sys::XactEvent::XACT_EVENT_PREPARE => {
             ARMED.take();
             ALONE.take();
+            if event == pg_sys::XactEvent::XACT_EVENT_ABORT {
+                ddl::forget(ddl::WHOLE);
+            }
         }
         _ => {}
     }

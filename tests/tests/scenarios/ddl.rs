@@ -378,6 +378,34 @@ fn wrong_statements_are_refused() {
         let said = refused(sql);
         assert!(said.contains(reason), "{sql}: {said}");
     }
+    // What has failed is not told when the next one, which is not to be told, is made.
+    let mut client = tree.top.connect();
+    for failing in [
+        "CREATE TABLE broken AS SELECT 1 / n AS n FROM (VALUES (0)) v (n)",
+        "DO $$ BEGIN BEGIN CREATE TABLE broken AS SELECT 1 / n AS n FROM (VALUES (0)) v (n);
+         EXCEPTION WHEN OTHERS THEN NULL; END; SET LOCAL terrace.ddl = off;
+         CREATE TABLE apart_too AS SELECT 1 AS a; END $$",
+    ] {
+        client.batch_execute(failing).ok();
+    }
+    client
+        .batch_execute("SET terrace.ddl = off; CREATE TABLE apart AS SELECT 1 AS a")
+        .expect("make a table that stays");
+    // One that succeeds though a part of it fails is told.
+    client
+        .batch_execute(
+            "SET terrace.ddl = on; CREATE FUNCTION tries() RETURNS int LANGUAGE plpgsql AS
+             'BEGIN BEGIN PERFORM 1 / 0; EXCEPTION WHEN OTHERS THEN NULL; END; RETURN 1; END';
+             CREATE TABLE tried AS SELECT tries() AS a",
+        )
+        .expect("make a table");
+    for node in &tree.nodes {
+        wait_until("what was told is there", || {
+            node.server.value("SELECT to_regclass('tried') IS NOT NULL") == "t"
+        });
+        let apart = "SELECT coalesce(to_regclass('apart'), to_regclass('apart_too')) IS NULL";
+        assert_eq!(node.server.value(apart), "t", "{}", node.server.name);
+    }
     let below: &Server = &tree.nodes[0].server;
     let said = below
         .connect()
