@@ -23,7 +23,7 @@ mod sequences;
 mod setwise;
 mod skip;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -68,10 +68,15 @@ pub async fn run(
     cancel: CancellationToken,
 ) -> anyhow::Result<()> {
     let mut pause = Duration::from_millis(100);
+    let mut thorough = true;
     loop {
         let started = *shared.replayed.borrow();
         let session = async {
             let mut session = Session::open(&shared, &queue).await?;
+            // It may read whole tables, so not again with each attempt.
+            session
+                .advance_sequences(std::mem::take(&mut thorough))
+                .await?;
             session.run().await
         };
         let error: anyhow::Error = tokio::select! {
@@ -128,7 +133,7 @@ struct Batch {
     end: Lsn,
     last: Option<CommitInfo>,
     /// The last transaction of each label.
-    labelled: Vec<CommitInfo>,
+    labelled: BTreeMap<String, CommitInfo>,
     /// Rows that were not there to be deleted, by table.
     missing_deletes: Vec<(String, u64)>,
     notified: std::collections::HashSet<Bytes>,
@@ -138,10 +143,11 @@ impl Batch {
     /// Counts a transaction in that is read to its end.
     fn take_in(&mut self, commit: &Record) -> anyhow::Result<()> {
         let info = commit.commit().context("commit record")?;
-        if has_label(&info.tag) {
-            let label = Tag::of(&info).label;
-            self.labelled.retain(|known| Tag::of(known).label != label);
-            self.labelled.push(info.clone());
+        // Most have none, and need not be parsed to see that.
+        if info.tag_says(b"\"label\":")
+            && let Some(label) = Tag::of(&info).label
+        {
+            self.labelled.insert(label, info.clone());
         }
         self.transactions += 1;
         self.end = commit.lsn;
@@ -162,12 +168,6 @@ impl Tag {
     fn of(info: &CommitInfo) -> Tag {
         serde_json::from_slice(&info.tag).unwrap_or_default()
     }
-}
-
-/// Inside a JSON string the quotes would be escaped.
-fn has_label(tag: &[u8]) -> bool {
-    const LABEL: &[u8] = b"\"label\":";
-    tag.windows(LABEL.len()).any(|window| window == LABEL)
 }
 
 struct Session<'a> {
@@ -255,7 +255,6 @@ impl<'a> Session<'a> {
     }
 
     async fn run(&mut self) -> anyhow::Result<Never> {
-        self.advance_sequences(true).await?;
         loop {
             if self.sequences.1 && self.sequences.0.elapsed() > sequences::UNDER_LOAD {
                 self.advance_sequences(false).await?;
@@ -511,10 +510,7 @@ impl<'a> Session<'a> {
             self.expected.push_back(Expect::Simple);
         }
         self.attempted = batch.end;
-        for step in [Some(self.progress_step(&batch)), self.delivery_step(&batch)]
-            .into_iter()
-            .flatten()
-        {
+        for step in self.closing_steps(&batch) {
             self.send(&step)?;
         }
         frontend::sync(self.client.buffer());
@@ -539,39 +535,36 @@ impl<'a> Session<'a> {
             .last
             .as_ref()
             .map_or(self.shared.top_time(), |info| info.commit_time);
-        Step {
-            name: String::new(),
-            sql: "UPDATE terrace.progress SET lsn = $1, commit_time = $2, identity = $3".into(),
-            parse: true,
-            values: vec![
-                Some(Bytes::from(batch.end.to_string())),
-                Some(Bytes::from(timestamp(time + PG_EPOCH_MICROS))),
-                Some(Bytes::from(self.queue.identity().to_string())),
-            ],
-            expect: Expect::One,
-            notify: None,
+        let values = [
+            batch.end.to_string(),
+            timestamp(time + PG_EPOCH_MICROS),
+            self.queue.identity().to_string(),
+        ];
+        let sql = "UPDATE terrace.progress SET lsn = $1, commit_time = $2, identity = $3";
+        plan::unnamed(sql.into(), plan::texts(values), Expect::One)
+    }
+
+    /// What a local transaction ends with.
+    fn closing_steps(&self, batch: &Batch) -> Vec<Step> {
+        let mut steps = vec![self.progress_step(batch)];
+        if !batch.labelled.is_empty() {
+            steps.push(self.delivery_step(batch));
         }
+        steps
     }
 
     /// Notes in the same transaction when what has a label came.
-    fn delivery_step(&self, batch: &Batch) -> Option<Step> {
-        let delivered = batch.labelled.iter().map(|info| {
-            let Tag { tag, label } = Tag::of(info);
+    fn delivery_step(&self, batch: &Batch) -> Step {
+        let delivered = batch.labelled.iter().map(|(label, info)| {
             let committed_at = timestamp(info.commit_time + PG_EPOCH_MICROS);
+            let tag = Tag::of(info).tag;
             serde_json::json!({ "tag": tag, "label": label, "committed_at": committed_at })
         });
         let delivered = serde_json::Value::from_iter(delivered).to_string();
         let node = &self.shared.config.node;
-        (!batch.labelled.is_empty()).then(|| Step {
-            name: String::new(),
-            sql: "SELECT terrace.note_delivery($1, $2, $3::pg_catalog.jsonb)".into(),
-            parse: true,
-            values: [node.name.clone(), node.domain.clone(), delivered]
-                .map(|text| Some(Bytes::from(text)))
-                .to_vec(),
-            expect: Expect::Done,
-            notify: None,
-        })
+        let values = [node.name.clone(), node.domain.clone(), delivered];
+        let sql = "SELECT terrace.note_delivery($1, $2, $3::pg_catalog.jsonb)";
+        plan::unnamed(sql.into(), plan::texts(values), Expect::Done)
     }
 
     async fn bump(&mut self, table: &str, kind: &str, count: u64) -> Result<(), Failed> {

@@ -105,6 +105,16 @@ pub struct CommitInfo {
     pub tag: Bytes,
 }
 
+impl CommitInfo {
+    /// Whether the tag has this member: its name in quotes and a colon, and maybe its value.
+    /// Inside a JSON string the quotes would be escaped.
+    pub fn tag_says(&self, member: &[u8]) -> bool {
+        self.tag
+            .windows(member.len())
+            .any(|window| window == member)
+    }
+}
+
 /// Body length of the record that starts with `header`, if it is a header.
 pub fn body_len(header: &[u8]) -> Result<usize, RecordError> {
     let mut header = header.get(..HEADER_LEN).ok_or(RecordError::Short)?;

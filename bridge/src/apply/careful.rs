@@ -90,10 +90,7 @@ impl Session<'_> {
         if !open {
             self.client.simple("BEGIN").await?;
         }
-        for step in [Some(self.progress_step(&batch)), self.delivery_step(&batch)]
-            .into_iter()
-            .flatten()
-        {
+        for step in self.closing_steps(&batch) {
             self.run_step(&step).await?;
         }
         self.client.simple("COMMIT").await?;

@@ -87,19 +87,19 @@ struct LocalColumn {
     type_name: String,
 }
 
-pub(super) struct Relation {
+struct Relation {
     definition: Bytes,
     namespace: String,
     name: String,
     columns: Vec<Column>,
-    pub(super) looked_up: bool,
+    looked_up: bool,
     routed: bool,
     /// Rows of tables that inherit from it are not its own.
     only: bool,
     /// `pg_class.relreplident` at the top.
     identity: u8,
     /// How to change it set-wise; known once looked up.
-    pub(super) shape: Option<Arc<Shape>>,
+    shape: Option<Arc<Shape>>,
 }
 
 impl Relation {
@@ -138,9 +138,9 @@ impl Relation {
 /// Turns messages into steps; knows the relations and the prepared statements.
 pub struct Planner {
     domain: String,
-    pub(super) relations: HashMap<u32, Relation>,
+    relations: HashMap<u32, Relation>,
     /// Tables that other domains get and this one does not.
-    pub(super) elsewhere: HashSet<(String, String)>,
+    elsewhere: HashSet<(String, String)>,
     routing_changed: bool,
     /// Name of the prepared statement by its text.
     statements: HashMap<String, String>,
@@ -206,9 +206,29 @@ impl Planner {
         self.routing_changed
     }
 
-    /// The routing may have changed since the last reload.
-    pub fn note_routing(&mut self) {
-        self.routing_changed = true;
+    /// Every table is to be looked at again.
+    pub fn forget_lookups(&mut self) {
+        for relation in self.relations.values_mut() {
+            relation.looked_up = false;
+            relation.shape = None;
+        }
+        self.forget_statements();
+    }
+
+    /// Whether this domain gets a table.
+    pub fn is_routed(&self, namespace: &str, name: &str) -> bool {
+        let place = (namespace.to_owned(), name.to_owned());
+        !self.elsewhere.contains(&place)
+    }
+
+    /// Takes in what the transaction under way has changed of the routing so far; it may
+    /// change more before it ends.
+    pub async fn refresh_routing(&mut self, client: &mut Client) -> anyhow::Result<()> {
+        if self.routing_changed {
+            self.reload_routing(client).await?;
+            self.routing_changed = true;
+        }
+        Ok(())
     }
 
     /// Reads which tables this domain does not get.
@@ -247,7 +267,6 @@ impl Planner {
             return Ok(());
         }
         let relid = relation.relid;
-        let place = (relation.namespace.to_owned(), relation.name.to_owned());
         let columns = relation
             .columns
             .iter()
@@ -257,16 +276,14 @@ impl Planner {
                 local: None,
             })
             .collect();
-        let routed = !self.elsewhere.contains(&place);
-        let (namespace, name) = place;
         let definition = body.clone();
         let known = Relation {
             definition,
-            namespace,
-            name,
+            namespace: relation.namespace.to_owned(),
+            name: relation.name.to_owned(),
             columns,
             looked_up: false,
-            routed,
+            routed: self.is_routed(relation.namespace, relation.name),
             only: false,
             identity: relation.identity,
             shape: None,
@@ -281,11 +298,7 @@ impl Planner {
         if !unknown.contains(&relid) {
             unknown = vec![relid];
         }
-        if self.routing_changed {
-            // By this very transaction, and not for those before it.
-            self.reload_routing(client).await?;
-            self.routing_changed = true;
-        }
+        self.refresh_routing(client).await?;
         for relid in unknown {
             self.lookup_one(client, relid).await?;
         }
@@ -649,7 +662,8 @@ fn shape(relation: &Relation, primaries: usize) -> Option<Shape> {
     })
 }
 
-fn unnamed(sql: String, values: Vec<Option<Bytes>>, expect: Expect) -> Step {
+/// A statement that is not prepared.
+pub(super) fn unnamed(sql: String, values: Vec<Option<Bytes>>, expect: Expect) -> Step {
     Step {
         name: String::new(),
         sql,
@@ -679,6 +693,11 @@ fn notify(content: Bytes) -> Option<Step> {
     );
     step.notify = Some(content);
     Some(step)
+}
+
+/// Values of a statement of our own.
+pub(super) fn texts<const N: usize>(values: [String; N]) -> Vec<Option<Bytes>> {
+    values.map(|text| Some(Bytes::from(text))).to_vec()
 }
 
 type Statement = (String, Vec<Option<Bytes>>, Expect);

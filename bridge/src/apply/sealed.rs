@@ -15,16 +15,14 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use super::Session;
-use super::plan::Planner;
-use crate::client::{Client, PgError, SessionOptions, quote_ident};
-use crate::conninfo::ConnInfo;
+use crate::client::{Client, quote_ident};
+use crate::open::local_client;
 use crate::pgoutput::{Datum, Tuple};
 use crate::record::{Kind, Record};
 
 const DDL_PREFIX: &str = "terrace.ddl";
 const ROWS_PREFIX: &str = "terrace.rows";
-/// In the tag of a transaction that goes by itself. Inside a JSON string the quotes would
-/// be escaped.
+/// In the tag of a transaction that goes by itself.
 const ALONE: &[u8] = b"\"alone\":true";
 /// So much of a statement is shown when it fails.
 const SHOWN: usize = 300;
@@ -139,10 +137,7 @@ fn hex(text: &[u8]) -> Option<Vec<u8>> {
 
 /// Whether a transaction is to be applied by itself.
 pub fn goes_alone(record: &Record) -> bool {
-    record.kind == Kind::Commit
-        && record
-            .commit()
-            .is_ok_and(|info| info.tag.windows(ALONE.len()).any(|window| window == ALONE))
+    record.kind == Kind::Commit && record.commit().is_ok_and(|info| info.tag_says(ALONE))
 }
 
 impl Session<'_> {
@@ -300,11 +295,7 @@ impl Session<'_> {
         {
             return Ok(());
         }
-        if self.planner.routing_changed() {
-            // By this very transaction, and maybe again before it ends.
-            self.planner.reload_routing(&mut self.client).await?;
-            self.planner.note_routing();
-        }
+        self.planner.refresh_routing(&mut self.client).await?;
         if !self.planner.is_routed(namespace, name) {
             return Ok(());
         }
@@ -373,45 +364,22 @@ impl Session<'_> {
                     let mut client = begun?;
                     let sql = "SELECT terrace.own_comparison($1::bigint, $2)";
                     client.query(sql, &[Some(&id), Some(domain)]).await?;
-                    client.simple("COMMIT").await
+                    client.simple("COMMIT").await?;
+                    anyhow::Ok(())
                 };
                 if let Err(error) = sums.await {
-                    shared.event("comparison", &format!("{id} failed: {error}"));
+                    shared.event("comparison", &format!("{id} failed: {error:#}"));
                 }
             });
         }
     }
 
-    async fn begin_comparison(&self) -> Result<Client, PgError> {
-        let options = SessionOptions {
-            application_name: format!("terrace compare {}", self.shared.config.node.name),
-            gucs: vec![("search_path".into(), "pg_catalog".into())],
-            ..Default::default()
-        };
-        let info = ConnInfo::parse(&self.shared.config.database.url)
-            .map_err(|error| PgError::Protocol(error.to_string()))?;
-        let mut client = Client::connect(&info, &options).await?;
+    async fn begin_comparison(&self) -> anyhow::Result<Client> {
+        let mut client = local_client(self.shared).await?;
         client
             .simple("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")
             .await?;
         Ok(client)
-    }
-}
-
-impl Planner {
-    /// Every table is to be looked at again.
-    pub fn forget_lookups(&mut self) {
-        for relation in self.relations.values_mut() {
-            relation.looked_up = false;
-            relation.shape = None;
-        }
-        self.forget_statements();
-    }
-
-    /// Whether this domain gets a table.
-    fn is_routed(&self, namespace: &str, name: &str) -> bool {
-        let place = (namespace.to_owned(), name.to_owned());
-        !self.elsewhere.contains(&place)
     }
 }
 
