@@ -57,11 +57,10 @@ impl Finding {
     }
 }
 
-/// A comparison that is through.
-struct Compared {
+/// A comparison that has begun.
+struct Comparison {
     table: String,
     id: i64,
-    findings: Vec<Finding>,
 }
 
 /// `terrace-bridge compare`: fails when a server differs or does not answer.
@@ -71,9 +70,9 @@ pub async fn compare(
     domain: Option<&str>,
 ) -> anyhow::Result<()> {
     let (mut differ, mut silent) = (0, 0);
-    for table in tables(config, table).await? {
-        let compared = compare_table(config, &table, domain).await?;
-        for finding in &compared.findings {
+    // The servers are at work on one while the next one begins.
+    for comparison in begin(config, table).await? {
+        for finding in comparison.end(config, domain).await? {
             differ += usize::from(finding.differs());
             silent += usize::from(finding.differ.is_none());
         }
@@ -92,9 +91,9 @@ pub async fn repair(
     table: Option<&str>,
     domain: Option<&str>,
 ) -> anyhow::Result<()> {
-    for table in tables(config, table).await? {
-        let compared = compare_table(config, &table, domain).await?;
-        let wrong = || compared.findings.iter().filter(|finding| finding.differs());
+    for comparison in begin(config, table).await? {
+        let findings = comparison.end(config, domain).await?;
+        let wrong = || findings.iter().filter(|finding| finding.differs());
         let ranges: BTreeSet<i64> = wrong()
             .flat_map(|f| f.differ.clone().unwrap_or_default())
             .collect();
@@ -103,23 +102,17 @@ pub async fn repair(
         }
         let domains: BTreeSet<String> = wrong().map(|finding| finding.domain.clone()).collect();
         let request = Request::Repair {
-            id: compared.id,
+            id: comparison.id,
             ranges: ranges.into_iter().collect(),
             domains: domains.into_iter().collect(),
         };
         let rows = ask(config, &request).await?;
-        println!("{}: {rows} rows sent again", compared.table);
-        let again = compare_table(config, &table, domain).await?;
-        let left = again
-            .findings
-            .iter()
-            .filter(|finding| finding.differs())
-            .count();
-        ensure!(
-            left == 0,
-            "table {} still differs on {left} servers",
-            again.table
-        );
+        let table = &comparison.table;
+        println!("{table}: {rows} rows sent again");
+        let again = Comparison::begin(config, table).await?;
+        let findings = again.end(config, domain).await?;
+        let left = findings.iter().filter(|finding| finding.differs()).count();
+        ensure!(left == 0, "table {table} still differs on {left} servers");
     }
     Ok(())
 }
@@ -139,52 +132,55 @@ pub async fn resync_table(config: &Config, table: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn tables(config: &Config, table: Option<&str>) -> anyhow::Result<Vec<String>> {
-    if let Some(table) = table {
-        return Ok(vec![table.to_owned()]);
-    }
-    let tables: Vec<String> = serde_json::from_value(ask(config, &Request::Tables).await?)?;
+/// Begins with this table, or with every one.
+async fn begin(config: &Config, table: Option<&str>) -> anyhow::Result<Vec<Comparison>> {
+    let tables: Vec<String> = match table {
+        Some(table) => vec![table.to_owned()],
+        None => serde_json::from_value(ask(config, &Request::Tables).await?)?,
+    };
     ensure!(!tables.is_empty(), "no table is synchronised");
-    Ok(tables)
+    let mut begun = Vec::new();
+    for table in &tables {
+        begun.push(Comparison::begin(config, table).await?);
+    }
+    Ok(begun)
 }
 
-async fn compare_table(
-    config: &Config,
-    table: &str,
-    domain: Option<&str>,
-) -> anyhow::Result<Compared> {
-    let request = Request::Compare {
-        table: table.to_owned(),
-    };
-    let id = ask(config, &request).await?;
-    let id = id.as_i64().context("no number of a comparison")?;
-    let (mut last, mut due) = (Instant::now(), usize::MAX);
-    let findings = loop {
-        let found: Vec<Finding> =
-            serde_json::from_value(ask(config, &Request::Results { id }).await?)?;
-        let found: Vec<Finding> = found
-            .into_iter()
-            .filter(|finding| domain.is_none_or(|domain| finding.domain == domain))
-            .collect();
-        if found.is_empty() {
-            bail!("no server that table {table} flows to is known; see terrace.lag at the top");
-        }
-        let now_due = found.iter().filter(|finding| finding.is_due()).count();
-        if now_due < due {
-            (last, due) = (Instant::now(), now_due);
-        }
-        if due == 0 || last.elapsed() > PATIENCE {
-            break found;
-        }
-        sleep(Duration::from_millis(200)).await;
-    };
-    println!("{table}:");
-    for finding in &findings {
-        println!("  {}/{}: {}", finding.domain, finding.node, finding.text());
+impl Comparison {
+    async fn begin(config: &Config, table: &str) -> anyhow::Result<Comparison> {
+        let table = table.to_owned();
+        let request = Request::Compare {
+            table: table.clone(),
+        };
+        let id = ask(config, &request).await?.as_i64();
+        let id = id.context("no number of a comparison")?;
+        Ok(Comparison { table, id })
     }
-    Ok(Compared {
-        table: table.to_owned(),
-        id,
-        findings,
-    })
+
+    /// Waits for the answers, and prints them.
+    async fn end(&self, config: &Config, domain: Option<&str>) -> anyhow::Result<Vec<Finding>> {
+        let table = &self.table;
+        let (mut last, mut due) = (Instant::now(), usize::MAX);
+        let findings = loop {
+            let found = ask(config, &Request::Results { id: self.id }).await?;
+            let mut found: Vec<Finding> = serde_json::from_value(found)?;
+            found.retain(|finding| domain.is_none_or(|domain| finding.domain == domain));
+            if found.is_empty() {
+                bail!("no server that table {table} flows to is known; see terrace.lag at the top");
+            }
+            let now_due = found.iter().filter(|finding| finding.is_due()).count();
+            if now_due < due {
+                (last, due) = (Instant::now(), now_due);
+            }
+            if due == 0 || last.elapsed() > PATIENCE {
+                break found;
+            }
+            sleep(Duration::from_millis(200)).await;
+        };
+        println!("{table}:");
+        for finding in &findings {
+            println!("  {}/{}: {}", finding.domain, finding.node, finding.text());
+        }
+        Ok(findings)
+    }
 }

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 use terrace_bridge::check::check;
 use terrace_bridge::config::Config;
 use terrace_bridge::lsn::Lsn;
@@ -58,29 +58,9 @@ enum Command {
         table: Option<String>,
     },
     /// Say whether every server has the rows of the top
-    Compare {
-        /// Configuration file of any server
-        #[arg(short)]
-        config: PathBuf,
-        /// Only this table
-        #[arg(long)]
-        table: Option<String>,
-        /// Only servers of this domain
-        #[arg(long)]
-        domain: Option<String>,
-    },
+    Compare(Which),
     /// Compare, and send what differs once more
-    Repair {
-        /// Configuration file of any server
-        #[arg(short)]
-        config: PathBuf,
-        /// Only this table
-        #[arg(long)]
-        table: Option<String>,
-        /// Only servers of this domain
-        #[arg(long)]
-        domain: Option<String>,
-    },
+    Repair(Which),
     /// Leave out the transaction that this server cannot apply
     Skip {
         /// Configuration file
@@ -102,6 +82,20 @@ enum Command {
         #[arg(long)]
         watch: bool,
     },
+}
+
+/// What is compared.
+#[derive(Args)]
+struct Which {
+    /// Configuration file of any server
+    #[arg(short)]
+    config: PathBuf,
+    /// Only this table
+    #[arg(long)]
+    table: Option<String>,
+    /// Only servers of this domain
+    #[arg(long)]
+    domain: Option<String>,
 }
 
 fn main() -> ExitCode {
@@ -160,16 +154,14 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
                 None => control::resync(&config).await,
             }
         }
-        Command::Compare {
-            config,
-            table,
-            domain,
-        } => compare::compare(&Config::load(&config)?, table.as_deref(), domain.as_deref()).await,
-        Command::Repair {
-            config,
-            table,
-            domain,
-        } => compare::repair(&Config::load(&config)?, table.as_deref(), domain.as_deref()).await,
+        Command::Compare(which) => {
+            let (table, domain) = (which.table.as_deref(), which.domain.as_deref());
+            compare::compare(&Config::load(&which.config)?, table, domain).await
+        }
+        Command::Repair(which) => {
+            let (table, domain) = (which.table.as_deref(), which.domain.as_deref());
+            compare::repair(&Config::load(&which.config)?, table, domain).await
+        }
         Command::Skip { config, lsn } => control::skip(&Config::load(&config)?, lsn).await,
         Command::Status {
             config,

@@ -95,10 +95,6 @@ async fn ask_server(
 }
 
 async fn at_top(mut client: Client, info: &ConnInfo, request: &Request) -> anyhow::Result<Value> {
-    // Names are found as a user of that database finds them.
-    client
-        .simple("RESET search_path; SET search_path TO DEFAULT")
-        .await?;
     let (sql, parameters): (&str, Vec<String>) = match request {
         Request::Tables => (
             "SELECT coalesce(json_agg(\"table\" ORDER BY \"table\"), '[]') FROM terrace.tables",

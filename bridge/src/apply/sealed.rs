@@ -367,7 +367,9 @@ impl Session<'_> {
                     client.simple("COMMIT").await?;
                     anyhow::Ok(())
                 };
-                if let Err(error) = sums.await {
+                let done = sums.await;
+                shared.changed.notify_one();
+                if let Err(error) = done {
                     shared.event("comparison", &format!("{id} failed: {error:#}"));
                 }
             });
