@@ -239,6 +239,19 @@ BEGIN
     END IF;
 END $$;
 
+-- A table and all its partitions.
+CREATE FUNCTION parts_of(rel regclass) RETURNS SETOF regclass
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT rel UNION SELECT relid FROM pg_partition_tree(rel)
+$$;
+
+-- Those of them that have rows, in one order on every call.
+CREATE FUNCTION stored_parts_of(rel regclass) RETURNS SETOF regclass
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT part FROM terrace.parts_of(rel) part JOIN pg_class c ON c.oid = part
+    WHERE c.relkind = 'r' ORDER BY part
+$$;
+
 -- What it does here, each server does by itself.
 CREATE FUNCTION attach_table(schema_name text, table_name text) RETURNS void
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET terrace.ddl = off AS $$
@@ -253,7 +266,7 @@ BEGIN
     END IF;
     SELECT * INTO setting FROM terrace.sync_table
     WHERE nspname = schema_name AND relname = table_name;
-    parts := ARRAY(SELECT relid FROM pg_partition_tree(rel) UNION SELECT rel);
+    parts := ARRAY(SELECT terrace.parts_of(rel));
     -- The triggers first: where they are, follow_made has nothing to do.
     FOREACH part IN ARRAY parts LOOP
         IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = part AND tgname = 'terrace_tag') THEN
@@ -294,8 +307,7 @@ BEGIN
     IF terrace.in_publication(rel) THEN
         EXECUTE format('ALTER PUBLICATION terrace DROP TABLE ONLY %s', rel);
     END IF;
-    FOR part IN SELECT p FROM (SELECT relid FROM pg_partition_tree(rel) UNION SELECT rel) parts(p)
-                WHERE terrace.setting_of(p) IS NULL LOOP
+    FOR part IN SELECT p FROM terrace.parts_of(rel) p WHERE terrace.setting_of(p) IS NULL LOOP
         EXECUTE format('DROP TRIGGER IF EXISTS terrace_tag ON %s', part);
         EXECUTE format('DROP TRIGGER IF EXISTS terrace_protect ON %s', part);
         EXECUTE format('REVOKE SELECT ON %s FROM terrace_reader', part);
@@ -335,9 +347,9 @@ BEGIN
     END IF;
     FOR found IN
         SELECT DISTINCT s.nspname, s.relname, ARRAY(
-            SELECT part.oid FROM (SELECT c.oid UNION SELECT relid FROM pg_partition_tree(c.oid)) part
+            SELECT p FROM terrace.parts_of(c.oid) p
             WHERE NOT EXISTS (SELECT FROM pg_trigger t
-                              WHERE t.tgrelid = part.oid AND t.tgname = 'terrace_tag')) AS parts
+                              WHERE t.tgrelid = p AND t.tgname = 'terrace_tag')) AS parts
         FROM pg_event_trigger_ddl_commands() made
         CROSS JOIN LATERAL (SELECT made.objid UNION SELECT relid FROM pg_partition_ancestors(made.objid)) up
         JOIN pg_class c ON c.oid = up.objid AND c.relkind IN ('r', 'p')
@@ -396,8 +408,7 @@ DECLARE
     published record;
     kept text;
 BEGIN
-    SELECT s.* INTO listed FROM terrace.sync_table s JOIN pg_namespace n ON n.nspname = s.nspname
-    JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = s.relname WHERE c.oid = rel;
+    listed := terrace.line_of(rel);
     IF listed IS NULL OR listed.columns IS NULL AND listed.filter IS NULL THEN
         RETURN;
     END IF;
@@ -489,16 +500,15 @@ CREATE TRIGGER follow AFTER INSERT OR UPDATE OR DELETE ON sync_table
     FOR EACH ROW EXECUTE FUNCTION follow_sync_table();
 ALTER TABLE sync_table ENABLE ALWAYS TRIGGER follow;
 
-CREATE TRIGGER terrace_tag BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON domain
-    FOR EACH STATEMENT EXECUTE FUNCTION arm_tag();
-CREATE TRIGGER terrace_tag BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON sync_table
-    FOR EACH STATEMENT EXECUTE FUNCTION arm_tag();
-CREATE TRIGGER terrace_tag BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON sync_schema
-    FOR EACH STATEMENT EXECUTE FUNCTION arm_tag();
-CREATE TRIGGER terrace_tag BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON comparison
-    FOR EACH STATEMENT EXECUTE FUNCTION arm_tag();
-CREATE TRIGGER terrace_tag BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON checksum
-    FOR EACH STATEMENT EXECUTE FUNCTION arm_tag();
+DO $$
+DECLARE
+    flowing text;
+BEGIN
+    FOREACH flowing IN ARRAY '{domain,sync_table,sync_schema,comparison,checksum}'::text[] LOOP
+        EXECUTE format('CREATE TRIGGER terrace_tag BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON %I '
+            'FOR EACH STATEMENT EXECUTE FUNCTION arm_tag()', flowing);
+    END LOOP;
+END $$;
 
 -- ----- the receiving side ----------------------------------------------------
 
@@ -572,8 +582,7 @@ END $$;
 CREATE FUNCTION protect(rel regclass) RETURNS void
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    PERFORM terrace.guard_table(part)
-    FROM (SELECT rel UNION SELECT relid FROM pg_partition_tree(rel)) p(part);
+    PERFORM terrace.guard_table(part) FROM terrace.parts_of(rel) part;
     DELETE FROM terrace.unprotected u USING pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.oid = rel AND u.nspname = n.nspname AND u.relname = c.relname;
 END $$;
@@ -590,7 +599,7 @@ BEGIN
         JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = s.relname;
         RETURN;
     END IF;
-    FOR part IN SELECT rel UNION SELECT relid FROM pg_partition_tree(rel) LOOP
+    FOR part IN SELECT terrace.parts_of(rel) LOOP
         EXECUTE format('DROP TRIGGER IF EXISTS terrace_protect ON %s', part);
     END LOOP;
     INSERT INTO terrace.unprotected
@@ -747,19 +756,17 @@ END $$;
 
 -- ----- rows that are here already --------------------------------------------
 
--- Sends the rows of a table, and of its partitions, to the servers below, where they take
--- the place of what is there. Writers of the table wait until this transaction ends.
-CREATE FUNCTION fill(rel regclass, domains text[] DEFAULT NULL) RETURNS bigint
+-- Sends the rows of a table and of its partitions that the condition holds for to the servers
+-- below, where they take the place of what is there. Writers of the table wait until this
+-- transaction ends.
+CREATE FUNCTION fill(rel regclass, domains text[] DEFAULT NULL, condition text DEFAULT 'true') RETURNS bigint
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     part regclass;
     count bigint := 0;
 BEGIN
-    FOR part IN SELECT oid FROM pg_class
-                WHERE relkind = 'r' AND oid IN (SELECT rel UNION SELECT relid FROM pg_partition_tree(rel))
-                ORDER BY oid
-    LOOP
-        count := count + terrace.fill_part(part, 'true', domains);
+    FOR part IN SELECT terrace.stored_parts_of(rel) LOOP
+        count := count + terrace.fill_part(part, condition, domains);
     END LOOP;
     RETURN count;
 END $$;
@@ -810,14 +817,22 @@ BEGIN
     END IF;
 END $$;
 
--- The line of the list that a table, or a partition, is synchronised by.
-CREATE FUNCTION setting_of(rel regclass) RETURNS sync_table
+-- The line of the list that is about this table itself.
+CREATE FUNCTION line_of(rel regclass) RETURNS sync_table
     LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT s FROM terrace.sync_table s
     JOIN pg_namespace n ON n.nspname = s.nspname
     JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = s.relname
-    WHERE c.oid IN (SELECT rel UNION SELECT relid FROM pg_partition_ancestors(rel))
-    ORDER BY c.oid = rel DESC LIMIT 1
+    WHERE c.oid = rel
+$$;
+
+-- The line of the list that a table, or a partition, is synchronised by.
+CREATE FUNCTION setting_of(rel regclass) RETURNS sync_table
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT line FROM (SELECT rel AS oid UNION SELECT relid FROM pg_partition_ancestors(rel)) up,
+        terrace.line_of(up.oid) line
+    WHERE NOT line IS NULL
+    ORDER BY up.oid = rel DESC LIMIT 1
 $$;
 
 -- What is computed is computed on each server.
@@ -857,8 +872,9 @@ CREATE TABLE own_checksum (
     PRIMARY KEY (comparison, range)
 );
 
--- Values of most types are hashed as they are, the others in their text form. Goes over a
--- table some blocks at a time, as others work here.
+-- For each range that has any, its rows; as range -1 all of them. Values of most types are
+-- hashed as they are, the others in their text form. Goes over a table some blocks at a time,
+-- as others work here.
 CREATE FUNCTION checksums(of terrace.comparison, filter text)
     RETURNS TABLE (range integer, rows bigint, sum numeric)
     LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp SET datestyle = 'ISO'
@@ -886,9 +902,7 @@ BEGIN
              ELSE terrace.text_of(name) || ' COLLATE "C"' END, ', ' ORDER BY listed.number)
          FROM unnest(of.columns) WITH ORDINALITY AS listed(name, number)
          LEFT JOIN pg_attribute a ON a.attrelid = rel AND a.attname = name));
-    FOR part IN SELECT oid FROM pg_class
-                WHERE relkind = 'r' AND oid IN (SELECT rel UNION SELECT relid FROM pg_partition_tree(rel))
-    LOOP
+    FOR part IN SELECT terrace.stored_parts_of(rel) LOOP
         FOR block IN 0 .. pg_relation_size(part) / current_setting('block_size')::integer BY blocks LOOP
             FOR found IN EXECUTE query || format(
                 ' FROM ONLY %s WHERE ctid >= ''(%s,0)'' AND ctid < ''(%s,0)'' AND (%s) GROUP BY 1',
@@ -900,7 +914,8 @@ BEGIN
             PERFORM terrace.give_way();
         END LOOP;
     END LOOP;
-    RETURN QUERY SELECT i - 1, counts[i], sums[i] FROM generate_subscripts(counts, 1) i WHERE counts[i] > 0;
+    RETURN QUERY SELECT i - 1, counts[i], sums[i] FROM generate_subscripts(counts, 1) i WHERE counts[i] > 0
+        UNION ALL SELECT -1, (SELECT coalesce(sum(n), 0) FROM unnest(counts) n)::bigint, NULL::numeric;
 END $$;
 
 -- Servers may sort words in different ways.
@@ -938,10 +953,8 @@ DECLARE
     pages float8;
 BEGIN
     PERFORM terrace.must_be_top();
-    SELECT s.* INTO setting FROM terrace.sync_table s
-    JOIN pg_namespace n ON n.nspname = s.nspname
-    JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = s.relname WHERE c.oid = rel;
-    IF NOT FOUND THEN
+    setting := terrace.line_of(rel);
+    IF setting IS NULL THEN
         RAISE EXCEPTION 'table "%" is not synchronised', rel USING ERRCODE = 'undefined_object',
             HINT = 'See terrace.tables.';
     END IF;
@@ -954,8 +967,7 @@ BEGIN
     END IF;
     made.key := terrace.key_of(rel);
     IF made.key IS NOT NULL THEN
-        SELECT greatest(sum(pg_relation_size(relid)), 1) / 8192 INTO pages
-        FROM (SELECT rel AS relid UNION SELECT relid FROM pg_partition_tree(rel)) parts;
+        SELECT greatest(sum(pg_relation_size(part)), 1) / 8192 INTO pages FROM terrace.parts_of(rel) part;
         EXECUTE format(
             'SELECT ARRAY(SELECT format(''%%s'', b) FROM unnest(percentile_disc(%L::float8[])
                      WITHIN GROUP (ORDER BY %s)) WITH ORDINALITY bounds(b, n)
@@ -988,13 +1000,7 @@ BEGIN
     END IF;
     made.columns := terrace.columns_of(rel, setting.columns);
     made.key := terrace.key_of(rel);
-    WITH sums AS (
-        SELECT * FROM terrace.checksums(made,
-            (SELECT s.filter FROM terrace.sync_table s
-             WHERE s.nspname = made.nspname AND s.relname = made.relname)))
-    INSERT INTO terrace.checksum
-    SELECT made.id, s.range, s.rows, s.sum FROM sums s
-    UNION ALL SELECT made.id, -1, coalesce(sum(s.rows), 0), NULL FROM sums s;
+    INSERT INTO terrace.checksum SELECT made.id, s.* FROM terrace.checksums(made, setting.filter) s;
 END $$;
 
 -- The first column of the primary key, if its type is one that every server orders alike.
@@ -1021,10 +1027,7 @@ BEGIN
     END IF;
     DELETE FROM terrace.own_checksum o
     WHERE NOT EXISTS (SELECT FROM terrace.comparison c WHERE c.id = o.comparison AND c.id <> made.id);
-    WITH sums AS (SELECT * FROM terrace.checksums(made, NULL))
-    INSERT INTO terrace.own_checksum
-    SELECT made.id, s.range, s.rows, s.sum FROM sums s
-    UNION ALL SELECT made.id, -1, coalesce(sum(s.rows), 0), NULL FROM sums s;
+    INSERT INTO terrace.own_checksum SELECT made.id, s.* FROM terrace.checksums(made, NULL) s;
 END $$;
 
 -- What this server has found, as far as it and the top are through.
@@ -1045,8 +1048,6 @@ CREATE FUNCTION resend_ranges(comparison bigint, ranges integer[], domains text[
 DECLARE
     made terrace.comparison;
     rel regclass;
-    part regclass;
-    count bigint := 0;
 BEGIN
     PERFORM terrace.must_be_top();
     SELECT * INTO made FROM terrace.comparison c WHERE c.id = resend_ranges.comparison;
@@ -1058,15 +1059,9 @@ BEGIN
         RAISE EXCEPTION 'table "%" is not synchronised any more', rel USING ERRCODE = 'undefined_object';
     END IF;
     PERFORM terrace.with_ancestors(domains);
-    FOR part IN SELECT oid FROM pg_class
-                WHERE relkind = 'r' AND oid IN (SELECT rel UNION SELECT relid FROM pg_partition_tree(rel))
-                ORDER BY oid
-    LOOP
-        -- All at once: a row may have taken what belongs to one of another range.
-        count := count + terrace.fill_part(part,
-            (SELECT string_agg('(' || terrace.range_condition(made, r) || ')', ' OR ') FROM unnest(ranges) r), domains);
-    END LOOP;
-    RETURN count;
+    -- All at once: a row may have taken what belongs to one of another range.
+    RETURN terrace.fill(rel, domains,
+        (SELECT string_agg('(' || terrace.range_condition(made, r) || ')', ' OR ') FROM unnest(ranges) r));
 END $$;
 
 CREATE VIEW domains AS

@@ -291,7 +291,7 @@ pub unsafe fn detaches_concurrently(alter: &pg_sys::AlterTableStmt) -> bool {
 /// # Safety
 /// The statement comes from the parser.
 pub unsafe fn fills(alter: &pg_sys::AlterTableStmt) -> Option<pg_sys::Oid> {
-    const OWN: [&str; 10] = [
+    const OWN: [&str; 9] = [
         "{FUNCCALL",
         "{SQLVALUEFUNCTION",
         "{SUBLINK",
@@ -301,7 +301,6 @@ pub unsafe fn fills(alter: &pg_sys::AlterTableStmt) -> Option<pg_sys::Oid> {
         "\"today\"",
         "\"tomorrow\"",
         "\"yesterday\"",
-        "now()",
     ];
     // SAFETY: the command's kind says what its definition is; outfuncs.c knows its nodes.
     unsafe {
