@@ -1182,9 +1182,12 @@ BEGIN
         ON CONFLICT (node) DO UPDATE
         SET instance = EXCLUDED.instance, domain = EXCLUDED.domain,
             reply_time = EXCLUDED.reply_time, self = EXCLUDED.self, report = EXCLUDED.report
-        -- What was held up on the way says nothing of now.
-        WHERE s.instance <> EXCLUDED.instance OR s.reply_time < clock_timestamp() - interval '5 s'
-           OR coalesce((s.report ->> 'seq')::bigint, 0) < (EXCLUDED.report ->> 'seq')::bigint;
+        -- What was held up on the way, be it for minutes, says nothing of now. A bridge whose
+        -- clock has been set back counts from less when it starts again.
+        WHERE s.instance <> EXCLUDED.instance
+           OR coalesce((s.report ->> 'seq')::bigint, 0) < (EXCLUDED.report ->> 'seq')::bigint
+           OR s.report -> 'run' IS DISTINCT FROM EXCLUDED.report -> 'run'
+              AND s.reply_time < clock_timestamp() - interval '5 s';
     END LOOP;
     FOR e IN SELECT jsonb_array_elements(report -> 'events') LOOP
         -- One that is wrong would come again with every report, and keep the others away.

@@ -12,6 +12,9 @@ use crate::report::{Better, Figure, Report};
 use crate::workload::{Plan, Workload, wait};
 use crate::world::{Stage, at_once, plant, settle};
 
+/// It has failed then.
+const LIMIT: Duration = Duration::from_secs(300);
+
 pub struct Compare;
 
 const DOMAINS: [(&str, Option<&str>, usize); 2] =
@@ -52,7 +55,8 @@ impl Workload for Compare {
         let compare = || -> Result<f64> {
             let started = Instant::now();
             let bridge = &tree.nodes.last().context("a server")?.bridge;
-            let output = bridge.command("compare", &["--table", "pgbench_accounts"])?;
+            let arguments = ["--table", "pgbench_accounts"];
+            let output = bridge.command_within(LIMIT, "compare", &arguments)?;
             let said = String::from_utf8_lossy(&output.stdout).into_owned();
             ensure!(
                 output.status.success(),

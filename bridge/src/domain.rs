@@ -26,7 +26,9 @@
 //!    nobody has it, that is a gap; the parent is asked again now and then, for its
 //!    position may have gone back.
 //! 6. *A slot that is held by nobody in sight* may be taken from its holder by a
-//!    majority, at growing intervals.
+//!    majority, at growing intervals. What is ended is the one session that was in
+//!    the way all the while, not one that has come after it: that may be a sibling's,
+//!    which leads and has had no time to say so.
 
 mod source;
 mod view;
@@ -60,11 +62,10 @@ const MAX_DEPOSE_PAUSE: Duration = Duration::from_secs(60);
 pub enum Decision {
     /// Go on as it is, also with following nobody.
     Stay,
-    /// Follow the parent: try to become master, if need be by ending the
-    /// connection of whoever holds the slot.
+    /// Follow the parent: try to become master.
     Lead {
-        /// End the holder's connection first.
-        depose: bool,
+        /// First end this session, if it still holds the slot.
+        depose: Option<Session>,
     },
     /// Follow this member.
     Follow(String),
@@ -88,11 +89,14 @@ pub enum Decision {
     CopyAnew,
 }
 
+/// A connection at the parent, by the number that it has there.
+pub type Session = u32;
+
 /// How a try at the parent ended, when that says something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {
-    /// Somebody else holds the slot.
-    Busy,
+    /// This session of somebody else holds the slot.
+    Busy(Session),
     /// The slot has confirmed this position, which is beyond our end.
     Ahead(Lsn),
 }
@@ -103,7 +107,8 @@ pub struct Decider {
     takeover_after: Duration,
     members: usize,
     masterless_since: Option<Now>,
-    busy_since: Option<Now>,
+    /// Who is in the way at the parent, and since when.
+    busy: Option<(Session, Now)>,
     lacking: Option<Lacking>,
     /// Since when nobody in sight keeps what follows our end.
     unserved_since: Option<Now>,
@@ -138,7 +143,7 @@ impl Decider {
             takeover_after,
             members,
             masterless_since: None,
-            busy_since: None,
+            busy: None,
             lacking: None,
             unserved_since: None,
             next_try: Duration::ZERO,
@@ -151,8 +156,10 @@ impl Decider {
     /// Notes that a try at the parent did not succeed.
     pub fn refused(&mut self, now: Now, refusal: Refusal) {
         match refusal {
-            Refusal::Busy => {
-                self.busy_since.get_or_insert(now);
+            Refusal::Busy(holder) => {
+                if self.busy.is_none_or(|(other, _)| other != holder) {
+                    self.busy = Some((holder, now));
+                }
             }
             Refusal::Ahead(confirmed) => {
                 let since = self.lacking.map_or(now, |lacking| lacking.since);
@@ -173,7 +180,7 @@ impl Decider {
 
     /// Notes that we are master, with all that was confirmed before.
     pub fn leads(&mut self) {
-        (self.busy_since, self.lacking) = (None, None);
+        (self.busy, self.lacking) = (None, None);
         self.depose_pause = self.takeover_after;
         if self.handover.as_ref().is_some_and(|h| h.to.is_none()) {
             self.handover = None;
@@ -201,7 +208,7 @@ impl Decider {
 
     /// Takes over once we hold all up to `end`.
     pub fn take_over(&mut self, now: Now, end: Lsn) {
-        self.busy_since = None;
+        self.busy = None;
         self.handover = Some(Handover {
             to: None,
             end,
@@ -233,7 +240,7 @@ impl Decider {
         }
         if let Some(master) = view.master() {
             self.masterless_since = None;
-            self.busy_since = None;
+            self.busy = None;
             self.depose_pause = self.takeover_after;
             return self.follow(now, &view, master);
         }
@@ -294,7 +301,7 @@ impl Decider {
                 // else who leads by now is left alone.
                 Some(match ready {
                     true => Decision::Lead {
-                        depose: view.master().is_none() && self.is_unseen(now),
+                        depose: self.unseen(now).filter(|_| view.master().is_none()),
                     },
                     false => Decision::Stay,
                 })
@@ -370,23 +377,21 @@ impl Decider {
         })
     }
 
-    /// Whether the holder of the slot, seen by nobody, may be ended now.
-    fn may_depose(&mut self, now: Now, view: &View<'_>) -> bool {
+    /// The holder of the slot, seen by nobody, if it may be ended now.
+    fn may_depose(&mut self, now: Now, view: &View<'_>) -> Option<Session> {
         // One that lacks what the holder has brought home could not lead in its place.
-        let depose = self.lacking.is_none()
-            && self.is_unseen(now)
-            && view.is_majority(self.members)
-            && now >= self.next_depose;
-        if depose {
-            self.next_depose = now + self.depose_pause;
-            self.depose_pause = (self.depose_pause * 2).min(MAX_DEPOSE_PAUSE);
-        }
-        depose
+        let may =
+            self.lacking.is_none() && view.is_majority(self.members) && now >= self.next_depose;
+        let holder = self.unseen(now).filter(|_| may)?;
+        self.next_depose = now + self.depose_pause;
+        self.depose_pause = (self.depose_pause * 2).min(MAX_DEPOSE_PAUSE);
+        Some(holder)
     }
 
-    /// The slot has been held by nobody in sight for long enough.
-    fn is_unseen(&self, now: Now) -> bool {
-        self.busy_since.is_some_and(|busy| now >= busy + UNSEEN)
+    /// The session that holds the slot, and long enough with nobody in sight as master.
+    fn unseen(&self, now: Now) -> Option<Session> {
+        let (holder, since) = self.busy?;
+        (now >= since + UNSEEN).then_some(holder)
     }
 
     /// When we may try the parent; `None` while somebody may still be master.

@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::client::Client;
 use crate::conninfo::ConnInfo;
-use crate::domain::{self, Decider, Decision, Link, Own, Peer, Refusal, Sight};
+use crate::domain::{self, Decider, Decision, Link, Own, Peer, Refusal, Session, Sight};
 use crate::lsn::Lsn;
 use crate::observe::Observer;
 use crate::queue::Writer;
@@ -341,7 +341,7 @@ impl Roles {
     fn with_care(&self, decision: Decision) -> Decision {
         let unsure = self.observer.problem().is_some();
         match decision {
-            Decision::Lead { depose: true } if unsure => Decision::Lead { depose: false },
+            Decision::Lead { .. } if unsure => Decision::Lead { depose: None },
             Decision::Gap { .. } | Decision::CopyAnew if unsure => Decision::Stay,
             decision => decision,
         }
@@ -457,7 +457,7 @@ impl Roles {
             conninfo,
             slot: self.shared.config.slot_name(),
             role: Role::Master,
-            depose: false,
+            depose: None,
         }
     }
 
@@ -470,7 +470,7 @@ impl Roles {
             conninfo: info.clone(),
             slot: cursor_name(&node.domain, &node.name),
             role: Role::Slave,
-            depose: false,
+            depose: None,
             name,
         })
     }
@@ -483,7 +483,7 @@ impl Roles {
         domain::choose_parent(&own.told, parents, present, &tried, limit)
     }
 
-    fn lead(&mut self, own: &Own, parents: &[Peer], depose: bool) -> Next {
+    fn lead(&mut self, own: &Own, parents: &[Peer], depose: Option<Session>) -> Next {
         if let Some(index) = self.choose_parent(own, parents)
             && let Some(info) = self.observer.parent_info(index)
         {
@@ -511,7 +511,7 @@ impl Roles {
     /// A master goes to another server of the parent domain when that one serves better.
     fn better_parent(&mut self, own: &Own, parents: &[Peer]) -> Next {
         match self.choose_parent(own, parents) {
-            Some(index) if self.parent != Some(index) => self.lead(own, parents, false),
+            Some(index) if self.parent != Some(index) => self.lead(own, parents, None),
             _ => Next::Nothing,
         }
     }
@@ -523,8 +523,8 @@ impl Roles {
         let problem = format!("{}: {end}", target.name);
         let state = match end {
             LinkEnd::Shutdown => return,
-            LinkEnd::Busy(_) => {
-                self.decider.refused(now, Refusal::Busy);
+            LinkEnd::Busy { holder, .. } => {
+                self.decider.refused(now, Refusal::Busy(*holder));
                 tracing::debug!("{problem}");
                 self.shared.set_link(State::Catchup, Some(problem));
                 return;

@@ -657,6 +657,7 @@ impl Shared {
         let top_time = inner.applied.top_time;
         let mut status = json!({
             "instance": self.instance,
+            "run": self.started_micros,
             "seq": self.started_micros + self.started.elapsed().as_micros() as i64,
             "cursors": children,
             "peers": peers,

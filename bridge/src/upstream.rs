@@ -26,13 +26,14 @@ use crate::assemble::{AssembleError, Assembler, passes};
 use crate::client::{Client, PgError, SessionOptions, quote_ident, quote_literal};
 use crate::clock::{PG_EPOCH_MICROS, unix_micros};
 use crate::conninfo::ConnInfo;
+use crate::domain::Session;
 use crate::lsn::{Identity, Lsn};
 use crate::queue::{QueueError, Writer};
 use crate::record::{FORMAT, Kind, Record, RecordError};
 use crate::status::{Role, Shared, State};
 pub use history::timeline_history;
 use history::{adopt_timeline, check_members, same_timeline};
-use slot::{depose_holder, start_when_free, verify_slot, why_not_started};
+use slot::{depose, named_session, start_when_free, verify_slot, why_not_started};
 
 /// Name of the publication at the top.
 pub const PUBLICATION: &str = "terrace";
@@ -58,8 +59,13 @@ pub enum LinkEnd {
     #[error("{0}")]
     Lost(String),
     /// Another member of the domain holds the slot or cursor.
-    #[error("{0}")]
-    Busy(String),
+    #[error("{message}")]
+    Busy {
+        /// Its session.
+        holder: Session,
+        /// As the upstream put it.
+        message: String,
+    },
     /// The upstream has forgotten what follows our end.
     #[error(
         "the upstream's confirmed position {confirmed} is ahead of this server's {end}: what lies between is to be had only from another server of the domain"
@@ -95,7 +101,10 @@ pub enum LinkEnd {
 impl From<PgError> for LinkEnd {
     fn from(error: PgError) -> LinkEnd {
         match error.code() {
-            Some("55006") => LinkEnd::Busy(error.to_string()),
+            Some("55006") => LinkEnd::Busy {
+                holder: named_session(&error.message()),
+                message: error.to_string(),
+            },
             Some("58P01") => LinkEnd::Gone(error.to_string()),
             Some("28P01" | "28000" | "3D000" | "42501" | "42704" | "42710") => {
                 LinkEnd::Refused(error.to_string())
@@ -130,8 +139,8 @@ pub struct Target {
     pub slot: String,
     /// Role while the link lasts.
     pub role: Role,
-    /// First end the connection of whoever holds the slot.
-    pub depose: bool,
+    /// First end this session, if it still holds the slot.
+    pub depose: Option<Session>,
 }
 
 /// Session settings that fix the text form of values, whatever the server's are.
@@ -293,8 +302,8 @@ impl<'a> Link<'a> {
         let mut options = String::new();
         if bridge {
             options = format!(", instance {}", quote_literal(&shared.instance));
-            if target.depose {
-                options += ", depose 'true'";
+            if let Some(holder) = target.depose {
+                options += &format!(", depose '{holder}'");
             }
         }
         let start = format!(
@@ -302,17 +311,18 @@ impl<'a> Link<'a> {
              (proto_version '1', publication_names '\"{PUBLICATION}\"', messages 'true'{options})",
             quote_ident(&target.slot)
         );
-        if target.depose {
-            let reason = format!("ends the connection of whoever holds slot {}", target.slot);
+        if let Some(holder) = target.depose {
+            let reason = format!("ends session {holder}, which holds slot {}", target.slot);
             shared.event("depose", &reason);
         }
         if bridge {
             client.copy_both(&start).await?;
         } else {
-            if target.depose {
-                depose_holder(target).await?;
+            if let Some(holder) = target.depose {
+                depose(target, holder).await?;
             }
-            if let Err(error) = start_when_free(&mut client, &start, target.depose).await {
+            if let Err(error) = start_when_free(&mut client, &start, target.depose.is_some()).await
+            {
                 return Err(why_not_started(target, error).await);
             }
             verify_slot(target, end).await?;

@@ -61,7 +61,7 @@ fn who_takes_over_without_a_link_fetches_what_it_lacks() {
     // Over a link that there is, it comes by itself.
     let linked = own(50, Link::Peer("three".into()));
     assert_eq!(decider.decide(seconds(10), &linked, &peers), Decision::Stay);
-    let lead = Decision::Lead { depose: false };
+    let lead = Decision::Lead { depose: None };
     assert_eq!(
         decider.decide(seconds(11), &own(90, Link::None), &peers),
         lead
@@ -72,17 +72,37 @@ fn who_takes_over_without_a_link_fetches_what_it_lacks() {
 // holding the slot; whoever else has become master meanwhile is no such holder.
 #[test]
 fn who_takes_over_ends_a_session_that_nobody_in_sight_has() {
-    for (role, depose) in [(Role::Slave, true), (Role::Master, false)] {
+    for (role, depose) in [(Role::Slave, Some(7)), (Role::Master, None)] {
         let mut decider = Decider::new(TAKEOVER_AFTER, 3);
         let peers = [
             peer(told("two", Role::None, 90)),
             peer(told("three", role, 90)),
         ];
         decider.take_over(seconds(10), Lsn(90));
-        decider.refused(seconds(10), Refusal::Busy);
+        decider.refused(seconds(10), Refusal::Busy(7));
         let decision = decider.decide(seconds(12), &own(90, Link::None), &peers);
         assert_eq!(decision, Decision::Lead { depose }, "{role}");
     }
+}
+
+// Two siblings waited for a slot to get free; the one that came second ended the session of
+// the one that had just got it, and the third one led.
+#[test]
+fn who_has_just_taken_the_slot_is_given_time_to_say_so() {
+    let mut decider = Decider::new(TAKEOVER_AFTER, 3);
+    let peers = [
+        peer(told("two", Role::None, 90)),
+        peer(told("three", Role::None, 90)),
+    ];
+    let me = own(90, Link::None);
+    decider.decide(seconds(10), &me, &peers);
+    decider.refused(seconds(15), Refusal::Busy(7));
+    decider.refused(seconds(17), Refusal::Busy(8));
+    let lead = |depose| Decision::Lead { depose };
+    let at = seconds(17) + TAKEOVER_AFTER / 4;
+    assert_eq!(decider.decide(at, &me, &peers), lead(None));
+    // It is some other client's.
+    assert_eq!(decider.decide(seconds(20), &me, &peers), lead(Some(8)));
 }
 
 fn keeps(node: &str, role: Role, first: u64, flush: u64) -> Peer {
@@ -134,7 +154,7 @@ fn the_parent_is_asked_again_for_what_it_has_confirmed() {
         unseen: vec!["two".into()],
     };
     assert_eq!(decider.decide(seconds(21), &own, &peers), gap);
-    let lead = Decision::Lead { depose: false };
+    let lead = Decision::Lead { depose: None };
     assert_eq!(decider.decide(seconds(24), &own, &peers), lead);
 }
 
@@ -150,7 +170,7 @@ fn who_tells_another_history_is_neither_followed_nor_waited_for() {
     other.identity = identity(2);
     let peers = [peer(diverged), peer(other)];
     let mut decider = Decider::new(TAKEOVER_AFTER, 3);
-    let lead = Decision::Lead { depose: false };
+    let lead = Decision::Lead { depose: None };
     assert_eq!(decider.decide(seconds(10), &me, &peers), lead);
     decider.refused(seconds(11), Refusal::Ahead(Lsn(90)));
     let gap =

@@ -100,6 +100,7 @@ struct Node {
 #[derive(Clone, Copy)]
 struct Holder {
     node: usize,
+    session: u32,
     heard: u64,
 }
 
@@ -520,17 +521,15 @@ impl World {
             Link::None => {}
             _ if self.hangs(index) => {}
             Link::Parent => {
-                if self.holder.is_none_or(|h| h.node != index) {
-                    if self.talks(index, parent) {
-                        self.nodes[index].link = Link::None;
+                let talks = self.talks(index, parent);
+                match self.holder.as_mut().filter(|holder| holder.node == index) {
+                    None if talks => self.nodes[index].link = Link::None,
+                    Some(holder) if talks => {
+                        holder.heard = now;
+                        self.nodes[index].link_heard = now;
+                        self.receive_from_parent(index);
                     }
-                } else if self.talks(index, parent) {
-                    self.nodes[index].link_heard = now;
-                    self.holder = Some(Holder {
-                        node: index,
-                        heard: now,
-                    });
-                    self.receive_from_parent(index);
+                    _ => {}
                 }
             }
             Link::Peer(name) => {
@@ -706,18 +705,21 @@ impl World {
         }
     }
 
-    fn lead(&mut self, index: usize, depose: bool, now: Duration) {
+    fn lead(&mut self, index: usize, depose: Option<u32>, now: Duration) {
         let parent = self.count();
         if !self.talks(index, parent) {
             self.nodes[index].decider.failed(now);
             return;
         }
-        if depose && self.holder.is_some() {
+        if let Some(holder) = self.holder
+            && depose == Some(holder.session)
+        {
             self.holder = None;
             self.deposed += 1;
         }
-        if self.holder.is_some() {
-            self.nodes[index].decider.refused(now, Refusal::Busy);
+        if let Some(holder) = self.holder {
+            let busy = Refusal::Busy(holder.session);
+            self.nodes[index].decider.refused(now, busy);
         } else if self.confirmed > self.nodes[index].flush && !without("A") {
             let ahead = Refusal::Ahead(Lsn(self.confirmed));
             self.nodes[index].decider.refused(now, ahead);
@@ -725,6 +727,7 @@ impl World {
             self.takeovers += 1;
             self.holder = Some(Holder {
                 node: index,
+                session: u32::try_from(self.takeovers).unwrap(),
                 heard: self.now,
             });
             let node = &mut self.nodes[index];

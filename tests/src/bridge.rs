@@ -167,8 +167,18 @@ impl Bridge {
 
     /// The same with further arguments.
     pub fn command(&self, subcommand: &str, arguments: &[&str]) -> Result<Output> {
+        self.command_within(Duration::from_secs(30), subcommand, arguments)
+    }
+
+    /// The same, where it may take longer.
+    pub fn command_within(
+        &self,
+        limit: Duration,
+        subcommand: &str,
+        arguments: &[&str],
+    ) -> Result<Output> {
         Command::new("timeout")
-            .arg("180")
+            .arg(limit.as_secs().to_string())
             .arg(bridge_program())
             .args([subcommand, "-c"])
             .arg(self.config())

@@ -122,7 +122,6 @@ fn make_template(top: bool, extension: bool) -> Result<PathBuf> {
     // Nobody misses template0, and every server would copy it.
     single(
         &data,
-        "postgres",
         &[
             &format!("CREATE ROLE terrace LOGIN {rights} PASSWORD '{PASSWORD}'"),
             "CREATE DATABASE app",
@@ -158,13 +157,13 @@ fn make_template(top: bool, extension: bool) -> Result<PathBuf> {
 }
 
 /// Runs statements, of one line each, on a cluster that no server runs on.
-fn single(data: &Path, database: &str, statements: &[&str]) -> Result<()> {
+fn single(data: &Path, statements: &[&str]) -> Result<()> {
     use std::io::Write;
     let mut single = command(&program("postgres"), user(), Signal::SIGTERM);
     single
         .args(["--single", "-F", "-D"])
         .arg(data)
-        .arg(database)
+        .arg("postgres")
         .current_dir(data);
     single
         .stdin(Stdio::piped())

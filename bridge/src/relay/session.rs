@@ -557,7 +557,7 @@ impl Session {
                 );
                 return refuse("42710", text);
             }
-            let replaces = same_name || self.bridge && options.depose;
+            let replaces = same_name || self.bridge && options.depose == Some(other.session);
             if !replaces || Instant::now() > deadline {
                 return is_active(slot, other.session);
             }
@@ -646,7 +646,8 @@ impl Drop for ActiveCursor {
 /// What a client wants of its stream.
 struct Options {
     messages: bool,
-    depose: bool,
+    /// End this session if it holds the cursor.
+    depose: Option<u32>,
     /// Of the bridge: its data directory's.
     instance: Option<String>,
 }
@@ -654,7 +655,7 @@ struct Options {
 /// pgoutput's options, and for a bridge our own.
 fn check_options(options: &[(String, Option<String>)], bridge: bool) -> Result<Options, Refusal> {
     let (mut protocol, mut publications) = (None, None);
-    let (mut messages, mut depose, mut instance) = (false, false, None);
+    let (mut messages, mut depose, mut instance) = (false, None, None);
     for (name, value) in options {
         let value = value.as_deref().unwrap_or("on");
         let on = matches!(value, "on" | "true" | "1" | "yes");
@@ -662,7 +663,7 @@ fn check_options(options: &[(String, Option<String>)], bridge: bool) -> Result<O
             "proto_version" => protocol = value.parse::<u32>().ok(),
             "publication_names" => publications = Some(value),
             "messages" => messages = on,
-            "depose" if bridge => depose = on,
+            "depose" if bridge => depose = value.parse().ok(),
             "instance" if bridge => instance = Some(value.to_owned()),
             "streaming" | "origin" => {}
             "binary" | "two_phase" if !on => {}

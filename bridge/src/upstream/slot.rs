@@ -6,18 +6,32 @@ use tokio::time::sleep;
 
 use super::{LinkEnd, Target};
 use crate::client::{Client, PgError, SessionOptions, quote_ident};
+use crate::domain::Session;
 use crate::lsn::Lsn;
 
 /// Pause between tries to take a slot whose holder has been told to end.
 const DEPOSE_STEP: Duration = Duration::from_millis(50);
 
-/// Ends the walsender that holds the slot. Sessions of one role may end each other.
-pub(super) async fn depose_holder(target: &Target) -> Result<(), LinkEnd> {
+/// Which session "replication slot … is active for PID n" names: the last number in it,
+/// whatever the language. 0, which none has, without one.
+pub(super) fn named_session(message: &str) -> Session {
+    let number = message
+        .rsplit(|c: char| !c.is_ascii_digit())
+        .find(|digits| !digits.is_empty());
+    number.and_then(|digits| digits.parse().ok()).unwrap_or(0)
+}
+
+/// Ends the walsender that holds the slot, unless another one does by now. Sessions of one
+/// role may end each other.
+pub(super) async fn depose(target: &Target, holder: Session) -> Result<(), LinkEnd> {
     let mut client = Client::connect(&target.conninfo, &SessionOptions::default()).await?;
     let sql = "SELECT pg_catalog.pg_terminate_backend(active_pid) \
                FROM pg_catalog.pg_replication_slots \
-               WHERE slot_name = $1 AND active_pid IS NOT NULL";
-    client.query(sql, &[Some(&target.slot)]).await?;
+               WHERE slot_name = $1 AND active_pid = $2";
+    let holder = holder.to_string();
+    client
+        .query(sql, &[Some(&target.slot), Some(&holder)])
+        .await?;
     Ok(())
 }
 

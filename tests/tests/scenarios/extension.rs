@@ -402,3 +402,29 @@ fn rows_that_are_there_are_sent_to_those_that_receive() {
         "{refused}"
     );
 }
+
+// After a cut, what a bridge had said before it came in late, and was shown as news.
+#[test]
+fn a_report_that_was_held_up_says_nothing_of_now() {
+    let (top, _scratch) = top();
+    top.sql("SELECT terrace.create_domain('region')");
+    let told = |run: u32, seq: u32, role: &str| {
+        top.sql(&format!(
+            "SELECT terrace.report(jsonb_build_object('nodes', jsonb_build_array(jsonb_build_object( \
+                 'node', 'region-1', 'instance', 'one', 'domain', 'region', 'run', {run}, 'seq', {seq}, \
+                 'role', '{role}', 'state', 'streaming', 'age_ms', 0)), 'events', '[]'::jsonb))"
+        ));
+        top.value("SELECT role FROM terrace.lag WHERE node = 'region-1'")
+    };
+    let time_passes =
+        || top.sql("UPDATE terrace.status SET reply_time = reply_time - interval '1 min'");
+    assert_eq!(told(100, 107, "slave"), "slave");
+    assert_eq!(told(100, 105, "master"), "slave", "held up for a moment");
+    time_passes();
+    assert_eq!(told(100, 105, "master"), "slave", "held up for a minute");
+    assert_eq!(
+        told(50, 51, "none"),
+        "none",
+        "started with its clock set back"
+    );
+}
