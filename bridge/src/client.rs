@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::time::Duration;
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use postgres_protocol::IsNull;
 use postgres_protocol::authentication::{md5_hash, sasl};
 use postgres_protocol::message::frontend;
@@ -521,12 +521,16 @@ impl Client {
         self.start_copy(sql, b'H').await
     }
 
-    /// The next data of a COPY … TO STDOUT; `None` when it is complete.
+    /// The next data of a COPY … TO STDOUT, as whole CopyData messages; `None` when it is
+    /// complete.
     pub async fn copy_out_next(&mut self) -> Result<Option<Bytes>> {
         loop {
-            let message = self.message().await?;
+            let messages = self.framed.read_run(b'd', MAX_MESSAGE).await?;
+            if !messages.is_empty() {
+                return Ok(Some(messages));
+            }
+            let message = self.framed.read_message(MAX_MESSAGE).await?;
             match message.kind {
-                b'd' => return Ok(Some(message.body)),
                 b'c' => {
                     self.rows().await?;
                     return Ok(None);
@@ -536,7 +540,7 @@ impl Client {
                     self.rows().await.ok();
                     return Err(error);
                 }
-                _ => {}
+                _ => self.note(&message),
             }
         }
     }
@@ -546,9 +550,9 @@ impl Client {
         self.start_copy(sql, b'G').await
     }
 
-    /// Sends data of a COPY … FROM STDIN.
-    pub async fn copy_in_send(&mut self, data: Bytes) -> Result<()> {
-        frontend::CopyData::new(data)?.write(self.framed.out());
+    /// Sends data of a COPY … FROM STDIN, in whole CopyData messages.
+    pub async fn copy_in_send(&mut self, messages: &[u8]) -> Result<()> {
+        self.framed.out().put_slice(messages);
         if self.framed.out().len() >= 64 << 10 {
             self.flush().await
         } else {

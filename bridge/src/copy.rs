@@ -5,27 +5,23 @@
 //! snapshot. A copy that is cut short leaves no progress and starts again; what
 //! it left behind is emptied only if its marker says that it was ours.
 
+mod rows;
+
 use std::fs;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, bail};
-use tokio::task::JoinSet;
 
-use crate::apply::COMPRESS_FAST;
-use crate::client::{Client, PgError, SessionOptions, quote_ident, quote_literal};
+use crate::client::{Client, quote_ident, quote_literal};
 use crate::conninfo::ConnInfo;
 use crate::lsn::{Identity, Lsn};
 use crate::queue::write_atomically;
 use crate::schema::{dump, restore};
 use crate::status::Shared;
 use crate::timeline;
-use crate::upstream::{
-    BRIDGE_PARAMETER, connect, create_snapshot, pinned_settings, timeline_history,
-};
+use crate::upstream::{BRIDGE_PARAMETER, connect, create_snapshot, timeline_history};
+use rows::{Copying, Table, copy_table, local_session, snapshot_session, synchronised_tables};
 
-/// Tables copied at the same time.
-const WORKERS: usize = 4;
 /// So many objects that could not be made are named in an event.
 const TOLD: usize = 20;
 /// What is here is ours to empty or to drop, one line a thing.
@@ -66,43 +62,6 @@ pub struct CopyResult {
     pub client: Client,
 }
 
-struct Table {
-    namespace: String,
-    name: String,
-    columns: Option<String>,
-    filter: Option<String>,
-    bytes: u64,
-}
-
-impl Table {
-    fn qualified(&self) -> String {
-        format!(
-            "{}.{}",
-            quote_ident(&self.namespace),
-            quote_ident(&self.name)
-        )
-    }
-
-    /// What to read at the source and where to write here.
-    fn statements(&self) -> (String, String) {
-        let table = self.qualified();
-        let columns = self.columns.clone().unwrap_or_default();
-        let list = if columns.is_empty() {
-            String::new()
-        } else {
-            format!(" ({columns})")
-        };
-        let read = match &self.filter {
-            None => format!("COPY {table}{list} TO STDOUT"),
-            Some(filter) => {
-                let columns = if columns.is_empty() { "*" } else { &columns };
-                format!("COPY (SELECT {columns} FROM ONLY {table} WHERE {filter}) TO STDOUT")
-            }
-        };
-        (read, format!("COPY {table}{list} FROM STDIN"))
-    }
-}
-
 /// Copies everything that this server is to hold from `source`.
 pub async fn initial_copy(shared: &Arc<Shared>, source: &ConnInfo) -> anyhow::Result<CopyResult> {
     let node = &shared.config.node;
@@ -141,21 +100,15 @@ pub async fn initial_copy(shared: &Arc<Shared>, source: &ConnInfo) -> anyhow::Re
     let tables = synchronised_tables(&mut reader, &node.domain).await?;
     let mut local = local_session(shared).await?;
     let fresh = prepare_schema(shared, source, &snapshot, &mut reader, &mut local, &tables).await?;
-    copy_rows(shared, source, &snapshot, tables).await?;
+    let copying = Copying::hold(shared, source, &snapshot, &mut reader, tables).await?;
+    copying.run().await?;
     if fresh {
         let post = dump(source, &snapshot, &mut reader, "post-data").await?;
         let made = restore(&mut local, &post).await;
         tell_left_out(shared, &made.context("create indexes and constraints")?);
     }
-    let of_terrace = TERRACE_TABLES.map(|name| Table {
-        namespace: "terrace".into(),
-        name: name.into(),
-        columns: None,
-        filter: None,
-        bytes: 0,
-    });
-    for table in &of_terrace {
-        copy_table(&mut reader, &mut local, table, &AtomicU64::new(0)).await?;
+    for name in TERRACE_TABLES {
+        copy_table(&mut reader, &mut local, Table::whole("terrace", name)).await?;
     }
     if !bridge {
         let marker = format!("{}slot {slot} {lsn}\n", marker_of(fresh));
@@ -242,110 +195,6 @@ async fn check_slot(shared: &Arc<Shared>, client: &mut Client, slot: &str) -> an
          the server that has, or, if the domain is new, drop the slot at the top with \
          SELECT pg_drop_replication_slot('{slot}')"
     )
-}
-
-async fn snapshot_session(source: &ConnInfo, snapshot: &str) -> Result<Client, PgError> {
-    let mut gucs = pinned_settings();
-    // An error rather than some of the rows, where policies hide the others.
-    gucs.push(("row_security".into(), "off".into()));
-    let options = SessionOptions {
-        application_name: "terrace copy".into(),
-        gucs,
-        ..Default::default()
-    };
-    let mut client = Client::connect(source, &options).await?;
-    let sql = format!(
-        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT {}",
-        quote_literal(snapshot)
-    );
-    client.simple(&sql).await?;
-    Ok(client)
-}
-
-async fn local_session(shared: &Arc<Shared>) -> anyhow::Result<Client> {
-    let mut gucs = pinned_settings();
-    gucs.retain(|(name, _)| name != "wal_sender_timeout");
-    gucs.push(("session_replication_role".into(), "replica".into()));
-    let application_name = "terrace copy".into();
-    let options = SessionOptions {
-        application_name,
-        gucs,
-        ..Default::default()
-    };
-    let info = ConnInfo::parse(&shared.config.database.url)?;
-    let mut client = Client::connect(&info, &options).await?;
-    client.simple(COMPRESS_FAST).await?;
-    Ok(client)
-}
-
-/// The tables that `domain` gets, partitions in place of their parents.
-async fn synchronised_tables(client: &mut Client, domain: &str) -> anyhow::Result<Vec<Table>> {
-    let known = client
-        .query(
-            "SELECT 1 FROM terrace.domain WHERE name = $1",
-            &[Some(domain)],
-        )
-        .await
-        .context("read terrace.domain at the source (is the extension installed there?)")?;
-    if known.is_empty() {
-        bail!(
-            "domain \"{domain}\" does not exist; create it at the top with \
-             SELECT terrace.create_domain('{domain}')"
-        );
-    }
-    let rows = client
-        .query(
-            "SELECT n.nspname, c.relname, s.filter, pg_catalog.pg_relation_size(c.oid), \
-                    (SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) \
-                     FROM pg_catalog.pg_attribute a \
-                     WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped \
-                       AND a.attgenerated = '' \
-                       AND (s.columns IS NULL OR a.attname = ANY (s.columns))) \
-             FROM terrace.sync_table s, \
-                  pg_catalog.pg_partition_tree(to_regclass(format('%I.%I', s.nspname, s.relname))) t \
-             JOIN pg_catalog.pg_class c ON c.oid = t.relid AND c.relkind = 'r' \
-             JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-             WHERE s.domains IS NULL OR $1 = ANY (s.domains) \
-             UNION ALL \
-             SELECT s.nspname, s.relname, s.filter, pg_catalog.pg_relation_size(c.oid), \
-                    (SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) \
-                     FROM pg_catalog.pg_attribute a \
-                     WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped \
-                       AND a.attgenerated = '' \
-                       AND (s.columns IS NULL OR a.attname = ANY (s.columns))) \
-             FROM terrace.sync_table s JOIN pg_catalog.pg_namespace n ON n.nspname = s.nspname \
-             JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = s.relname \
-             WHERE c.relkind = 'r' AND NOT c.relispartition \
-               AND (s.domains IS NULL OR $1 = ANY (s.domains))",
-            &[Some(domain)],
-        )
-        .await
-        .context("read terrace.sync_table at the source")?;
-    let mut tables: Vec<Table> = Vec::new();
-    for row in rows {
-        let [Some(namespace), Some(name), filter, bytes, columns] = <[_; 5]>::try_from(row)
-            .map_err(|_| anyhow::anyhow!("unexpected columns of terrace.sync_table"))?
-        else {
-            continue;
-        };
-        let bytes = bytes.and_then(|text| text.parse().ok()).unwrap_or(0);
-        let table = Table {
-            namespace,
-            name,
-            columns,
-            filter,
-            bytes,
-        };
-        if !tables
-            .iter()
-            .any(|known| known.qualified() == table.qualified())
-        {
-            tables.push(table);
-        }
-    }
-    // Large ones first, so that the workers end together.
-    tables.sort_by_key(|table| std::cmp::Reverse(table.bytes));
-    Ok(tables)
 }
 
 /// Makes the tables that are missing here, or empties what our own interrupted
@@ -458,69 +307,4 @@ fn marker_of(fresh: bool) -> &'static str {
     } else {
         "rows are ours\n"
     }
-}
-
-async fn copy_rows(
-    shared: &Arc<Shared>,
-    source: &ConnInfo,
-    snapshot: &str,
-    tables: Vec<Table>,
-) -> anyhow::Result<()> {
-    let total = tables.iter().map(|table| table.bytes).sum();
-    let done = Arc::new(AtomicU64::new(0));
-    let queue = Arc::new(std::sync::Mutex::new(tables.into_iter()));
-    let mut workers = JoinSet::new();
-    for _ in 0..WORKERS {
-        let (shared, done, queue) = (Arc::clone(shared), Arc::clone(&done), Arc::clone(&queue));
-        let (source, snapshot) = (source.clone(), snapshot.to_owned());
-        workers.spawn(async move {
-            let mut sessions = None;
-            loop {
-                let next = queue.lock().unwrap_or_else(|p| p.into_inner()).next();
-                let Some(table) = next else {
-                    return anyhow::Ok(());
-                };
-                let (reader, local) = match &mut sessions {
-                    Some(sessions) => sessions,
-                    none => none.insert((
-                        snapshot_session(&source, &snapshot).await?,
-                        local_session(&shared).await?,
-                    )),
-                };
-                copy_table(reader, local, &table, &done).await?;
-                shared.set_copy_progress(done.load(Ordering::Relaxed), total);
-            }
-        });
-    }
-    while let Some(result) = workers.join_next().await {
-        result.context("copy worker")??;
-    }
-    Ok(())
-}
-
-async fn copy_table(
-    reader: &mut Client,
-    local: &mut Client,
-    table: &Table,
-    done: &AtomicU64,
-) -> anyhow::Result<()> {
-    let (read, write) = table.statements();
-    let name = table.qualified();
-    reader
-        .copy_out(&read)
-        .await
-        .with_context(|| format!("read table {name}"))?;
-    local
-        .copy_in(&write)
-        .await
-        .with_context(|| format!("write table {name}"))?;
-    while let Some(data) = reader.copy_out_next().await? {
-        done.fetch_add(data.len() as u64, Ordering::Relaxed);
-        local.copy_in_send(data).await?;
-    }
-    local
-        .copy_in_finish()
-        .await
-        .with_context(|| format!("write table {name}"))?;
-    Ok(())
 }

@@ -154,6 +154,23 @@ impl Framed {
         }
     }
 
+    /// All whole messages of one kind that are there, as they came; waits for one. Empty when
+    /// a message of another kind is next.
+    pub async fn read_run(&mut self, kind: u8, limit: usize) -> io::Result<Bytes> {
+        loop {
+            let mut end = 0;
+            while self.input.get(end) == Some(&kind)
+                && let Some(len) = message_length(&self.input[end..], limit)?
+            {
+                end += len;
+            }
+            if end > 0 || self.input.first().is_some_and(|first| *first != kind) {
+                return Ok(self.input.split_to(end).freeze());
+            }
+            self.fill().await?;
+        }
+    }
+
     /// The kind of the next message, which stays unread.
     pub async fn peek_kind(&mut self) -> io::Result<u8> {
         while self.input.is_empty() {
@@ -215,7 +232,8 @@ async fn patiently<T>(
     }
 }
 
-fn take_message(input: &mut BytesMut, limit: usize) -> io::Result<Option<Message>> {
+/// Of the message that begins here, with its kind; `None` while it is not there as a whole.
+fn message_length(input: &[u8], limit: usize) -> io::Result<Option<usize>> {
     if input.len() < 5 {
         return Ok(None);
     }
@@ -223,12 +241,16 @@ fn take_message(input: &mut BytesMut, limit: usize) -> io::Result<Option<Message
     if len < 4 || len > limit {
         return Err(invalid(format!("message length {len} is out of range")));
     }
-    if input.len() < len + 1 {
-        // Grows as the bytes come, not by what the header claims.
+    // The buffer grows as the bytes come, not by what the header claims.
+    Ok((input.len() > len).then_some(len + 1))
+}
+
+fn take_message(input: &mut BytesMut, limit: usize) -> io::Result<Option<Message>> {
+    let Some(len) = message_length(input, limit)? else {
         return Ok(None);
-    }
+    };
     let kind = input[0];
-    let mut body = input.split_to(len + 1).freeze();
+    let mut body = input.split_to(len).freeze();
     body.advance(5);
     Ok(Some(Message { kind, body }))
 }
@@ -369,6 +391,23 @@ mod tests {
                     .is_err()
             );
         }
+    }
+
+    #[tokio::test]
+    async fn messages_of_one_kind_come_as_they_are() {
+        let (ours, mut theirs) = tokio::io::duplex(1024);
+        let mut framed = Framed::new(Box::new(ours));
+        theirs
+            .write_all(b"d\0\0\0\x05ad\0\0\0\x04d\0\0\0\x06b")
+            .await
+            .unwrap();
+        let run = framed.read_run(b'd', 100).await.unwrap();
+        assert_eq!(&run[..], b"d\0\0\0\x05ad\0\0\0\x04");
+        theirs.write_all(b"cc\0\0\0\x04").await.unwrap();
+        let run = framed.read_run(b'd', 100).await.unwrap();
+        assert_eq!(&run[..], b"d\0\0\0\x06bc");
+        assert!(framed.read_run(b'd', 100).await.unwrap().is_empty());
+        assert_eq!(framed.read_message(100).await.unwrap().kind, b'c');
     }
 
     // A client that stopped reading used to keep its session and its cursor for ever.

@@ -1,26 +1,40 @@
 //! The initial copy, and trees of other shapes.
 
 use terrace_tests::bridge::{Bridge, options};
-use terrace_tests::load::{GAPLESS, STEPS, count_up};
+use terrace_tests::load::{Background, GAPLESS, STEPS, count_up};
 use terrace_tests::{Scratch, Server, ServerOptions, Tree, wait_until};
 
 #[test]
 fn the_initial_copy_runs_under_load() {
     let schema = format!(
         "{STEPS} CREATE TABLE wide (id int PRIMARY KEY, txt text, arr int[], at timestamptz, js jsonb);
-         INSERT INTO wide SELECT i, 'text ' || i, ARRAY[i, NULL], now(), '{{\"a\": 1}}'
-         FROM generate_series(1, 50000) i;
+         INSERT INTO wide SELECT i, repeat(md5(i::text), 25), ARRAY[i, NULL], now(), '{{\"a\": 1}}'
+         FROM generate_series(1, 90000) i;
          SELECT terrace.add_table('wide');"
     );
     let mut tree = Tree::plant(&schema).expect("boot the top");
     let counting = count_up(&tree.top);
+    // Rows go from page to page, while parts of the table are copied by themselves.
+    let moving = Background::start(&tree.top, |client, step| {
+        let id = i32::try_from(step * 7919 % 90000).expect("an int");
+        let sql = "UPDATE wide SET js = js || jsonb_build_object('b', $1::int) WHERE id = $1";
+        client.execute(sql, &[&id]).map(|_| ())
+    });
     tree.boot(&[("region", None, 2), ("branch", Some("region"), 1)])
         .expect("boot the servers");
     counting.go_on(50);
     tree.start_bridges().expect("start the bridges");
     tree.wait_streaming();
+    for node in &tree.nodes {
+        let log = node.bridge.logged();
+        let told = log.lines().find(|line| line.contains("copies 3 tables in"));
+        assert!(
+            told.is_some_and(|line| !line.contains("in 3 parts")),
+            "{told:?}"
+        );
+    }
     counting.go_on(50);
-    counting.stop();
+    (counting.stop(), moving.stop());
     tree.wait_for_equal(&["wide", "steps", "trail"]);
     tree.assert_gapless();
 }

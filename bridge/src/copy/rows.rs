@@ -1,0 +1,397 @@
+//! The rows of the initial copy: several tables, and parts of a large one, at the same
+//! time; what one server's COPY gives goes to the other's as it is.
+//!
+//! All sessions at the source read in one snapshot. A part of a table is a range of its
+//! pages, which PostgreSQL reads without looking at the others. No rewrite may move rows
+//! from one part to another meanwhile: [`Copying::hold`] locks what is copied in parts
+//! before its parts are told apart.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, bail};
+use tokio::task::JoinSet;
+
+use crate::apply::COMPRESS_FAST;
+use crate::client::{Client, PgError, SessionOptions, quote_ident, quote_literal};
+use crate::conninfo::ConnInfo;
+use crate::status::Shared;
+use crate::upstream::pinned_settings;
+
+/// Parts copied at the same time, on a machine with so many cores or fewer …
+const WORKERS: usize = 4;
+/// … and at most: somebody uses the source.
+const MAX_WORKERS: usize = 16;
+/// Pages of a part: mostly 32 MiB of a table.
+const PART_PAGES: u64 = 4096;
+/// Progress is told each time so many bytes have come.
+const TELL_BYTES: u64 = 8 << 20;
+
+/// A table at the source.
+pub(super) struct Table {
+    namespace: String,
+    name: String,
+    columns: Option<String>,
+    filter: Option<String>,
+    /// Of its rows, without those values that are stored out of line.
+    pages: u64,
+    bytes: u64,
+    /// It is a heap that we may read all of.
+    divisible: bool,
+}
+
+/// Some pages of a table, the last one left out if there is one; or all of it.
+struct Part {
+    table: Arc<Table>,
+    pages: Option<(u64, Option<u64>)>,
+    /// Its share of the table.
+    bytes: u64,
+}
+
+impl Table {
+    /// One that is copied whole.
+    pub fn whole(namespace: &str, name: &str) -> Table {
+        Table {
+            namespace: namespace.into(),
+            name: name.into(),
+            columns: None,
+            filter: None,
+            pages: 0,
+            bytes: 0,
+            divisible: false,
+        }
+    }
+
+    pub fn qualified(&self) -> String {
+        format!(
+            "{}.{}",
+            quote_ident(&self.namespace),
+            quote_ident(&self.name)
+        )
+    }
+
+    fn is_large(&self) -> bool {
+        self.divisible && self.pages > PART_PAGES
+    }
+
+    fn parts(self) -> Vec<Part> {
+        let (pages, bytes) = (self.pages, self.bytes);
+        let count = if self.is_large() {
+            pages.div_ceil(PART_PAGES)
+        } else {
+            1
+        };
+        let table = Arc::new(self);
+        let part = |index: u64| {
+            let end = (index + 1 < count).then_some((index + 1) * PART_PAGES);
+            Part {
+                table: Arc::clone(&table),
+                pages: (count > 1).then_some((index * PART_PAGES, end)),
+                bytes: bytes / count,
+            }
+        };
+        (0..count).map(part).collect()
+    }
+}
+
+impl Part {
+    /// What to read at the source and where to write here.
+    fn statements(&self) -> (String, String) {
+        let table = self.table.qualified();
+        let columns = self.table.columns.clone().unwrap_or_default();
+        let list = match columns.is_empty() {
+            true => String::new(),
+            false => format!(" ({columns})"),
+        };
+        let columns = if columns.is_empty() { "*" } else { &columns };
+        let mut conditions: Vec<String> =
+            self.table.filter.iter().map(|f| format!("({f})")).collect();
+        if let Some((first, end)) = self.pages {
+            conditions.push(format!("ctid >= '({first},0)'"));
+            conditions.extend(end.map(|end| format!("ctid < '({end},0)'")));
+        }
+        let read = match conditions.is_empty() {
+            true => format!("COPY {table}{list} TO STDOUT"),
+            false => {
+                let condition = conditions.join(" AND ");
+                format!("COPY (SELECT {columns} FROM ONLY {table} WHERE {condition}) TO STDOUT")
+            }
+        };
+        (read, format!("COPY {table}{list} FROM STDIN"))
+    }
+}
+
+/// The tables that `domain` gets, partitions in place of their parents.
+pub(super) async fn synchronised_tables(
+    client: &mut Client,
+    domain: &str,
+) -> anyhow::Result<Vec<Table>> {
+    let known = client
+        .query(
+            "SELECT 1 FROM terrace.domain WHERE name = $1",
+            &[Some(domain)],
+        )
+        .await
+        .context("read terrace.domain at the source (is the extension installed there?)")?;
+    if known.is_empty() {
+        bail!(
+            "domain \"{domain}\" does not exist; create it at the top with \
+             SELECT terrace.create_domain('{domain}')"
+        );
+    }
+    // A table may be listed twice: by itself and as a partition of another one.
+    let rows = client
+        .query(
+            "WITH listed AS ( \
+                 SELECT t.relid, s.filter, s.columns \
+                 FROM terrace.sync_table s, \
+                      pg_catalog.pg_partition_tree(to_regclass(format('%I.%I', s.nspname, s.relname))) t \
+                 WHERE s.domains IS NULL OR $1 = ANY (s.domains) \
+                 UNION ALL \
+                 SELECT c.oid, s.filter, s.columns \
+                 FROM terrace.sync_table s JOIN pg_catalog.pg_namespace n ON n.nspname = s.nspname \
+                 JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = s.relname \
+                 WHERE NOT c.relispartition AND (s.domains IS NULL OR $1 = ANY (s.domains))) \
+             SELECT DISTINCT ON (c.oid) n.nspname, c.relname, s.filter, \
+                    (SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) \
+                     FROM pg_catalog.pg_attribute a \
+                     WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped \
+                       AND a.attgenerated = '' \
+                       AND (s.columns IS NULL OR a.attname = ANY (s.columns))), \
+                    pg_catalog.pg_relation_size(c.oid) / current_setting('block_size')::int, \
+                    pg_catalog.pg_table_size(c.oid), \
+                    s.columns IS NULL AND h.amname = 'heap' \
+             FROM listed s JOIN pg_catalog.pg_class c ON c.oid = s.relid AND c.relkind = 'r' \
+             JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+             LEFT JOIN pg_catalog.pg_am h ON h.oid = c.relam",
+            &[Some(domain)],
+        )
+        .await
+        .context("read terrace.sync_table at the source")?;
+    let mut tables = Vec::new();
+    for row in rows {
+        let [namespace, name, filter, columns, pages, bytes, divisible] =
+            <[_; 7]>::try_from(row)
+                .map_err(|_| anyhow::anyhow!("unexpected columns of terrace.sync_table"))?;
+        let number = |text: Option<String>| text.and_then(|text| text.parse().ok()).unwrap_or(0);
+        tables.push(Table {
+            namespace: namespace.unwrap_or_default(),
+            name: name.unwrap_or_default(),
+            columns,
+            filter,
+            pages: number(pages),
+            bytes: number(bytes),
+            divisible: divisible.as_deref() == Some("t"),
+        });
+    }
+    Ok(tables)
+}
+
+/// A session at the source that reads in `snapshot`.
+pub(super) async fn snapshot_session(source: &ConnInfo, snapshot: &str) -> Result<Client, PgError> {
+    let mut gucs = pinned_settings();
+    // An error rather than some of the rows, where policies hide the others.
+    gucs.push(("row_security".into(), "off".into()));
+    let options = SessionOptions {
+        application_name: "terrace copy".into(),
+        gucs,
+        ..Default::default()
+    };
+    let mut client = Client::connect(source, &options).await?;
+    let sql = format!(
+        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT {}",
+        quote_literal(snapshot)
+    );
+    client.simple(&sql).await?;
+    Ok(client)
+}
+
+/// A session here in which nothing fires.
+pub(super) async fn local_session(shared: &Arc<Shared>) -> anyhow::Result<Client> {
+    let mut gucs = pinned_settings();
+    gucs.retain(|(name, _)| name != "wal_sender_timeout");
+    gucs.push(("session_replication_role".into(), "replica".into()));
+    let application_name = "terrace copy".into();
+    let options = SessionOptions {
+        application_name,
+        gucs,
+        ..Default::default()
+    };
+    let info = ConnInfo::parse(&shared.config.database.url)?;
+    let mut client = Client::connect(&info, &options).await?;
+    client.simple(COMPRESS_FAST).await?;
+    Ok(client)
+}
+
+/// What the workers share.
+pub(super) struct Copying {
+    shared: Arc<Shared>,
+    source: ConnInfo,
+    snapshot: String,
+    waiting: Mutex<VecDeque<Part>>,
+    done: AtomicU64,
+    total: u64,
+}
+
+impl Copying {
+    /// Of `tables`, which `reader`, a session in the snapshot that outlives the copy, keeps
+    /// from being rewritten.
+    pub async fn hold(
+        shared: &Arc<Shared>,
+        source: &ConnInfo,
+        snapshot: &str,
+        reader: &mut Client,
+        tables: Vec<Table>,
+    ) -> anyhow::Result<Arc<Copying>> {
+        for table in tables.iter().filter(|table| table.is_large()) {
+            let name = table.qualified();
+            let lock = format!("SELECT 1 FROM ONLY {name} LIMIT 0");
+            reader
+                .simple(&lock)
+                .await
+                .with_context(|| format!("read table {name}"))?;
+        }
+        let total = tables.iter().map(|table| table.bytes).sum();
+        let count = tables.len();
+        let mut parts: Vec<Part> = tables.into_iter().flat_map(Table::parts).collect();
+        tracing::info!("copies {count} tables in {} parts", parts.len());
+        // Large ones first, so that the workers end together.
+        parts.sort_by_key(|part| std::cmp::Reverse(part.bytes));
+        Ok(Arc::new(Copying {
+            shared: Arc::clone(shared),
+            source: source.clone(),
+            snapshot: snapshot.to_owned(),
+            waiting: Mutex::new(parts.into()),
+            done: AtomicU64::new(0),
+            total,
+        }))
+    }
+
+    /// Copies all.
+    pub async fn run(self: Arc<Copying>) -> anyhow::Result<()> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let mut workers = JoinSet::new();
+        for _ in 0..cores.clamp(WORKERS, MAX_WORKERS) {
+            let copying = Arc::clone(&self);
+            workers.spawn(async move { copying.work().await });
+        }
+        while let Some(result) = workers.join_next().await {
+            result.context("copy worker")??;
+        }
+        Ok(())
+    }
+
+    fn next(&self) -> Option<Part> {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.pop_front()
+    }
+
+    async fn work(&self) -> anyhow::Result<()> {
+        let mut sessions = None;
+        while let Some(part) = self.next() {
+            let (reader, local) = match &mut sessions {
+                Some(sessions) => sessions,
+                none => none.insert((
+                    snapshot_session(&self.source, &self.snapshot).await?,
+                    local_session(&self.shared).await?,
+                )),
+            };
+            let (mut counted, mut told) = (0, 0);
+            // The text of rows is of another size than the rows.
+            copy(reader, local, &part, |bytes| {
+                let bytes = bytes.min(part.bytes - counted);
+                counted += bytes;
+                told += bytes;
+                self.done.fetch_add(bytes, Ordering::Relaxed);
+                if told >= TELL_BYTES {
+                    told = 0;
+                    self.tell();
+                }
+            })
+            .await?;
+            self.done.fetch_add(part.bytes - counted, Ordering::Relaxed);
+            self.tell();
+        }
+        Ok(())
+    }
+
+    fn tell(&self) {
+        let done = self.done.load(Ordering::Relaxed);
+        self.shared.set_copy_progress(done, self.total);
+    }
+}
+
+/// Copies a small table whole.
+pub(super) async fn copy_table(
+    reader: &mut Client,
+    local: &mut Client,
+    table: Table,
+) -> anyhow::Result<()> {
+    for part in table.parts() {
+        copy(reader, local, &part, |_| ()).await?;
+    }
+    Ok(())
+}
+
+async fn copy(
+    reader: &mut Client,
+    local: &mut Client,
+    part: &Part,
+    mut came: impl FnMut(u64),
+) -> anyhow::Result<()> {
+    let (read, write) = part.statements();
+    let name = part.table.qualified();
+    let reading = || format!("read table {name}");
+    let writing = || format!("write table {name}");
+    reader.copy_out(&read).await.with_context(reading)?;
+    local.copy_in(&write).await.with_context(writing)?;
+    while let Some(messages) = reader.copy_out_next().await.with_context(reading)? {
+        came(messages.len() as u64);
+        local.copy_in_send(&messages).await.with_context(writing)?;
+    }
+    local.copy_in_finish().await.with_context(writing)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table(pages: u64) -> Table {
+        Table {
+            pages,
+            bytes: pages * 8192,
+            divisible: true,
+            columns: Some("a, b".into()),
+            ..Table::whole("public", "t")
+        }
+    }
+
+    #[test]
+    fn a_large_table_is_read_in_parts_that_leave_out_nothing() {
+        let read = |table: Table| -> Vec<String> {
+            table
+                .parts()
+                .iter()
+                .map(|part| part.statements().0)
+                .collect()
+        };
+        let whole = "COPY public.t (a, b) TO STDOUT";
+        assert_eq!(read(table(PART_PAGES)), [whole]);
+        let some = |condition: &str| {
+            format!("COPY (SELECT a, b FROM ONLY public.t WHERE {condition}) TO STDOUT")
+        };
+        let parts = [
+            some("ctid >= '(0,0)' AND ctid < '(4096,0)'"),
+            some("ctid >= '(4096,0)' AND ctid < '(8192,0)'"),
+            some("ctid >= '(8192,0)'"),
+        ];
+        assert_eq!(read(table(2 * PART_PAGES + 1)), parts);
+        let filtered = Table {
+            filter: Some("a OR b".into()),
+            ..table(1)
+        };
+        assert_eq!(read(filtered), [some("(a OR b)")]);
+    }
+}
