@@ -6,9 +6,11 @@
 //!
 //! `terrace-bench [--quick] [WORKLOAD …]`
 
+mod copying;
 mod drain;
 mod equality;
 mod failover;
+mod fanout;
 mod latency;
 mod memory;
 mod native;
@@ -40,6 +42,8 @@ fn workloads() -> Vec<Box<dyn Workload>> {
         Box::new(latency::Latency),
         Box::new(memory::Memory),
         Box::new(tag::Tag),
+        Box::new(fanout::Fanout),
+        Box::new(copying::Copying),
         Box::new(equality::Compare),
         Box::new(failover::Blows::deaths()),
         Box::new(failover::Blows::silences()),

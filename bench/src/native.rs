@@ -19,8 +19,8 @@ pub struct Native {
 }
 
 /// Makes the publication that subscribers ask for.
-pub fn publish(server: &Server) {
-    let tables = TABLES.join(", ");
+pub fn publish(server: &Server, tables: &[&str]) {
+    let tables = tables.join(", ");
     server.sql(&format!("CREATE PUBLICATION native FOR TABLE {tables}"));
 }
 
@@ -43,7 +43,7 @@ impl Native {
         at_once(servers.iter(), |server| {
             create_tables(server, plan.scale, "", false)?;
             server.sql(SCHEMA);
-            publish(server);
+            publish(server, &TABLES);
             Ok(())
         })?;
         let (regions, branches) = servers.split_at(shape.region);
@@ -67,7 +67,7 @@ impl Native {
 }
 
 /// Subscribes and waits for the initial copy.
-fn subscribe(server: &Server, above: &Server) -> Result<()> {
+pub fn subscribe(server: &Server, above: &Server) -> Result<()> {
     server.sql(&format!(
         "CREATE SUBSCRIPTION bench CONNECTION '{}' PUBLICATION native WITH (slot_name = {})",
         above.conninfo(),

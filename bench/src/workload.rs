@@ -38,6 +38,11 @@ pub struct Plan {
     pub large_rows: u64,
     /// Rounds and seconds of each pgbench run for the tag's cost.
     pub tag: (usize, u64),
+    /// Seconds of load at the top for each number of followers.
+    pub fanout_seconds: u64,
+    /// pgbench's scale factor for the initial copy, 15 MB each, and its rounds.
+    pub copy_scale: u32,
+    pub copy_rounds: usize,
     /// pgbench's scale factor for the comparison.
     pub compare_scale: u32,
     /// Rounds of each way to lose a master.
@@ -59,6 +64,9 @@ impl Plan {
                 latency: (2, 2),
                 large_rows: 100 << 10,
                 tag: (6, 1),
+                fanout_seconds: 2,
+                copy_scale: 10,
+                copy_rounds: 1,
                 compare_scale: 5,
                 failover_rounds: 3,
                 rejoin: (1, 10),
@@ -74,6 +82,9 @@ impl Plan {
                 latency: (3, 20),
                 large_rows: 1 << 20,
                 tag: (15, 5),
+                fanout_seconds: 20,
+                copy_scale: 350,
+                copy_rounds: 2,
                 compare_scale: 100,
                 failover_rounds: 20,
                 rejoin: (10, 60),

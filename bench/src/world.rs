@@ -140,7 +140,7 @@ impl World {
             tree.top
                 .sql(&format!("SELECT terrace.add_table('{table}')"));
         }
-        publish(&tree.top);
+        publish(&tree.top, &TABLES);
         let mut domains = vec![("region", None, shape.region)];
         if shape.branch > 0 {
             domains.push(("branch", Some("region"), shape.branch));

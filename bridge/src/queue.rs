@@ -17,6 +17,7 @@
 
 mod disk;
 mod reader;
+mod scan;
 mod segment;
 mod writer;
 

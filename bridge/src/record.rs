@@ -37,7 +37,7 @@ pub enum Kind {
     Commit = 3,
     /// The top was idle up to `lsn`.
     Watermark = 4,
-    /// Local to one file: all before this offset is on disk.
+    /// Of one file: all before this offset is on disk. Whoever receives it passes over it.
     Mark = 5,
 }
 
@@ -184,16 +184,6 @@ impl Record {
         })
     }
 
-    /// Decodes bytes that hold exactly one record.
-    pub fn decode(mut bytes: Bytes) -> Result<Record, RecordError> {
-        let record = Record::take(&mut bytes)?;
-        if bytes.is_empty() {
-            Ok(record)
-        } else {
-            Err(RecordError::Body("trailing bytes"))
-        }
-    }
-
     /// The body, without the header.
     pub fn body(&self) -> Bytes {
         self.bytes.slice(HEADER_LEN..)
@@ -338,7 +328,7 @@ mod tests {
     #[test]
     fn commit_round_trips() {
         let (info, frames, record) = sample();
-        let read = Record::decode(record.bytes.clone()).unwrap();
+        let read = Record::take(&mut record.bytes.clone()).unwrap();
         assert_eq!((read.kind, read.lsn), (Kind::Commit, Lsn(0x530)));
         assert_eq!(read.commit().unwrap(), info);
         assert_eq!(
@@ -354,7 +344,10 @@ mod tests {
             for bit in 0..8 {
                 let mut bytes = record.bytes.to_vec();
                 bytes[at] ^= 1 << bit;
-                assert!(Record::decode(bytes.into()).is_err(), "byte {at} bit {bit}");
+                assert!(
+                    Record::take(&mut bytes.into()).is_err(),
+                    "byte {at} bit {bit}"
+                );
             }
         }
     }
@@ -362,9 +355,9 @@ mod tests {
     proptest! {
         #[test]
         fn garbage_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200), kind in 1u8..6) {
-            let _ = Record::decode(Bytes::from(bytes.clone()));
+            let _ = Record::take(&mut Bytes::from(bytes.clone()));
             let record = Record::new(Kind::from_byte(kind).unwrap(), Lsn(9), &bytes);
-            let read = Record::decode(record.bytes.clone()).unwrap();
+            let read = Record::take(&mut record.bytes.clone()).unwrap();
             let _ = read.commit();
             let _ = read.top_time();
             for frame in read.frames().take(1000) { let _ = frame; }

@@ -472,7 +472,11 @@ impl<'a> Link<'a> {
                     self.note_received(end, time);
                 }
             }
-            b'T' if self.bridge => self.record(Record::decode(body)?, writer)?,
+            b'T' if self.bridge => {
+                while !body.is_empty() {
+                    self.record(Record::take(&mut body)?, writer)?;
+                }
+            }
             b'P' if self.bridge && body.len() == 16 => {
                 let (replayed, time) = (Lsn(body.get_u64()), body.get_i64());
                 self.note_received(Lsn::ZERO, time);
@@ -508,7 +512,9 @@ impl<'a> Link<'a> {
                 info.commit_time
             }
             Kind::Watermark => record.top_time()?,
-            _ => 0,
+            // Of the upstream's file.
+            Kind::Mark => return Ok(()),
+            Kind::Schema | Kind::Part => 0,
         };
         writer.append(&record)?;
         self.note_received(record.lsn, time);

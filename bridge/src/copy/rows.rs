@@ -377,10 +377,10 @@ mod tests {
                 .map(|part| part.statements().0)
                 .collect()
         };
-        let whole = "COPY public.t (a, b) TO STDOUT";
+        let whole = "COPY \"public\".\"t\" (a, b) TO STDOUT";
         assert_eq!(read(table(PART_PAGES)), [whole]);
         let some = |condition: &str| {
-            format!("COPY (SELECT a, b FROM ONLY public.t WHERE {condition}) TO STDOUT")
+            format!("COPY (SELECT a, b FROM ONLY \"public\".\"t\" WHERE {condition}) TO STDOUT")
         };
         let parts = [
             some("ctid >= '(0,0)' AND ctid < '(4096,0)'"),

@@ -3,9 +3,11 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use bytes::{Bytes, BytesMut};
 use tokio::sync::watch;
 
-use super::segment::{Scan, Schema, Segment, schema_key};
+use super::scan::Scan;
+use super::segment::{Schema, Segment, schema_key};
 use super::{Queue, QueueError};
 use crate::lsn::Lsn;
 use crate::record::{Kind, Record};
@@ -95,30 +97,59 @@ impl Reader {
             if let Some(record) = self.schema.pop_front() {
                 return Ok(Some(record));
             }
-            // Look for the next segment before the end of this one: once there
-            // is a next one, this one does not grow.
-            let next = self.queue.segment_after(&self.segment);
-            if self.seeking {
-                self.seek()?;
-                match next {
-                    _ if !self.seeking || !self.schema.is_empty() => {}
-                    Some(next) => self.enter(next)?,
-                    None => return Ok(None),
-                }
-                continue;
-            }
-            match self.scan.next(&self.segment, self.segment.visible())? {
+            match self.advance(Scan::next)? {
                 Some(record) if record.kind == Kind::Mark => {}
                 Some(record) => {
                     self.from = self.from.max(record.lsn);
                     return Ok(Some(record));
                 }
-                None => match next {
-                    Some(next) => self.enter(next)?,
-                    None => return Ok(None),
-                },
+                None if self.schema.is_empty() => return Ok(None),
+                None => {}
             }
         }
+    }
+
+    /// Several of the next records as they are on disk, among them marks, and the highest
+    /// position up to there. Nothing of it is made anew, or even looked at once more.
+    pub fn try_next_bytes(&mut self) -> Result<Option<(Bytes, Lsn)>, QueueError> {
+        let next = self.advance(Scan::next_bytes)?;
+        if !self.schema.is_empty() {
+            let records = self.schema.drain(..).map(|record| record.bytes);
+            let mut bytes = BytesMut::new();
+            records.for_each(|record| bytes.extend_from_slice(&record));
+            return Ok(Some((bytes.freeze(), Lsn::ZERO)));
+        }
+        if let Some((_, lsn)) = &next {
+            self.from = self.from.max(*lsn);
+        }
+        Ok(next)
+    }
+
+    /// What `read` finds at our place; `None` at the queue's end, and when there are
+    /// definitions to be delivered first.
+    fn advance<T>(
+        &mut self,
+        read: impl Fn(&mut Scan, &Segment, u64) -> Result<Option<T>, QueueError>,
+    ) -> Result<Option<T>, QueueError> {
+        while self.schema.is_empty() {
+            // Look for the next segment before the end of this one: once there
+            // is a next one, this one does not grow.
+            let next = self.queue.segment_after(&self.segment);
+            if self.seeking {
+                self.seek()?;
+                if !self.seeking || !self.schema.is_empty() {
+                    continue;
+                }
+            } else if let Some(found) = read(&mut self.scan, &self.segment, self.segment.visible())?
+            {
+                return Ok(Some(found));
+            }
+            match next {
+                Some(next) => self.enter(next)?,
+                None => return Ok(None),
+            }
+        }
+        Ok(None)
     }
 
     /// Reads nothing of a later timeline than the queue is of now: who follows is to ask

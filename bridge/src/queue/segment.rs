@@ -10,14 +10,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
+use super::scan::{BLOCK, Scan, Shared};
 use super::{QueueError, lock, sync_dir};
 use crate::lsn::{Identity, Lsn};
-use crate::record::{HEADER_LEN, Kind, Record, RecordError, body_len};
+use crate::record::{HEADER_LEN, Kind, Record, RecordError};
 
 const MAGIC: &[u8; 8] = b"TERRSEG1";
 const MAX_HEAD: usize = 4096;
-/// Read at once when scanning.
-pub(super) const BLOCK: usize = 256 << 10;
 const MARK_LEN: usize = HEADER_LEN + 8;
 
 /// Definitions that a later transaction may refer to, by message kind and OID.
@@ -48,6 +47,7 @@ pub(super) struct Segment {
     failed: AtomicBool,
     /// Held during an fsync: the system tells of a failure only once.
     syncing: Mutex<()>,
+    shared: Shared,
 }
 
 /// The segment files of `dir` in order of position.
@@ -133,6 +133,7 @@ impl Segment {
             synced: AtomicU64::new(content.len() as u64),
             failed: AtomicBool::new(false),
             syncing: Mutex::default(),
+            shared: Shared::default(),
         })
     }
 
@@ -163,6 +164,7 @@ impl Segment {
             synced: AtomicU64::new(len),
             failed: AtomicBool::new(false),
             syncing: Mutex::default(),
+            shared: Shared::default(),
         })
     }
 
@@ -179,6 +181,11 @@ impl Segment {
 
     pub fn identity(&self) -> &Identity {
         &self.identity
+    }
+
+    /// What its readers have read just now.
+    pub fn shared(&self) -> &Shared {
+        &self.shared
     }
 
     pub fn visible(&self) -> u64 {
@@ -201,6 +208,7 @@ impl Segment {
     }
 
     pub fn truncate(&self, len: u64) -> Result<(), QueueError> {
+        self.shared.forget();
         self.file
             .set_len(len)
             .map_err(QueueError::io("truncate", &self.path))
@@ -254,48 +262,6 @@ impl Segment {
             offset,
             problem: problem.to_string(),
         }
-    }
-}
-
-/// Walks the records of a segment in blocks.
-pub(super) struct Scan {
-    /// Offset of the next record.
-    pub offset: u64,
-    block: Bytes,
-}
-
-impl Scan {
-    pub fn at(offset: u64) -> Scan {
-        Scan {
-            offset,
-            block: Bytes::new(),
-        }
-    }
-
-    /// The record at `offset`, or `None` at `limit`.
-    pub fn next(&mut self, segment: &Segment, limit: u64) -> Result<Option<Record>, QueueError> {
-        if self.offset >= limit {
-            return Ok(None);
-        }
-        let needed = match body_len(&self.block) {
-            Ok(len) => HEADER_LEN + len,
-            Err(RecordError::Short) => {
-                self.block = segment.read(self.offset, BLOCK, limit)?;
-                let problem = |error| segment.damaged(self.offset, error);
-                HEADER_LEN + body_len(&self.block).map_err(problem)?
-            }
-            Err(error) => return Err(segment.damaged(self.offset, error)),
-        };
-        if self.block.len() < needed {
-            if self.offset + needed as u64 > limit {
-                return Err(segment.damaged(self.offset, RecordError::Short));
-            }
-            self.block = segment.read(self.offset, needed.max(BLOCK), limit)?;
-        }
-        let record =
-            Record::take(&mut self.block).map_err(|error| segment.damaged(self.offset, error))?;
-        self.offset += record.bytes.len() as u64;
-        Ok(Some(record))
     }
 }
 

@@ -1,3 +1,5 @@
+use std::os::unix::fs::FileExt;
+
 use bytes::{BufMut, BytesMut};
 use tempfile::TempDir;
 
@@ -38,11 +40,59 @@ fn create(dir: &TempDir) -> (Queue, Writer) {
     Queue::create(dir.path(), identity(), Lsn(100)).unwrap()
 }
 
+/// What a reader gets, record by record and in runs, which must be the same.
 fn all(queue: &Queue, from: u64) -> Vec<(Kind, u64)> {
     let mut reader = queue.reader(Lsn(from)).unwrap();
-    std::iter::from_fn(|| reader.try_next().unwrap())
-        .map(|r| (r.kind, r.lsn.0))
-        .collect()
+    let one_by_one: Vec<Record> = std::iter::from_fn(|| reader.try_next().unwrap()).collect();
+    let mut reader = queue.reader(Lsn(from)).unwrap();
+    let mut in_runs = Vec::new();
+    while let Some((mut bytes, lsn)) = reader.try_next_bytes().unwrap() {
+        while !bytes.is_empty() {
+            let record = Record::take(&mut bytes).unwrap();
+            assert!(record.lsn <= lsn, "{} in a run to {lsn}", record.lsn);
+            in_runs.push(record);
+        }
+    }
+    in_runs.retain(|record| record.kind != Kind::Mark);
+    let bytes =
+        |records: &[Record]| -> Vec<_> { records.iter().map(|r| r.bytes.clone()).collect() };
+    assert_eq!(bytes(&one_by_one), bytes(&in_runs));
+    one_by_one.iter().map(|r| (r.kind, r.lsn.0)).collect()
+}
+
+// Five hundred followers read each block five hundred times, and checked it as often.
+#[test]
+fn readers_near_each_other_read_and_check_once() {
+    let dir = TempDir::new().unwrap();
+    let (queue, mut writer) = create(&dir);
+    for end in 1..=20 {
+        writer.append(&transaction(100 + end * 10, 1000)).unwrap();
+    }
+    writer.publish().unwrap();
+    let mut first = queue.reader(Lsn(100)).unwrap();
+    assert_eq!(first.try_next().unwrap().unwrap().lsn, Lsn(110));
+    let mut second = queue.reader(Lsn(150)).unwrap();
+    // Who read it anew would find this.
+    let file = fs::OpenOptions::new().write(true).open(last_segment(&dir));
+    let file = file.unwrap();
+    file.write_all_at(b"?", file.metadata().unwrap().len() - 3)
+        .unwrap();
+    let rest = |reader: &mut Reader| {
+        let mut last = Ok(Lsn(0));
+        while let Some(next) = reader.try_next().transpose() {
+            last = next.map(|record| record.lsn);
+            if last.is_err() {
+                break;
+            }
+        }
+        last
+    };
+    assert_eq!(rest(&mut first).unwrap(), Lsn(300));
+    assert_eq!(rest(&mut second).unwrap(), Lsn(300));
+    drop((first, second));
+    let mut third = queue.reader(Lsn(100)).unwrap();
+    let damage = rest(&mut third).unwrap_err();
+    assert!(matches!(damage, QueueError::Damaged { .. }), "{damage}");
 }
 
 fn last_segment(dir: &TempDir) -> PathBuf {

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use bytes::{BufMut, BytesMut};
 
-use super::segment::{Scan, Schema, Segment, schema_key};
+use super::scan::Scan;
+use super::segment::{Schema, Segment, schema_key};
 use super::{Queue, QueueError, SEGMENT_BYTES, lock};
 use crate::lsn::{Identity, Lsn};
 use crate::record::{Kind, Record};

@@ -145,16 +145,16 @@ impl Sender<'_> {
     fn fill(&mut self) -> anyhow::Result<bool> {
         if self.start.bridge {
             while self.framed.out().len() < FLUSH_BYTES {
-                let Some(record) = self.reader.try_next()? else {
+                let Some((records, lsn)) = self.reader.try_next_bytes()? else {
                     if *self.relay.shared.replayed.borrow() != self.told_replayed {
                         self.tell_replayed();
                     }
                     return Ok(false);
                 };
-                self.sent = self.sent.max(record.lsn);
+                self.sent = self.sent.max(lsn);
                 wire::put(self.framed.out(), b'd', |out| {
                     out.put_u8(b'T');
-                    out.put_slice(&record.bytes);
+                    out.put_slice(&records);
                 });
             }
             self.tell_replayed();

@@ -1,0 +1,120 @@
+//! The initial copy of a new server, from nothing to live.
+//!
+//! Terrace makes the schema by itself; the native subscriber has been given it, with its
+//! primary keys, as PostgreSQL's documentation asks for, and that time is not counted.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use terrace_tests::{Server, ServerOptions, Tree};
+
+use crate::native::{publish, subscribe};
+use crate::pgbench::create_tables;
+use crate::report::{Better, Figure, Report};
+use crate::workload::{Plan, Workload, rotated, wait};
+use crate::world::{Stage, plant, settings, settle};
+
+pub struct Copying;
+
+const TABLES: [&str; 4] = [
+    "pgbench_accounts",
+    "pgbench_branches",
+    "pgbench_tellers",
+    "pgbench_history",
+];
+
+impl Workload for Copying {
+    fn name(&self) -> &'static str {
+        "copy"
+    }
+
+    fn about(&self) -> &'static str {
+        "the initial copy of a new server"
+    }
+
+    fn run(&self, stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
+        stage.clear();
+        let mut tree = plant()?;
+        create_tables(
+            &tree.top,
+            plan.copy_scale,
+            "-c synchronous_commit=off",
+            true,
+        )?;
+        for table in TABLES {
+            tree.top
+                .sql(&format!("SELECT terrace.add_table('{table}')"));
+        }
+        publish(&tree.top, &TABLES);
+        tree.top.sql("VACUUM ANALYZE; CHECKPOINT");
+        let size = tree
+            .top
+            .value("SELECT pg_size_pretty(pg_table_size('pgbench_accounts'))");
+        let (mut terrace, mut native) = (Vec::new(), Vec::new());
+        for round in 0..plan.copy_rounds {
+            for own in rotated(&[true, false], round) {
+                match own {
+                    true => terrace.push(by_bridge(&mut tree, round)?),
+                    false => native.push(by_subscription(&tree, round, plan)?),
+                }
+            }
+            println!(
+                "    {size}: terrace {:.1} s, native {:.1} s",
+                terrace[round], native[round]
+            );
+        }
+        report.add(Figure {
+            workload: format!("initial copy, {size}"),
+            what: "elapsed",
+            unit: "s",
+            better: Better::Lower,
+            against: "native",
+            terrace,
+            baseline: native,
+            paired: false,
+        });
+        Ok(())
+    }
+}
+
+const SUM: &str = "SELECT count(*) || ' ' || sum(aid) FROM pgbench_accounts";
+
+fn must_be_equal(server: &Server, top: &Server) -> Result<()> {
+    let (found, wanted) = (server.value(SUM), top.value(SUM));
+    ensure!(
+        found == wanted,
+        "{} has {found}, the top {wanted}",
+        server.name
+    );
+    Ok(())
+}
+
+fn by_bridge(tree: &mut Tree, round: usize) -> Result<f64> {
+    let domain = format!("copy{round}");
+    tree.boot(&[(domain.as_str(), None, 1)])?;
+    settle(&mut tree.nodes[0].server)?;
+    let start = Instant::now();
+    tree.start_bridges()?;
+    wait("the copy is live", Duration::from_millis(20), || {
+        Ok(tree.is_streaming())
+    })?;
+    let elapsed = start.elapsed().as_secs_f64();
+    must_be_equal(&tree.nodes[0].server, &tree.top)?;
+    tree.nodes.clear();
+    Ok(elapsed)
+}
+
+fn by_subscription(tree: &Tree, round: usize, plan: &Plan) -> Result<f64> {
+    let options = ServerOptions {
+        extension: false,
+        settings: settings(),
+        ..Default::default()
+    };
+    let server = Server::start(&tree.scratch, &format!("native-copy-{round}"), &options)?;
+    create_tables(&server, plan.copy_scale, "", false)?;
+    let start = Instant::now();
+    subscribe(&server, &tree.top)?;
+    let elapsed = start.elapsed().as_secs_f64();
+    must_be_equal(&server, &tree.top)?;
+    Ok(elapsed)
+}
