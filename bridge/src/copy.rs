@@ -102,6 +102,7 @@ pub async fn initial_copy(shared: &Arc<Shared>, source: &ConnInfo) -> anyhow::Re
     let fresh = prepare_schema(shared, source, &snapshot, &mut reader, &mut local, &tables).await?;
     let copying = Copying::hold(shared, source, &snapshot, &mut reader, tables).await?;
     copying.run().await?;
+    tracing::info!("all rows are copied");
     if fresh {
         let post = dump(source, &snapshot, &mut reader, "post-data").await?;
         let made = restore(&mut local, &post).await;
@@ -130,7 +131,6 @@ pub async fn initial_copy(shared: &Arc<Shared>, source: &ConnInfo) -> anyhow::Re
         )
         .await
         .context("write terrace.progress")?;
-    local.simple("CHECKPOINT").await.ok();
     fs::remove_file(node.data_dir.join(MARKER)).ok();
     Ok(CopyResult {
         identity,

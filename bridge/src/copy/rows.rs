@@ -212,6 +212,8 @@ pub(super) async fn local_session(shared: &Arc<Shared>) -> anyhow::Result<Client
     let mut gucs = pinned_settings();
     gucs.retain(|(name, _)| name != "wal_sender_timeout");
     gucs.push(("session_replication_role".into(), "replica".into()));
+    // What is written here is on disk before the marker goes that says whose the rows are.
+    gucs.push(("synchronous_commit".into(), "on".into()));
     let application_name = "terrace copy".into();
     let options = SessionOptions {
         application_name,
