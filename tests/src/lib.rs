@@ -6,10 +6,12 @@
 
 pub mod bridge;
 pub mod disk;
+pub mod histories;
 pub mod load;
 pub mod netns;
 pub mod process;
 pub mod proxy;
+pub mod random;
 pub mod scratch;
 pub mod server;
 pub mod tree;

@@ -59,10 +59,13 @@ impl Session<'_> {
             match record.kind {
                 Kind::Commit if goes_alone(record) => break,
                 Kind::Commit if record.lsn <= gate => bytes += record.bytes.len(),
-                // One that says nothing new does not end the pile.
-                Kind::Schema if !records.is_empty() => {
+                // One that says something new ends the pile, for what is in it came before.
+                Kind::Schema => {
                     if !self.planner.knows(&self.ahead[0]) {
-                        break;
+                        if !records.is_empty() {
+                            break;
+                        }
+                        self.planner.define(&self.ahead[0])?;
                     }
                     self.ahead.pop_front();
                     continue;

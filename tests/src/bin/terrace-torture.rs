@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use terrace_tests::load::{ACCOUNTS, Background, GAPLESS, Observer, STEPS, count_up, transfers};
 use terrace_tests::proxy::Proxy;
+use terrace_tests::random::Random;
 use terrace_tests::{Server, Tree};
 
 const DOMAINS: [(&str, Option<&str>, usize); 2] =
@@ -18,22 +19,6 @@ const TABLES: [&str; 4] = ["account", "steps", "trail", "wide"];
 const WIDE: &str = "
     CREATE TABLE wide (id bigint PRIMARY KEY, body text);
     SELECT terrace.add_table('wide');";
-
-/// The same seed gives the same faults (not the same timing).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 16) as usize % n
-    }
-
-    fn between(&mut self, low: usize, high: usize) -> Duration {
-        Duration::from_millis((low + self.below(high - low)) as u64)
-    }
-}
 
 /// What undoes a fault, and when.
 struct Undo {
@@ -82,7 +67,8 @@ fn torture(time: Duration, seed: u64) -> Result<()> {
         count_up(&tree.top),
         wide_rows(&tree.top),
     ];
-    let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    // The same faults for the same seed, not the same timing.
+    let mut random = Random::new(seed);
     let (started, mut undo, mut count) = (Instant::now(), Vec::<Undo>::new(), 0);
     while started.elapsed() < time {
         std::thread::sleep(random.between(200, 2_500));
