@@ -77,6 +77,8 @@ enum Key {
     Pair,
     Uuid,
     Text,
+    /// Equal keys are written in two ways.
+    Numeric,
     /// Identified by an index that is no primary key.
     Index,
     /// A primary key, and REPLICA IDENTITY FULL.
@@ -116,6 +118,7 @@ impl Table {
             Key::Uuid,
             Key::Text,
             Key::Text,
+            Key::Numeric,
             Key::Index,
             Key::Full,
             Key::None,
@@ -157,6 +160,8 @@ impl Table {
             Key::Int | Key::Index | Key::Full | Key::None => n.to_string(),
             Key::Pair => format!("'k{}', {}", n % 3, n / 3),
             Key::Uuid => format!("md5('{n}')::uuid"),
+            Key::Numeric if n % 2 == 0 => format!("{}.0", n / 2),
+            Key::Numeric => format!("{}.00", n / 2),
             Key::Text => format!("E'it''s \\\\ \"{n}'"),
         }
     }
@@ -172,6 +177,7 @@ impl Table {
             Key::Pair => vec!["k varchar(9) NOT NULL".into(), "l bigint NOT NULL".into()],
             Key::Uuid => vec!["k uuid NOT NULL".into()],
             Key::Text => vec!["k text NOT NULL".into()],
+            Key::Numeric => vec!["k numeric NOT NULL".into()],
             Key::None => vec!["k int".into()],
             Key::Int | Key::Index | Key::Full => vec!["k int NOT NULL".into()],
         };
