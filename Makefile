@@ -48,6 +48,14 @@ torture: install
 	@cargo build --quiet --locked -p terrace-tests --bin terrace-torture
 	@$(TARGET)/debug/terrace-torture $(SECONDS) $(SEED)
 
+# So many random histories, set-wise and in order.
+COUNT ?= 1000
+.PHONY: histories
+histories: install
+	@cargo build --quiet --locked --release -p terrace-bridge -p terrace-tests --bins
+	@TERRACE_BRIDGE=$(abspath $(TARGET))/release/terrace-bridge \
+	  $(TARGET)/release/terrace-histories $(COUNT) $(SEED)
+
 test: install
 	$(MAKE) --no-print-directory check
 
@@ -81,7 +89,7 @@ audit:
 	cargo deny check licenses bans sources
 
 # Terrace and native subscriptions side by side. QUICK=1 for the short form; ONLY="drain tree" for
-# some of: drain, tree, latency, memory, tag, failover (or one of failover-deaths, failover-silences,
+# some of: drain, tree, latency, memory, tag, fanout, copy, compare, failover (or one of failover-deaths, failover-silences,
 # failover-rejoin). Results in target/bench/. The top loads the
 # release build of the extension's library, without it being installed.
 .PHONY: bench

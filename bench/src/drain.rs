@@ -16,7 +16,7 @@ use crate::proc::cpu_seconds;
 use crate::report::{Better, Figure, Report};
 use crate::side::{Drained, Side, drain, mark, must_be_equal};
 use crate::workload::{Plan, Workload, rotated};
-use crate::world::{Shape, Stage, World};
+use crate::world::{HOP, Shape, Stage, World};
 
 pub struct Drain {
     name: &'static str,
@@ -31,10 +31,7 @@ impl Drain {
         Drain {
             name: "drain",
             about: "a backlog over one hop, top -> 1",
-            shape: Shape {
-                region: 1,
-                branch: 0,
-            },
+            shape: HOP,
             scripts: &[TPCB, INSERT, HOT, WIDE],
         }
     }
@@ -62,6 +59,7 @@ impl Drain {
 enum Turn {
     Terrace,
     Native,
+    Pglogical,
     /// pg_recvlogical, which throws everything away: the limit of one walsender.
     Decode,
 }
@@ -71,6 +69,7 @@ impl Turn {
         match self {
             Turn::Terrace => "terrace",
             Turn::Native => "native",
+            Turn::Pglogical => "pglogical",
             Turn::Decode => "decode",
         }
     }
@@ -80,6 +79,7 @@ impl Turn {
         let side: &mut dyn Side = match self {
             Turn::Terrace => &mut world.terrace,
             Turn::Native => &mut world.native,
+            Turn::Pglogical => world.pglogical.as_mut().context("no pglogical")?,
             Turn::Decode => return discard(world.top(), top),
         };
         let drained = drain(side, top, marker, |_| ())?;
@@ -111,6 +111,8 @@ struct Samples {
     /// As `CREATE SUBSCRIPTION` makes it: `synchronous_commit = off`.
     native: Sample,
     native_sync: Sample,
+    /// None where it is not installed.
+    pglogical: Sample,
     decode: Sample,
 }
 
@@ -163,6 +165,9 @@ impl Drain {
         };
         must_be_equal(&world.terrace, world.top(), tables)?;
         must_be_equal(&world.native, world.top(), tables)?;
+        if let Some(side) = &world.pglogical {
+            must_be_equal(side, world.top(), tables)?;
+        }
         self.figures(report, script, transactions, samples);
         Ok(())
     }
@@ -184,13 +189,11 @@ impl Drain {
         fill(top, script, transactions)?;
         let marker = mark(top)?;
         world.checkpoint()?;
-        let turns: &[Turn] = if self.is_tree() {
-            &[Turn::Terrace, Turn::Native]
-        } else {
-            &[Turn::Terrace, Turn::Native, Turn::Decode]
-        };
+        let mut turns = vec![Turn::Terrace, Turn::Native];
+        turns.extend((!self.is_tree()).then_some(Turn::Decode));
+        turns.extend(world.pglogical.as_ref().map(|_| Turn::Pglogical));
         let mut line = format!("    {}, {transactions} tx:", script.name);
-        for turn in rotated(turns, round) {
+        for turn in rotated(&turns, round) {
             let drained = turn.run(world, marker)?;
             let seconds = drained.elapsed.as_secs_f64();
             line += &format!("  {} {seconds:.2} s", turn.name());
@@ -198,6 +201,7 @@ impl Drain {
                 Turn::Terrace => &mut samples.terrace,
                 Turn::Native if sync => &mut samples.native_sync,
                 Turn::Native => &mut samples.native,
+                Turn::Pglogical => &mut samples.pglogical,
                 Turn::Decode => &mut samples.decode,
             };
             sample.add(&drained);
@@ -238,6 +242,7 @@ impl Drain {
         for (against, other) in [
             ("native", &samples.native),
             ("native, sync commit on", &samples.native_sync),
+            ("pglogical", &samples.pglogical),
             ("decode limit", &samples.decode),
         ] {
             add("rate", "tx/s", Better::Higher, against, &own, &rate(other));

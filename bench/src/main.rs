@@ -1,4 +1,4 @@
-//! Measures Terrace beside PostgreSQL's own subscriptions.
+//! Measures Terrace beside PostgreSQL's own subscriptions, and pglogical where it is installed.
 //!
 //! Both sides do the same work in the same run, turn by turn, on servers with
 //! the same settings. A number taken on another day or machine proves nothing;
@@ -15,6 +15,7 @@ mod latency;
 mod memory;
 mod native;
 mod pgbench;
+mod pglogical;
 mod plot;
 mod proc;
 mod report;

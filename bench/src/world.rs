@@ -9,6 +9,7 @@ use terrace_tests::{Server, Tree};
 
 use crate::native::{Native, publish};
 use crate::pgbench::{ROWS, SCHEMA, TABLES, create_tables};
+use crate::pglogical::{self, Pglogical};
 use crate::proc;
 use crate::side::{Side, Which};
 use crate::terrace::Terrace;
@@ -35,6 +36,12 @@ pub struct Shape {
     pub branch: usize,
 }
 
+/// From the top to one server.
+pub const HOP: Shape = Shape {
+    region: 1,
+    branch: 0,
+};
+
 /// Keeps the servers for the next workload if that wants as many.
 #[derive(Default)]
 pub struct Stage(Option<(Shape, World)>);
@@ -57,8 +64,10 @@ impl Stage {
     }
 }
 
-/// Both sides, paused. The native servers go before the directory they are in.
+/// All sides, paused. The other servers go before the directory they are in.
 pub struct World {
+    /// Over one hop only.
+    pub pglogical: Option<Pglogical>,
     pub native: Native,
     pub terrace: Terrace,
 }
@@ -150,10 +159,21 @@ impl World {
         at_once(servers, settle)?;
         let mut native = Native::boot(&tree, shape, plan)?;
         native.pause()?;
+        let mut pglogical = None;
+        if shape == HOP && pglogical::is_installed() {
+            pglogical = Some(Pglogical::boot(&mut tree, plan)?);
+        }
+        if let Some(side) = &mut pglogical {
+            side.pause()?;
+        }
         let mut terrace = Terrace { tree };
         terrace.resume()?;
         let ready = terrace.wait_streaming().and_then(|()| terrace.pause());
-        let mut world = World { native, terrace };
+        let mut world = World {
+            pglogical,
+            native,
+            terrace,
+        };
         world.explain(ready)?;
         world.checkpoint()?;
         println!("    booted in {:.0} s", start.elapsed().as_secs_f64());
@@ -178,7 +198,8 @@ impl World {
 
     /// Checkpoints everywhere, so that none is due in what is measured next.
     pub fn checkpoint(&self) -> Result<()> {
-        let below = self.native.servers().into_iter();
+        let beside = self.pglogical.iter().flat_map(Side::servers);
+        let below = self.native.servers().into_iter().chain(beside);
         let servers = below.chain(self.terrace.servers()).chain([self.top()]);
         at_once(servers, |server| {
             Ok(server.try_connect()?.batch_execute("CHECKPOINT")?)
