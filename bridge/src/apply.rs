@@ -25,6 +25,7 @@ mod skip;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -68,15 +69,11 @@ pub async fn run(
     cancel: CancellationToken,
 ) -> anyhow::Result<()> {
     let mut pause = Duration::from_millis(100);
-    let mut thorough = true;
+    let thorough = AtomicBool::new(true);
     loop {
         let started = *shared.replayed.borrow();
         let session = async {
-            let mut session = Session::open(&shared, &queue).await?;
-            // It may read whole tables, so not again with each attempt.
-            session
-                .advance_sequences(std::mem::take(&mut thorough))
-                .await?;
+            let mut session = Session::open(&shared, &queue, &thorough).await?;
             session.run().await
         };
         let error: anyhow::Error = tokio::select! {
@@ -184,15 +181,21 @@ struct Session<'a> {
     attempted: Lsn,
     committed: Lsn,
     progress_written: Instant,
-    /// When sequences were put forward, and whether rows have been written since.
+    /// When sequences were put forward, and whether there may be reason to do it again.
     sequences: (Instant, bool),
+    /// Sequences have not been looked at with patience since the bridge started.
+    thorough: &'a AtomicBool,
     /// What each unanswered statement should do.
     expected: VecDeque<Expect>,
     unflushed: usize,
 }
 
 impl<'a> Session<'a> {
-    async fn open(shared: &'a Arc<Shared>, queue: &'a Queue) -> anyhow::Result<Session<'a>> {
+    async fn open(
+        shared: &'a Arc<Shared>,
+        queue: &'a Queue,
+        thorough: &'a AtomicBool,
+    ) -> anyhow::Result<Session<'a>> {
         let info = ConnInfo::parse(&shared.config.database.url)?;
         let settings = [
             ("session_replication_role", "replica"),
@@ -248,7 +251,8 @@ impl<'a> Session<'a> {
             attempted: committed,
             committed,
             progress_written: Instant::now(),
-            sequences: (Instant::now(), false),
+            sequences: (Instant::now(), true),
+            thorough,
             expected: Default::default(),
             unflushed: 0,
         })
@@ -257,7 +261,7 @@ impl<'a> Session<'a> {
     async fn run(&mut self) -> anyhow::Result<Never> {
         loop {
             if self.sequences.1 && self.sequences.0.elapsed() > sequences::UNDER_LOAD {
-                self.advance_sequences(false).await?;
+                self.advance_sequences().await?;
             }
             let applied = match self.set_wise_batch().await {
                 Ok(false) => self.fast_batch().await,
@@ -285,7 +289,7 @@ impl<'a> Session<'a> {
                 if self.sequences.1 {
                     match timeout(sequences::WHEN_IDLE, self.reader.next()).await {
                         Ok(record) => return Ok(record?),
-                        Err(_) => self.advance_sequences(false).await?,
+                        Err(_) => self.advance_sequences().await?,
                     }
                 }
                 Ok(self.reader.next().await?)
