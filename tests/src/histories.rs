@@ -160,7 +160,7 @@ impl Table {
             Key::Int | Key::Index | Key::Full | Key::None => n.to_string(),
             Key::Pair => format!("'k{}', {}", n % 3, n / 3),
             Key::Uuid => format!("md5('{n}')::uuid"),
-            Key::Numeric if n % 2 == 0 => format!("{}.0", n / 2),
+            Key::Numeric if n.is_multiple_of(2) => format!("{}.0", n / 2),
             Key::Numeric => format!("{}.00", n / 2),
             Key::Text => format!("E'it''s \\\\ \"{n}'"),
         }

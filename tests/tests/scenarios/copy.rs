@@ -34,7 +34,8 @@ fn the_initial_copy_runs_under_load() {
         );
     }
     counting.go_on(50);
-    (counting.stop(), moving.stop());
+    counting.stop();
+    moving.stop();
     tree.wait_for_equal(&["wide", "steps", "trail"]);
     tree.assert_gapless();
 }
