@@ -70,7 +70,7 @@ check:
 # The stories on real servers alone.
 .PHONY: scenarios
 scenarios:
-	cargo test --locked -p terrace-tests -- --test-threads 6
+	cargo test --locked -p terrace-tests -- --test-threads 4
 
 # The same with another PostgreSQL, as in `make test-pg-17`: 15 to 18 are fetched to PG_ROOT, once.
 PG_ROOT ?= /opt/pgtest
