@@ -43,8 +43,10 @@ pub const BRIDGE_PARAMETER: &str = "_pq_.terrace";
 const SILENCE: Duration = Duration::from_secs(10);
 /// How often positions are told.
 const TICK: Duration = Duration::from_millis(100);
-/// Messages taken from the socket before they are made readable.
+/// Messages taken from the socket before they are made readable and our positions told …
 const BATCH_MESSAGES: usize = 10_000;
+/// … or as many bytes of them: a bridge sends many records in one.
+const BATCH_BYTES: usize = 4 << 20;
 /// More messages than this within [`REST`] are a burst, and rested for as long.
 const BURST_MESSAGES: usize = 60;
 const REST: Duration = Duration::from_millis(1);
@@ -395,13 +397,14 @@ impl<'a> Link<'a> {
     /// Takes what has been read and what the socket holds, so that it is written at
     /// once; the number of messages.
     async fn drain(&mut self, writer: &mut Writer) -> Result<usize, LinkEnd> {
-        let mut taken = 0;
+        let (mut taken, mut bytes) = (0, 0);
         loop {
             while let Some(message) = self.client.buffered()? {
-                self.take(message.kind, message.body, writer)?;
+                bytes += message.body.len();
                 taken += 1;
+                self.take(message.kind, message.body, writer)?;
             }
-            if taken > BATCH_MESSAGES {
+            if taken > BATCH_MESSAGES || bytes > BATCH_BYTES {
                 return Ok(taken);
             }
             tokio::select! {
