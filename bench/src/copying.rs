@@ -3,16 +3,16 @@
 //! Terrace makes the schema by itself; the native subscriber has been given it, with its
 //! primary keys, as PostgreSQL's documentation asks for, and that time is not counted.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use terrace_tests::{Server, ServerOptions, Tree};
+use terrace_tests::{Server, Tree};
 
 use crate::native::{publish, subscribe};
 use crate::pgbench::create_tables;
 use crate::report::{Better, Figure, Report};
-use crate::workload::{Plan, Workload, rotated, wait};
-use crate::world::{Stage, plant, settings, settle};
+use crate::workload::{Plan, Workload, rotated};
+use crate::world::{Stage, bare, boot, go_live, plant};
 
 pub struct Copying;
 
@@ -93,13 +93,9 @@ fn must_be_equal(server: &Server, top: &Server) -> Result<()> {
 
 fn by_bridge(tree: &mut Tree, round: usize) -> Result<f64> {
     let domain = format!("copy{round}");
-    tree.boot(&[(domain.as_str(), None, 1)])?;
-    settle(&mut tree.nodes[0].server)?;
+    boot(tree, &[(domain.as_str(), None, 1)])?;
     let start = Instant::now();
-    tree.start_bridges()?;
-    wait("the copy is live", Duration::from_millis(20), || {
-        Ok(tree.is_streaming())
-    })?;
+    go_live(tree)?;
     let elapsed = start.elapsed().as_secs_f64();
     must_be_equal(&tree.nodes[0].server, &tree.top)?;
     tree.nodes.clear();
@@ -107,12 +103,7 @@ fn by_bridge(tree: &mut Tree, round: usize) -> Result<f64> {
 }
 
 fn by_subscription(tree: &Tree, round: usize, plan: &Plan) -> Result<f64> {
-    let options = ServerOptions {
-        extension: false,
-        settings: settings(),
-        ..Default::default()
-    };
-    let server = Server::start(&tree.scratch, &format!("native-copy-{round}"), &options)?;
+    let server = bare(tree, &format!("native-copy-{round}"))?;
     create_tables(&server, plan.copy_scale, "", false)?;
     let start = Instant::now();
     subscribe(&server, &tree.top)?;

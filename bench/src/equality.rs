@@ -9,8 +9,8 @@ use anyhow::{Context, Result, ensure};
 
 use crate::pgbench::{create_tables, pgbench, processed};
 use crate::report::{Better, Figure, Report};
-use crate::workload::{Plan, Workload, wait};
-use crate::world::{Stage, at_once, plant, settle};
+use crate::workload::{Plan, Workload};
+use crate::world::{Stage, boot, go_live, plant};
 
 /// It has failed then.
 const LIMIT: Duration = Duration::from_secs(300);
@@ -34,14 +34,8 @@ impl Workload for Compare {
         let mut tree = plant()?;
         create_tables(&tree.top, plan.compare_scale, "", true)?;
         tree.top.sql("SELECT terrace.add_schema('public')");
-        tree.boot(&DOMAINS)?;
-        at_once(tree.nodes.iter_mut().map(|node| &mut node.server), settle)?;
-        tree.start_bridges()?;
-        wait(
-            "all servers have a copy",
-            Duration::from_millis(200),
-            || Ok(tree.is_streaming()),
-        )?;
+        boot(&mut tree, &DOMAINS)?;
+        go_live(&mut tree)?;
         let run = |seconds: u64| -> Result<f64> {
             let seconds = seconds.to_string();
             let arguments = ["-n", "-c", "2", "-j", "1", "-R", "500", "-T", &seconds];

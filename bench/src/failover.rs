@@ -20,7 +20,7 @@ use terrace_tests::{Server, Tree};
 
 use crate::report::{Better, Figure, Report, median};
 use crate::workload::{Plan, Workload, all, wait};
-use crate::world::{Stage, at_once, plant, settle};
+use crate::world::{Stage, boot, go_live, plant};
 
 const DOMAINS: [(&str, Option<&str>, usize); 2] =
     [("region", None, 3), ("branch", Some("region"), 3)];
@@ -212,10 +212,8 @@ impl Scene {
             tree = tree.with_links();
         }
         tree.top.sql(SCHEMA);
-        tree.boot(&DOMAINS)?;
-        at_once(tree.nodes.iter_mut().map(|node| &mut node.server), settle)?;
-        tree.start_bridges()?;
-        tree.wait_streaming();
+        boot(&mut tree, &DOMAINS)?;
+        go_live(&mut tree)?;
         let load = (0..WRITERS)
             .map(|writer| write(&tree.top, writer))
             .collect();

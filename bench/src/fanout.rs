@@ -9,23 +9,22 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{Buf, Bytes};
 use terrace_bridge::client::quote_ident;
 use terrace_bridge::conninfo::ConnInfo;
 use terrace_bridge::lsn::Lsn;
 use terrace_bridge::record::{HEADER_LEN, body_len};
 use terrace_bridge::upstream;
-use terrace_bridge::wire::put;
 use terrace_tests::{Server, Tree};
 use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
 use tokio::time::{interval, timeout};
 
-use crate::pgbench::{SCHEMA, pgbench, processed};
+use crate::pgbench::{INSERT, SCHEMA, pgbench, processed, script_file};
 use crate::proc;
 use crate::report::{Better, Figure, Report};
-use crate::workload::{Plan, Workload, wait};
-use crate::world::{Stage, plant, settle};
+use crate::workload::{Plan, Workload};
+use crate::world::{Stage, boot, go_live, plant};
 
 pub struct Fanout;
 
@@ -35,7 +34,6 @@ const RATE: u32 = 100;
 const LIVE: Duration = Duration::from_secs(2);
 /// Connections are made so many at a time.
 const AT_ONCE: usize = 20;
-const SCRIPT: &str = "INSERT INTO bench_insert (body) VALUES (md5(:client_id::text));\n";
 
 impl Workload for Fanout {
     fn name(&self) -> &'static str {
@@ -51,12 +49,8 @@ impl Workload for Fanout {
         let mut tree = plant()?;
         tree.top.sql(SCHEMA);
         tree.top.sql("SELECT terrace.add_table('bench_insert')");
-        tree.boot(&[("region", None, 1)])?;
-        settle(&mut tree.nodes[0].server)?;
-        tree.start_bridges()?;
-        wait("the region streams", Duration::from_millis(50), || {
-            Ok(tree.is_streaming())
-        })?;
+        boot(&mut tree, &[("region", None, 1)])?;
+        go_live(&mut tree)?;
         let runtime = Runtime::new().context("start a runtime")?;
         let alone = load(&tree, plan.fanout_seconds, || Ok(()))?;
         let mut measured = Vec::new();
@@ -106,14 +100,9 @@ struct Used {
 /// Writes at the top for a while.
 fn load(tree: &Tree, seconds: u64, check: impl FnOnce() -> Result<()>) -> Result<Used> {
     let bridge = proc::bridge(&tree.nodes[0].bridge).context("the bridge does not run")?;
-    let file = tree.top.socket_dir().join("fanout.sql");
-    std::fs::write(&file, SCRIPT).context("write the script")?;
-    let (time, rate, path) = (
-        seconds.to_string(),
-        RATE.to_string(),
-        file.to_string_lossy(),
-    );
-    let arguments = ["-n", "-c", "2", "-T", &time, "-R", &rate, "-f", &path];
+    let (time, rate) = (seconds.to_string(), RATE.to_string());
+    let script = script_file(&tree.top, INSERT)?.context("a script")?;
+    let arguments = ["-n", "-c", "2", "-T", &time, "-R", &rate, "-f", &script];
     let (before, start) = (proc::cpu_seconds(bridge), Instant::now());
     let (transactions, _) = processed(&pgbench(&tree.top, "", &arguments)?)?;
     check()?;
@@ -259,13 +248,8 @@ impl Follower {
     }
 
     async fn tell(&mut self) -> Result<()> {
-        let at = self.at.load(Ordering::Relaxed);
-        put(self.client.buffer(), b'd', |out: &mut BytesMut| {
-            out.put_u8(b'r');
-            (0..3).for_each(|_| out.put_u64(at));
-            out.put_i64(0);
-            out.put_u8(0);
-        });
+        let at = Lsn(self.at.load(Ordering::Relaxed));
+        upstream::put_status(self.client.buffer(), (at, at, at), false);
         timeout(Duration::from_secs(10), self.client.flush()).await??;
         Ok(())
     }

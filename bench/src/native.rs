@@ -7,12 +7,12 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use terrace_tests::{Server, ServerOptions, Tree};
+use terrace_tests::{Server, Tree};
 
 use crate::pgbench::{SCHEMA, TABLES, create_tables};
 use crate::side::Side;
 use crate::workload::{Plan, wait};
-use crate::world::{Shape, at_once, settings};
+use crate::world::{Shape, at_once, bare};
 
 pub struct Native {
     servers: Vec<Server>,
@@ -33,12 +33,7 @@ impl Native {
             .collect();
         let mut servers = Vec::new();
         for name in &names {
-            let options = ServerOptions {
-                extension: false,
-                settings: settings(),
-                ..Default::default()
-            };
-            servers.push(Server::start(&tree.scratch, name, &options)?);
+            servers.push(bare(tree, name)?);
         }
         at_once(servers.iter(), |server| {
             create_tables(server, plan.scale, "", false)?;

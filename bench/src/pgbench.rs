@@ -106,16 +106,24 @@ pub fn create_tables(server: &Server, scale: u32, settings: &str, rows: bool) ->
     pgbench(server, settings, &["-i", "-q", "-I", steps, "-s", &scale]).map(drop)
 }
 
+/// Where the script is, unless it is the built-in one.
+pub fn script_file(server: &Server, script: Script) -> Result<Option<String>> {
+    let Some(text) = script.text else {
+        return Ok(None);
+    };
+    let file = server.socket_dir().join("script.sql");
+    std::fs::write(&file, text).context("write the script")?;
+    Ok(Some(file.to_string_lossy().into_owned()))
+}
+
 /// Commits `transactions` at the top, as fast as it can: nobody measures this part.
 pub fn fill(top: &Server, script: Script, transactions: u64) -> Result<()> {
     let each = (transactions / CLIENTS).to_string();
     let clients = CLIENTS.to_string();
     let mut arguments = vec!["-n", "-c", &clients, "-j", "2", "-t", &each];
-    let file = top.socket_dir().join("script.sql");
-    let path = file.to_string_lossy().into_owned();
-    if let Some(text) = script.text {
-        std::fs::write(&file, text).context("write the script")?;
-        arguments.extend(["-f", &path]);
+    let file = script_file(top, script)?;
+    if let Some(path) = &file {
+        arguments.extend(["-f", path]);
     }
     pgbench(top, "-c synchronous_commit=off", &arguments).map(drop)
 }

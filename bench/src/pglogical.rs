@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use terrace_tests::server::program;
-use terrace_tests::{Server, ServerOptions, Tree};
+use terrace_tests::{Server, Tree};
 
 use crate::pgbench::{SCHEMA, TABLES, create_tables};
 use crate::side::Side;
 use crate::workload::{Plan, wait};
-use crate::world::settings;
+use crate::world::bare;
 
 /// A subscriber; its provider is the tree's top.
 pub struct Pglogical {
@@ -80,12 +80,7 @@ impl Pglogical {
                 "SELECT pglogical.replication_set_add_table('{set}', '{table}')"
             ));
         }
-        let options = ServerOptions {
-            extension: false,
-            settings: settings(),
-            ..Default::default()
-        };
-        let mut server = Server::start(&tree.scratch, "pglogical", &options)?;
+        let mut server = bare(tree, "pglogical")?;
         start_with_it(&mut server)?;
         create_tables(&server, plan.scale, "", false)?;
         server.sql(SCHEMA);

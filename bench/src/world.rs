@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
-use terrace_tests::{Server, Tree};
+use terrace_tests::{Server, ServerOptions, Tree};
 
 use crate::native::{Native, publish};
 use crate::pgbench::{ROWS, SCHEMA, TABLES, create_tables};
@@ -13,7 +13,7 @@ use crate::pglogical::{self, Pglogical};
 use crate::proc;
 use crate::side::{Side, Which};
 use crate::terrace::Terrace;
-use crate::workload::Plan;
+use crate::workload::{Plan, wait};
 
 /// Of every server, on both sides: what an operator would set on a small machine. Checkpoints
 /// come when asked for, not in the middle of a measurement; a subscription that was
@@ -107,14 +107,8 @@ pub fn remove_scratch() {
     }
 }
 
-/// The settings as lines for `postgresql.conf`.
-pub fn settings() -> String {
-    let lines = SETTINGS.map(|(name, value)| format!("{name} = '{value}'\n"));
-    lines.concat()
-}
-
 /// Gives the settings to a server that the harness has started with its own.
-pub fn settle(server: &mut Server) -> Result<()> {
+fn settle(server: &mut Server) -> Result<()> {
     for (name, value) in SETTINGS {
         server.sql(&format!("ALTER SYSTEM SET {name} = '{value}'"));
     }
@@ -122,7 +116,32 @@ pub fn settle(server: &mut Server) -> Result<()> {
     server.restart()
 }
 
-/// Does the same for many, each in a thread of its own.
+/// Boots a server below that has the settings and no extension.
+pub fn bare(tree: &Tree, name: &str) -> Result<Server> {
+    let lines = SETTINGS.map(|(name, value)| format!("{name} = '{value}'\n"));
+    let options = ServerOptions {
+        extension: false,
+        settings: lines.concat(),
+        ..Default::default()
+    };
+    Server::start(&tree.scratch, name, &options)
+}
+
+/// Boots the servers of these domains, with the settings; their bridges do not run yet.
+pub fn boot(tree: &mut Tree, domains: &[(&str, Option<&str>, usize)]) -> Result<()> {
+    tree.boot(domains)?;
+    at_once(tree.nodes.iter_mut().map(|node| &mut node.server), settle)
+}
+
+/// Starts all bridges and waits until every server has its copy and streams.
+pub fn go_live(tree: &mut Tree) -> Result<()> {
+    tree.start_bridges()?;
+    wait("all servers stream", Duration::from_millis(20), || {
+        Ok(tree.is_streaming())
+    })
+}
+
+/// Does a step for many, each in a thread of its own.
 pub fn at_once<T: Send>(
     items: impl Iterator<Item = T>,
     step: impl Fn(T) -> Result<()> + Sync,
@@ -154,9 +173,7 @@ impl World {
         if shape.branch > 0 {
             domains.push(("branch", Some("region"), shape.branch));
         }
-        tree.boot(&domains)?;
-        let servers = tree.nodes.iter_mut().map(|node| &mut node.server);
-        at_once(servers, settle)?;
+        boot(&mut tree, &domains)?;
         let mut native = Native::boot(&tree, shape, plan)?;
         native.pause()?;
         let mut pglogical = None;

@@ -18,7 +18,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use postgres_protocol::message::frontend;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -31,6 +30,7 @@ use crate::lsn::{Identity, Lsn};
 use crate::queue::{QueueError, Writer};
 use crate::record::{FORMAT, Kind, Record, RecordError};
 use crate::status::{Role, Shared, State};
+use crate::wire::put;
 pub use history::timeline_history;
 use history::{adopt_timeline, check_members, same_timeline};
 use slot::{depose, named_session, start_when_free, verify_slot, why_not_started};
@@ -143,6 +143,21 @@ pub struct Target {
     pub role: Role,
     /// First end this session, if it still holds the slot.
     pub depose: Option<Session>,
+}
+
+/// What has been written, flushed and applied.
+pub type Positions = (Lsn, Lsn, Lsn);
+
+/// Appends a standby status update (protocol chapter "Streaming Replication Protocol").
+pub fn put_status(out: &mut BytesMut, positions: Positions, ask: bool) {
+    put(out, b'd', |out| {
+        out.put_u8(b'r');
+        for lsn in [positions.0, positions.1, positions.2] {
+            out.put_u64(lsn.0);
+        }
+        out.put_i64(unix_micros() - PG_EPOCH_MICROS);
+        out.put_u8(ask.into());
+    });
 }
 
 /// Session settings that fix the text form of values, whatever the server's are.
@@ -524,7 +539,7 @@ impl<'a> Link<'a> {
         Ok(())
     }
 
-    fn positions(&mut self, writer: &Writer) -> (Lsn, Lsn, Lsn) {
+    fn positions(&mut self, writer: &Writer) -> Positions {
         let durable = *writer.queue().durable().borrow();
         let flush = if self.target.role == Role::Master {
             let (lsn, enough) = self
@@ -547,20 +562,10 @@ impl<'a> Link<'a> {
         self.tell(writer, false).await
     }
 
-    /// Sends a standby status update (protocol chapter "Streaming Replication
-    /// Protocol"). Asking for a reply makes an idle upstream tell its position.
+    /// Asking for a reply makes an idle upstream tell its position.
     async fn tell(&mut self, writer: &Writer, ask: bool) -> Result<(), LinkEnd> {
         let positions = self.positions(writer);
-        let mut update = BytesMut::with_capacity(34);
-        update.put_u8(b'r');
-        for lsn in [positions.0, positions.1, positions.2] {
-            update.put_u64(lsn.0);
-        }
-        update.put_i64(unix_micros() - PG_EPOCH_MICROS);
-        update.put_u8(ask.into());
-        let data =
-            frontend::CopyData::new(update).map_err(|error| LinkEnd::Lost(error.to_string()))?;
-        data.write(self.client.buffer());
+        put_status(self.client.buffer(), positions, ask);
         timeout(SILENCE, self.client.flush())
             .await
             .map_err(|_| LinkEnd::Lost("the upstream takes no status updates".into()))??;
