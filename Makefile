@@ -89,11 +89,15 @@ audit:
 	cargo deny check licenses bans sources
 
 # Terrace and native subscriptions side by side. QUICK=1 for the short form; ONLY="drain tree" for
-# some of: drain, tree, latency, memory, tag, fanout, copy, compare, failover (or one of failover-deaths, failover-silences,
-# failover-rejoin). Results in target/bench/. The top loads the
-# release build of the extension's library, without it being installed.
+# some of: drain, tree, latency, memory, tag, fanout, copy, compare, failover (or one of
+# failover-deaths, failover-silences, failover-rejoin). Results in target/bench/. The top loads the
+# release build of the extension's library, without it being installed. pglogical is installed, to
+# be measured beside.
 .PHONY: bench
 bench: install
+	@[ -e $$($(PG_CONFIG) --pkglibdir)/pglogical.so ] \
+	  || $(SUDO) apt-get install -y -q postgresql-$(PG_MAJOR)-pglogical \
+	  || echo "pglogical is not to be had here and is left out"
 	cargo build --locked --release -p terrace-bridge -p terrace-bench
 	cargo build --locked --release -p terrace --no-default-features --features pg$(PG_MAJOR)
 	TERRACE_BRIDGE=$(abspath $(TARGET))/release/terrace-bridge \

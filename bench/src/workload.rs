@@ -57,19 +57,19 @@ impl Plan {
             Plan {
                 quick,
                 scale: 2,
-                hop_rounds: [3, 0],
+                hop_rounds: [2, 0],
                 script_rounds: 2,
                 tree_rounds: 2,
                 backlog: [20_000, 10_000],
-                latency: (2, 2),
+                latency: (1, 2),
                 large_rows: 100 << 10,
-                tag: (6, 1),
+                tag: (4, 1),
                 fanout_seconds: 2,
                 copy_scale: 10,
                 copy_rounds: 1,
                 compare_scale: 5,
-                failover_rounds: 3,
-                rejoin: (1, 10),
+                failover_rounds: 1,
+                rejoin: (1, 5),
             }
         } else {
             Plan {
