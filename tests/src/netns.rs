@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result, ensure};
@@ -67,6 +68,11 @@ pub struct Network {
 impl Network {
     /// Why there cannot be one on this machine; `None` when there can.
     pub fn missing() -> Option<&'static str> {
+        static MISSING: OnceLock<Option<&str>> = OnceLock::new();
+        *MISSING.get_or_init(Network::look)
+    }
+
+    fn look() -> Option<&'static str> {
         let runs = |program: &str, argument: &str| {
             let mut command = Command::new(program);
             command
@@ -75,12 +81,19 @@ impl Network {
                 .stderr(Stdio::null());
             command.status().is_ok_and(|status| status.success())
         };
+        let makes_one = || {
+            let name = format!("terrace-{}-probe", std::process::id());
+            ip(&format!("netns add {name}"))
+                .is_ok_and(|()| ip(&format!("netns del {name}")).is_ok())
+        };
         if !nix::unistd::geteuid().is_root() {
             Some("only root may make network namespaces")
         } else if !runs("ip", "-V") {
             Some("there is no program ip (Debian package iproute2)")
         } else if !runs("nft", "-v") {
             Some("there is no program nft (Debian package nftables)")
+        } else if !makes_one() {
+            Some("namespaces cannot be made here, as in a container without the right to")
         } else {
             None
         }
