@@ -28,7 +28,10 @@
 //! 6. *A slot that is held by nobody in sight* may be taken from its holder by a
 //!    majority, at growing intervals. What is ended is the one session that was in
 //!    the way all the while, not one that has come after it: that may be a sibling's,
-//!    which leads and has had no time to say so.
+//!    which leads and has had no time to say so. Nobody is deposed on the word of a
+//!    network that fails us too: a try at the parent that gets no answer begins the
+//!    wait anew, only who answers at once counts for the majority, and nobody may
+//!    know of a master.
 
 mod source;
 mod view;
@@ -56,6 +59,9 @@ pub const HANDOVER: Duration = Duration::from_secs(5);
 const MISSED: Duration = Duration::from_secs(30);
 /// Longest pause between two times that a holder out of sight is deposed.
 const MAX_DEPOSE_PAUSE: Duration = Duration::from_secs(60);
+/// Who has deposed nobody for so long, though it might have, begins with the shortest pause
+/// again. Seeing a master is not enough: one that comes and goes is deposed ever more rarely.
+const CALM: Duration = Duration::from_secs(30);
 
 /// What to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -175,13 +181,28 @@ impl Decider {
 
     /// Notes that the parent could not be followed for another reason.
     pub fn failed(&mut self, now: Now) {
+        self.busy = None;
         self.next_try = now + TURN / 2;
+    }
+
+    /// Notes that another server of the parent domain is asked: who is in the way at one of
+    /// them is nobody there.
+    pub fn goes_elsewhere(&mut self) {
+        self.busy = None;
+    }
+
+    /// Notes that a holder is being deposed, as was decided.
+    pub fn deposes(&mut self, now: Now) {
+        if now >= self.next_depose + CALM {
+            self.depose_pause = self.takeover_after;
+        }
+        self.next_depose = now + self.depose_pause;
+        self.depose_pause = (self.depose_pause * 2).min(MAX_DEPOSE_PAUSE);
     }
 
     /// Notes that we are master, with all that was confirmed before.
     pub fn leads(&mut self) {
         (self.busy, self.lacking) = (None, None);
-        self.depose_pause = self.takeover_after;
         if self.handover.as_ref().is_some_and(|h| h.to.is_none()) {
             self.handover = None;
         }
@@ -241,12 +262,12 @@ impl Decider {
         if let Some(master) = view.master() {
             self.masterless_since = None;
             self.busy = None;
-            self.depose_pause = self.takeover_after;
             return self.follow(now, &view, master);
         }
         self.unserved_since = None;
         let since = *self.masterless_since.get_or_insert(now);
         if let Some(sibling) = view.sibling_with_master(now - since) {
+            self.busy = None;
             return view.go_to(&sibling.name);
         }
         self.without_master(now, since, &view)
@@ -297,11 +318,12 @@ impl Decider {
                 }
                 let ready = own >= end && now >= self.next_try;
                 // The old master lets the slot go, unless it is cut off from the parent or its
-                // disk hangs. It asked, so no majority is needed to end its session; somebody
-                // else who leads by now is left alone.
+                // disk hangs. As long as it asks, no majority is needed to end its session;
+                // somebody else who leads by now is left alone.
+                let asked = view.master().is_none() && view.is_asked_to_lead();
                 Some(match ready {
                     true => Decision::Lead {
-                        depose: self.unseen(now).filter(|_| view.master().is_none()),
+                        depose: self.unseen(now).filter(|_| asked),
                     },
                     false => Decision::Stay,
                 })
@@ -348,7 +370,7 @@ impl Decider {
             _ => return Decision::Stay,
         }
         Decision::Lead {
-            depose: self.may_depose(now, view),
+            depose: self.may_depose(now, since, view),
         }
     }
 
@@ -378,14 +400,13 @@ impl Decider {
     }
 
     /// The holder of the slot, seen by nobody, if it may be ended now.
-    fn may_depose(&mut self, now: Now, view: &View<'_>) -> Option<Session> {
+    fn may_depose(&self, now: Now, since: Now, view: &View<'_>) -> Option<Session> {
         // One that lacks what the holder has brought home could not lead in its place.
-        let may =
-            self.lacking.is_none() && view.is_majority(self.members) && now >= self.next_depose;
-        let holder = self.unseen(now).filter(|_| may)?;
-        self.next_depose = now + self.depose_pause;
-        self.depose_pause = (self.depose_pause * 2).min(MAX_DEPOSE_PAUSE);
-        Some(holder)
+        let may = self.lacking.is_none()
+            && view.is_majority(self.members)
+            && !view.is_master_known(now - since)
+            && now >= self.next_depose;
+        self.unseen(now).filter(|_| may)
     }
 
     /// The session that holds the slot, and long enough with nobody in sight as master.

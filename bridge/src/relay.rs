@@ -25,6 +25,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+use crate::clock::unix_micros;
 use crate::conninfo::ConnInfo;
 use crate::control;
 use crate::handshake::{Accepted, Security, accept};
@@ -135,6 +136,13 @@ impl Relay {
     }
 }
 
+/// Where the numbers of sessions begin: elsewhere in each run and at each relay, so that whoever
+/// is to depose one by its number does not hit another one's.
+fn first_session(shared: &Shared) -> u32 {
+    let run = format!("{} {}", shared.instance, unix_micros());
+    crc32c::crc32c(run.as_bytes()) >> 1
+}
+
 /// Serves until `cancel`.
 pub async fn run(
     shared: Arc<Shared>,
@@ -144,11 +152,11 @@ pub async fn run(
     cancel: CancellationToken,
 ) -> anyhow::Result<()> {
     let relay = Arc::new(Relay {
-        shared,
         orders,
         cancel: cancel.clone(),
         active: Mutex::default(),
-        sessions: AtomicU32::new(1),
+        sessions: AtomicU32::new(first_session(&shared)),
+        shared,
         strangers: Strangers::default(),
         places: Semaphore::new(MAX_SESSIONS),
     });

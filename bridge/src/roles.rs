@@ -169,6 +169,9 @@ impl Roles {
         let mut changes = self.observer.changes();
         let (mut asked, mut done, mut told_to_end) = (None, None, None);
         let started = Instant::now();
+        if target.depose.is_some() {
+            self.decider.deposes(self.observer.now());
+        }
         let target = Arc::new(target);
         let mut following = self.start_link(&target, writer, &ending);
         let (writer, ended) = loop {
@@ -256,7 +259,8 @@ impl Roles {
     // ----- what to do next --------------------------------------------------
 
     fn next(&mut self, link: &Link) -> Next {
-        let (peers, parents) = (self.observer.peers(), self.observer.parents());
+        let (mut peers, parents) = (self.observer.peers(), self.observer.parents());
+        self.note_life(link, &mut peers);
         let is_led = self.publish_view(link, &peers, &parents);
         if let Some((segment, reason)) = self.shared.take_damage() {
             return self.damaged(&segment, reason);
@@ -448,6 +452,18 @@ impl Roles {
         }
     }
 
+    /// The same of a member that we follow; what it told last still holds, as far as we know.
+    fn note_life(&self, link: &Link, peers: &mut [Peer]) {
+        let (Link::Peer(followed), Some(heard)) = (link, self.shared.heard_ago()) else {
+            return;
+        };
+        for peer in peers.iter_mut().filter(|peer| peer.name == *followed) {
+            if let Sight::Silent(age) = peer.sight {
+                peer.sight = Sight::Silent(age.min(heard));
+            }
+        }
+    }
+
     fn own_database(&self) -> Target {
         // The configuration has been checked when it was read.
         let url = &self.shared.config.database.url;
@@ -487,7 +503,9 @@ impl Roles {
         if let Some(index) = self.choose_parent(own, parents)
             && let Some(info) = self.observer.parent_info(index)
         {
-            self.parent = Some(index);
+            if self.parent.replace(index) != Some(index) {
+                self.decider.goes_elsewhere();
+            }
             return Next::Go(Target {
                 name: info.endpoint(),
                 conninfo: info.clone(),
@@ -524,7 +542,10 @@ impl Roles {
         let state = match end {
             LinkEnd::Shutdown => return,
             LinkEnd::Busy { holder, .. } => {
-                self.decider.refused(now, Refusal::Busy(*holder));
+                // A place at a sibling is nobody's lead.
+                if target.role == Role::Master {
+                    self.decider.refused(now, Refusal::Busy(*holder));
+                }
                 tracing::debug!("{problem}");
                 self.shared.set_link(State::Catchup, Some(problem));
                 return;

@@ -183,6 +183,7 @@ impl Shared {
             let (name, conninfo) = upstream.unzip();
             inner.upstream_name = name;
             inner.upstream = conninfo;
+            inner.heard = (role != Role::None).then(Instant::now);
             before
         });
         if before != role && role != Role::None {
@@ -461,12 +462,22 @@ impl Shared {
     /// Notes what has arrived, with the top's clock.
     pub fn set_received(&self, lsn: Lsn, top_time: i64) {
         let mut inner = self.inner();
-        inner.heard = Some(Instant::now());
         inner.top_time = inner.top_time.max(top_time);
         if lsn > inner.received {
             inner.received = lsn;
             self.changed.notify_one();
         }
+    }
+
+    /// Notes that something has come from the upstream, be it a part of a message only: over
+    /// a thin link a whole one takes its time.
+    pub fn note_heard(&self) {
+        self.inner().heard = Some(Instant::now());
+    }
+
+    /// How long ago the upstream of the present link has sent anything.
+    pub fn heard_ago(&self) -> Option<Duration> {
+        self.inner().heard.map(|heard| heard.elapsed())
     }
 
     /// Whether the upstream has sent anything within so long.

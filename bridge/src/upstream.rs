@@ -41,6 +41,10 @@ pub const PUBLICATION: &str = "terrace";
 pub const BRIDGE_PARAMETER: &str = "_pq_.terrace";
 /// A link on which nothing comes for so long is dead; we ask every second.
 const SILENCE: Duration = Duration::from_secs(10);
+/// A link that is not there by then is given up.
+const OPENING: Duration = Duration::from_secs(20);
+/// How long what was decided before the link was opened is reason enough to end a session.
+const DECIDED: Duration = Duration::from_secs(2);
 /// How often positions are told.
 const TICK: Duration = Duration::from_millis(100);
 /// Messages taken from the socket before they are made readable and our positions told …
@@ -260,12 +264,15 @@ pub async fn follow(
         if let Err(error) = writer.cut() {
             return error.into();
         }
-        match Link::open(shared, writer, target).await {
-            Ok(mut link) => match link.run(writer).await {
+        // Over a connection that is dead without a word an answer would be waited for until
+        // TCP gives up.
+        match timeout(OPENING, Link::open(shared, writer, target)).await {
+            Ok(Ok(mut link)) => match link.run(writer).await {
                 Ok(never) => match never {},
                 Err(end) => end,
             },
-            Err(end) => end,
+            Ok(Err(end)) => end,
+            Err(_) => LinkEnd::Lost(format!("no answer within {} s", OPENING.as_secs())),
         }
     };
     let end = tokio::select! {
@@ -305,6 +312,7 @@ impl<'a> Link<'a> {
         target: &'a Target,
     ) -> Result<Link<'a>, LinkEnd> {
         let node = &shared.config.node;
+        let begun = Instant::now();
         let (mut client, theirs) = connect(&target.conninfo, &node.name).await?;
         if theirs != writer.queue().identity() {
             adopt_timeline(shared, &mut client, &theirs, writer).await?;
@@ -329,6 +337,9 @@ impl<'a> Link<'a> {
             quote_ident(&target.slot)
         );
         if let Some(holder) = target.depose {
+            if begun.elapsed() > DECIDED {
+                return Err(LinkEnd::Lost("the answer came too late to depose".into()));
+            }
             let reason = format!("ends session {holder}, which holds slot {}", target.slot);
             shared.event("depose", &reason);
         }
@@ -392,6 +403,7 @@ impl<'a> Link<'a> {
                 filled = self.client.fill(), if !full => {
                     filled?;
                     heard = Instant::now();
+                    self.shared.note_heard();
                     let taken = self.drain(writer).await?;
                     self.publish(writer)?;
                     self.rest_under_load(taken).await;
@@ -424,7 +436,10 @@ impl<'a> Link<'a> {
             }
             tokio::select! {
                 biased;
-                filled = self.client.fill() => filled?,
+                filled = self.client.fill() => {
+                    filled?;
+                    self.shared.note_heard();
+                }
                 // Another thread tells when the socket has more, a moment late: ask twice.
                 () = tokio::task::yield_now() => return Ok(taken),
             }

@@ -74,10 +74,11 @@ fn who_takes_over_without_a_link_fetches_what_it_lacks() {
 fn who_takes_over_ends_a_session_that_nobody_in_sight_has() {
     for (role, depose) in [(Role::Slave, Some(7)), (Role::Master, None)] {
         let mut decider = Decider::new(TAKEOVER_AFTER, 3);
-        let peers = [
-            peer(told("two", Role::None, 90)),
-            peer(told("three", role, 90)),
-        ];
+        let asks = Told {
+            yields_to: Some("one".into()),
+            ..told("two", Role::None, 90)
+        };
+        let peers = [peer(asks), peer(told("three", role, 90))];
         decider.take_over(seconds(10), Lsn(90));
         decider.refused(seconds(10), Refusal::Busy(7));
         let decision = decider.decide(seconds(12), &own(90, Link::None), &peers);
@@ -103,6 +104,92 @@ fn who_has_just_taken_the_slot_is_given_time_to_say_so() {
     assert_eq!(decider.decide(at, &me, &peers), lead(None));
     // It is some other client's.
     assert_eq!(decider.decide(seconds(20), &me, &peers), lead(Some(8)));
+}
+
+/// Somebody holds the slot whom nobody in sight knows of.
+fn in_the_way() -> (Decider, Vec<Peer>, Own) {
+    let mut decider = Decider::new(TAKEOVER_AFTER, 3);
+    let mut master = peer(told("two", Role::Master, 90));
+    (master.sight, master.age) = (Sight::Silent(seconds(5)), seconds(5));
+    let peers = vec![peer(told("three", Role::None, 90)), master];
+    let me = own(90, Link::None);
+    decider.decide(seconds(10), &me, &peers);
+    decider.refused(seconds(11), Refusal::Busy(7));
+    (decider, peers, me)
+}
+
+// After packet loss a slave deposed a master in good health: its tries at the parent and its
+// questions to the master had failed for the same reason.
+#[test]
+fn who_gets_no_answers_himself_deposes_nobody() {
+    let lead = |depose| Decision::Lead { depose };
+    let (mut decider, peers, me) = in_the_way();
+    assert_eq!(decider.decide(seconds(13), &me, &peers), lead(Some(7)));
+    decider.failed(seconds(13));
+    decider.refused(seconds(14), Refusal::Busy(7));
+    let at = seconds(14) + TAKEOVER_AFTER / 4;
+    assert_eq!(decider.decide(at, &me, &peers), lead(None));
+    assert_eq!(decider.decide(seconds(16), &me, &peers), lead(Some(7)));
+
+    // Of a majority that was there a moment ago.
+    let (mut decider, mut peers, me) = in_the_way();
+    peers[0].sight = Sight::Silent(seconds(2));
+    assert_eq!(decider.decide(seconds(13), &me, &peers), lead(None));
+
+    // Where somebody knows of a master, whom we cannot follow him to.
+    let (mut decider, mut peers, me) = in_the_way();
+    let behind_us = Told {
+        master_ok: true,
+        path: vec!["one".into()],
+        ..told("three", Role::Slave, 90)
+    };
+    peers[0] = peer(behind_us);
+    assert_eq!(decider.decide(seconds(13), &me, &peers), lead(None));
+}
+
+// What is decided and not done, as while a link is being opened, costs nothing; and a master
+// that comes and goes is deposed ever more rarely.
+#[test]
+fn the_pause_grows_with_what_is_done() {
+    let (mut decider, mut peers, me) = in_the_way();
+    let lead = |depose| Decision::Lead { depose };
+    for _ in 0..5 {
+        assert_eq!(decider.decide(seconds(13), &me, &peers), lead(Some(7)));
+    }
+    let mut now = seconds(13);
+    let mut pauses = Vec::new();
+    for _ in 0..4 {
+        decider.deposes(now);
+        let deposed = now;
+        // A glimpse of it.
+        (peers[1].sight, peers[1].age) = (Sight::Answers, Duration::ZERO);
+        decider.decide(now, &me, &peers);
+        (peers[1].sight, peers[1].age) = (Sight::Silent(seconds(5)), seconds(5));
+        loop {
+            now += Duration::from_millis(500);
+            decider.refused(now, Refusal::Busy(7));
+            if decider.decide(now + TAKEOVER_AFTER / 10, &me, &peers) == lead(Some(7)) {
+                break;
+            }
+        }
+        pauses.push((now - deposed).as_secs());
+    }
+    assert!(
+        pauses.windows(2).all(|two| two[1] >= 2 * two[0] - 1),
+        "{pauses:?}"
+    );
+}
+
+// An order to take over that came late, over a link that was cut, ended the session of the
+// one that leads, without a majority.
+#[test]
+fn who_is_asked_no_more_deposes_by_the_majority_alone() {
+    let (mut decider, mut peers, me) = in_the_way();
+    peers[0].sight = Sight::Silent(seconds(5));
+    decider.take_over(seconds(12), Lsn(90));
+    decider.refused(seconds(12), Refusal::Busy(7));
+    let decision = decider.decide(seconds(14), &me, &peers);
+    assert_eq!(decision, Decision::Lead { depose: None });
 }
 
 fn keeps(node: &str, role: Role, first: u64, flush: u64) -> Peer {

@@ -602,7 +602,14 @@ impl World {
             .filter(|other| *other != index)
             .map(|other| Peer {
                 name: NAMES[other].to_owned(),
-                sight: node.views[other].sight,
+                // What comes over the link tells of who is followed as well.
+                sight: match node.views[other].sight {
+                    Sight::Silent(age) if node.link == Link::Peer(NAMES[other].to_owned()) => {
+                        let heard = TICK * u32::try_from(self.now - node.link_heard).unwrap();
+                        Sight::Silent(age.min(heard))
+                    }
+                    sight => sight,
+                },
                 told: node.views[other].told.clone(),
                 age: TICK * u32::try_from(self.now - node.views[other].heard).unwrap(),
             })
@@ -716,6 +723,9 @@ impl World {
         {
             self.holder = None;
             self.deposed += 1;
+        }
+        if depose.is_some() {
+            self.nodes[index].decider.deposes(now);
         }
         if let Some(holder) = self.holder {
             let busy = Refusal::Busy(holder.session);

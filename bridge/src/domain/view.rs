@@ -212,8 +212,22 @@ impl<'a> View<'a> {
         u32::try_from(before.count()).unwrap_or(u32::MAX)
     }
 
+    /// Counts those that answer now: what one said seconds ago is no word on what is.
     pub fn is_majority(&self, members: usize) -> bool {
-        2 * (self.live_peers().count() + 1) > members
+        let answers = |peer: &&Peer| peer.sight == Sight::Answers && peer.told.is_some();
+        2 * (self.peers.iter().filter(answers).count() + 1) > members
+    }
+
+    /// Whether anybody in sight has told of a master after it went out of our sight.
+    pub fn is_master_known(&self, masterless: Duration) -> bool {
+        self.live_peers()
+            .any(|peer| peer.age < masterless && Self::told(peer).master_ok)
+    }
+
+    /// Whether the one that hands over to us still says so.
+    pub fn is_asked_to_lead(&self) -> bool {
+        self.live()
+            .any(|(_, told)| told.yields_to.as_ref() == Some(&self.own.told.node))
     }
 }
 
