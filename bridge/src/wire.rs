@@ -4,8 +4,11 @@
 //! a read that is given up loses nothing. A length beyond the limit ends the
 //! connection before anything of that size is allocated.
 
+use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
+use std::pin::pin;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -90,6 +93,8 @@ pub struct Framed {
     stream: Box<dyn Stream>,
     input: BytesMut,
     output: BytesMut,
+    /// Something of it is with the stream, which may hold it back.
+    unflushed: bool,
     patience: Option<Duration>,
 }
 
@@ -104,6 +109,7 @@ impl Framed {
             stream,
             input: BytesMut::new(),
             output: BytesMut::new(),
+            unflushed: false,
             patience: None,
         }
     }
@@ -128,6 +134,39 @@ impl Framed {
             }
         }
         patiently(self.patience, self.stream.flush()).await
+    }
+
+    /// Sends what has been put out and reads the next message, whichever is done first; `None`
+    /// when all is sent. Cancel-safe: what is not sent yet stays.
+    pub async fn exchange(&mut self, limit: usize) -> io::Result<Option<Message>> {
+        loop {
+            if let Some(message) = self.buffered(limit)? {
+                return Ok(Some(message));
+            }
+            if poll_fn(|cx| self.poll_exchange(cx)).await? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Whether all is sent; otherwise something has been read.
+    fn poll_exchange(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        while self.output.has_remaining() {
+            self.unflushed = true;
+            match pin!(self.stream.write_buf(&mut self.output)).poll(cx)? {
+                Poll::Ready(0) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                Poll::Ready(_) => {}
+                Poll::Pending => break,
+            }
+        }
+        if self.unflushed && !self.output.has_remaining() {
+            let flushed = pin!(self.stream.flush()).poll(cx)?;
+            if flushed.is_ready() {
+                self.unflushed = false;
+                return Poll::Ready(Ok(true));
+            }
+        }
+        pin!(self.fill()).poll(cx).map_ok(|()| false)
     }
 
     /// A whole message that has been read already.
@@ -429,6 +468,27 @@ mod tests {
         framed.out().put_bytes(7, 100);
         let error = framed.flush().await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    }
+
+    // A client over a thin link whose messages nobody read while it was sent something.
+    #[tokio::test]
+    async fn both_ways_are_served_at_once() {
+        let (ours, theirs) = tokio::io::duplex(16);
+        let (mut from_us, mut to_us) = tokio::io::split(theirs);
+        let mut framed = Framed::new(Box::new(ours));
+        framed.out().put_bytes(7, 100);
+        to_us.write_all(b"X\0\0\0\x04").await.unwrap();
+        let message = framed.exchange(100).await.unwrap();
+        assert_eq!(message.unwrap().kind, b'X');
+        let mut read = [0; 100];
+        let (sent, taken) = tokio::join!(framed.exchange(100), from_us.read_exact(&mut read));
+        assert_eq!((sent.unwrap(), taken.unwrap()), (None, 100));
+        assert_eq!(read, [7; 100]);
+        to_us.write_all(b"Q\0\0\0\x04").await.unwrap();
+        let message = framed.exchange(100).await.unwrap();
+        assert_eq!(message.unwrap().kind, b'Q');
+        drop((from_us, to_us));
+        assert!(framed.exchange(100).await.is_err());
     }
 
     #[tokio::test]

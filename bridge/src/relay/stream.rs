@@ -3,9 +3,9 @@
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use bytes::{Buf, BufMut, Bytes};
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{MissedTickBehavior, interval};
 
 use super::Relay;
 use crate::clock::{PG_EPOCH_MICROS, unix_micros};
@@ -95,15 +95,14 @@ impl Sender<'_> {
         loop {
             replayed.mark_unchanged();
             written.mark_unchanged();
-            let more = self.fill()?;
-            timeout(SILENCE, self.framed.flush())
-                .await
-                .context("client takes no data")??;
+            // While one waits for a client to take it, what that one says is heard all the same:
+            // over a thin link, and where its disk is full, that is what tells that it lives.
+            self.fill()?;
             tokio::select! {
                 biased;
-                message = self.framed.read_message(MAX_UNAUTHENTICATED) => {
+                message = self.framed.exchange(MAX_UNAUTHENTICATED) => {
+                    let Some(message) = message? else { continue };
                     heard = Instant::now();
-                    let message = message?;
                     match message.kind {
                         b'd' => self.feedback(message.body)?,
                         b'c' => return self.finish().await,
@@ -111,7 +110,6 @@ impl Sender<'_> {
                         kind => bail!("unexpected message 0x{kind:02x} while streaming"),
                     }
                 }
-                () = std::future::ready(()), if more => {}
                 _ = written.changed() => {}
                 _ = replayed.changed() => {}
                 _ = tick.tick() => {
@@ -133,7 +131,9 @@ impl Sender<'_> {
     }
 
     fn beat(&mut self, heard: Instant) {
-        if self.start.bridge {
+        if self.is_behind() {
+            // It gets enough, and that is to be limited.
+        } else if self.start.bridge {
             self.tell_replayed();
         } else if heard.elapsed() > ASK_AFTER && self.asked.elapsed() > ASK_AFTER {
             self.asked = Instant::now();
@@ -141,15 +141,23 @@ impl Sender<'_> {
         }
     }
 
-    /// Puts out what there is. True when there may be more at once.
-    fn fill(&mut self) -> anyhow::Result<bool> {
+    /// It has not taken yet what was put out for it.
+    fn is_behind(&mut self) -> bool {
+        self.framed.out().len() >= FLUSH_BYTES
+    }
+
+    /// Puts out what there is, up to a limit.
+    fn fill(&mut self) -> anyhow::Result<()> {
+        if self.is_behind() {
+            return Ok(());
+        }
         if self.start.bridge {
-            while self.framed.out().len() < FLUSH_BYTES {
+            while !self.is_behind() {
                 let Some((records, lsn)) = self.reader.try_next_bytes()? else {
                     if *self.relay.shared.replayed.borrow() != self.told_replayed {
                         self.tell_replayed();
                     }
-                    return Ok(false);
+                    return Ok(());
                 };
                 self.sent = self.sent.max(lsn);
                 wire::put(self.framed.out(), b'd', |out| {
@@ -158,11 +166,11 @@ impl Sender<'_> {
                 });
             }
             self.tell_replayed();
-            return Ok(true);
+            return Ok(());
         }
         let replayed = *self.relay.shared.replayed.borrow();
         let before = self.sent;
-        while self.framed.out().len() < FLUSH_BYTES {
+        while !self.is_behind() {
             let next = match self.waiting.take() {
                 Some(record) => Some(record),
                 None => self.reader.try_next()?,
@@ -178,7 +186,7 @@ impl Sender<'_> {
         if self.sent > before && self.framed.out().is_empty() {
             self.keepalive(false);
         }
-        Ok(self.framed.out().len() >= FLUSH_BYTES)
+        Ok(())
     }
 
     fn tell_replayed(&mut self) {
@@ -219,7 +227,7 @@ impl Sender<'_> {
                 .shared
                 .set_downstream(self.start.slot, write, flush, apply);
         }
-        if body.get_u8() == 1 {
+        if body.get_u8() == 1 && !self.is_behind() {
             if self.start.bridge {
                 self.tell_replayed()
             } else {
