@@ -18,6 +18,7 @@ mod careful;
 mod fold;
 mod plan;
 mod quarantine;
+mod room;
 mod sealed;
 mod sequences;
 mod setwise;
@@ -34,7 +35,7 @@ use postgres_protocol::message::frontend;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::client::{Client, DbError, PgError, SessionOptions, affected, bind};
+use crate::client::{Client, DbError, PATIENT, PgError, SessionOptions, affected, bind};
 use crate::clock::{PG_EPOCH_MICROS, timestamp};
 use crate::conninfo::ConnInfo;
 use crate::lsn::{Identity, Lsn};
@@ -81,6 +82,7 @@ pub async fn run(
                 Ok(never) => match never {},
                 Err(error) => error,
             },
+            never = room::keep(&shared, &queue) => match never {},
             () = cancel.cancelled() => return Ok(()),
         };
         let problem = format!("{error:#}");
@@ -208,21 +210,19 @@ impl<'a> Session<'a> {
             ("bytea_output", "hex"),
             // What a statement of the top makes in pg_temp is never found first.
             ("search_path", "pg_catalog, pg_temp"),
-            ("lock_timeout", "0"),
-            ("statement_timeout", "0"),
-            ("idle_in_transaction_session_timeout", "0"),
         ];
         let options = SessionOptions {
             application_name: format!("terrace apply {}", shared.config.node.name),
-            gucs: settings
+            gucs: (settings.into_iter().chain(PATIENT))
                 .map(|(name, value)| (name.to_owned(), value.to_owned()))
-                .to_vec(),
+                .collect(),
             ..Default::default()
         };
         let mut client = Client::connect(&info, &options)
             .await
             .with_context(|| format!("connect to the local database at {}", info.endpoint()))?;
         set_origin(&mut client).await?;
+        client.lift_transaction_limit().await?;
         client.simple(COMPRESS_FAST).await?;
         let rows = client
             .query("SELECT identity, lsn::text FROM terrace.progress", &[])

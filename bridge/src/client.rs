@@ -151,6 +151,14 @@ pub struct SessionOptions {
     pub extensions: Vec<(String, String)>,
 }
 
+/// Settings of a session that takes its time, whatever the role or the database is set to.
+pub const PATIENT: [(&str, &str); 4] = [
+    ("statement_timeout", "0"),
+    ("lock_timeout", "0"),
+    ("idle_in_transaction_session_timeout", "0"),
+    ("idle_session_timeout", "0"),
+];
+
 /// An open session.
 pub struct Client {
     framed: Framed,
@@ -175,6 +183,13 @@ impl Client {
         timeout(limit, Client::connect_untimed(info, options))
             .await
             .map_err(|_| PgError::Io(io::Error::new(io::ErrorKind::TimedOut, "timed out")))?
+    }
+
+    /// Lifts the limit that newer servers know besides [`PATIENT`]; older ones would refuse it.
+    pub async fn lift_transaction_limit(&mut self) -> Result<()> {
+        let sql = "SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings \
+                   WHERE name = 'transaction_timeout'";
+        self.simple(sql).await.map(drop)
     }
 
     async fn connect_untimed(info: &ConnInfo, options: &SessionOptions) -> Result<Client> {

@@ -20,7 +20,9 @@ use crate::schema::{dump, restore};
 use crate::status::Shared;
 use crate::timeline;
 use crate::upstream::{BRIDGE_PARAMETER, connect, create_snapshot, timeline_history};
-use rows::{Copying, Table, copy_table, local_session, snapshot_session, synchronised_tables};
+use rows::{
+    Copying, Table, copy_table, hold, local_session, snapshot_session, synchronised_tables,
+};
 
 /// So many objects that could not be made are named in an event.
 const TOLD: usize = 20;
@@ -98,10 +100,12 @@ pub async fn initial_copy(shared: &Arc<Shared>, source: &ConnInfo) -> anyhow::Re
     tracing::info!(position = %lsn, source = %source.endpoint(), "initial copy starts");
     let mut reader = snapshot_session(source, &snapshot).await?;
     let tables = synchronised_tables(&mut reader, &node.domain).await?;
+    hold(&mut reader, &tables).await?;
     let mut local = local_session(shared).await?;
     let fresh = prepare_schema(shared, source, &snapshot, &mut reader, &mut local, &tables).await?;
-    let copying = Copying::hold(shared, source, &snapshot, &mut reader, tables).await?;
-    copying.run().await?;
+    Copying::new(shared, source, &snapshot, tables)
+        .run()
+        .await?;
     tracing::info!("all rows are copied");
     if fresh {
         let post = dump(source, &snapshot, &mut reader, "post-data").await?;

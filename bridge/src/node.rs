@@ -1,6 +1,7 @@
 //! A node's life: opens what is on disk, copies when there is nothing, then plays
 //! its role for ever, while the other tasks work from the queue.
 
+use std::convert::Infallible;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::PermissionsExt;
@@ -86,6 +87,7 @@ async fn live(
     loop {
         let opened = tokio::select! {
             opened = open::open_or_copy(&shared, &observer) => opened?,
+            never = refuse_orders(&mut orders) => match never {},
             () = cancel.cancelled() => return Ok(()),
         };
         match serve(&shared, &observer, opened, &mut orders, &cancel).await? {
@@ -106,6 +108,15 @@ async fn live(
             }
         }
     }
+}
+
+/// What is asked for while there is no data must not be done later, when nobody expects it.
+async fn refuse_orders(orders: &mut mpsc::Receiver<Ordered>) -> Infallible {
+    while let Some((_, reply)) = orders.recv().await {
+        let text = "this server has no data yet: it copies, or waits for that; see its state in terrace.lag";
+        reply.send(Err(text.into())).ok();
+    }
+    std::future::pending().await
 }
 
 /// Works with one queue until there is an end to it.

@@ -22,7 +22,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::assemble::{AssembleError, Assembler, passes};
-use crate::client::{Client, PgError, SessionOptions, quote_ident, quote_literal};
+use crate::client::{Client, PATIENT, PgError, SessionOptions, quote_ident, quote_literal};
 use crate::clock::{PG_EPOCH_MICROS, unix_micros};
 use crate::conninfo::ConnInfo;
 use crate::domain::Session;
@@ -164,9 +164,10 @@ pub fn put_status(out: &mut BytesMut, positions: Positions, ask: bool) {
     });
 }
 
-/// Session settings that fix the text form of values, whatever the server's are.
+/// Session settings that fix the text form of values, whatever the server's are; that let what
+/// takes long take long; and by which the server notices a host that is gone without a word.
 pub fn pinned_settings() -> Vec<(String, String)> {
-    [
+    let form = [
         ("datestyle", "ISO"),
         ("intervalstyle", "postgres"),
         ("extra_float_digits", "3"),
@@ -174,9 +175,13 @@ pub fn pinned_settings() -> Vec<(String, String)> {
         ("timezone", "UTC"),
         ("xmloption", "content"),
         ("wal_sender_timeout", "10s"),
-    ]
-    .map(|(name, value)| (name.to_owned(), value.to_owned()))
-    .to_vec()
+        ("tcp_keepalives_idle", "30"),
+        ("tcp_keepalives_interval", "10"),
+        ("tcp_keepalives_count", "3"),
+    ];
+    let all = form.into_iter().chain(PATIENT);
+    all.map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .collect()
 }
 
 /// Opens a session that a bridge answers itself; at a Postgres it is a plain one,
@@ -238,6 +243,7 @@ pub async fn connect(
 /// Makes a temporary slot (or cursor, at a bridge) and exports the snapshot that it
 /// starts from. Both last until the session's next command or end.
 pub async fn create_snapshot(client: &mut Client, slot: &str) -> Result<(Lsn, String), PgError> {
+    client.lift_transaction_limit().await?;
     let sql = format!(
         "CREATE_REPLICATION_SLOT {} TEMPORARY LOGICAL pgoutput (SNAPSHOT 'export')",
         quote_ident(slot)

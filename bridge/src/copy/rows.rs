@@ -2,9 +2,13 @@
 //! time; what one server's COPY gives goes to the other's as it is.
 //!
 //! All sessions at the source read in one snapshot. A part of a table is a range of its
-//! pages, which PostgreSQL reads without looking at the others. No rewrite may move rows
-//! from one part to another meanwhile: [`Copying::hold`] locks what is copied in parts
-//! before its parts are told apart.
+//! pages, which PostgreSQL reads without looking at the others.
+//!
+//! Guarantee: what is copied is what the snapshot shows. An ALTER TABLE that writes a table
+//! anew, and TRUNCATE, leave nothing for an older snapshot to see, and no error; a rewrite
+//! would also move rows from one part to another. So [`hold`] locks all tables, as pg_dump
+//! does, before their parts are told apart, and makes sure that none was written anew
+//! between the snapshot and that.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -34,6 +38,7 @@ pub(super) struct Table {
     name: String,
     columns: Option<String>,
     filter: Option<String>,
+    oid: String,
     /// Of its rows, without those values that are stored out of line.
     pages: u64,
     bytes: u64,
@@ -57,6 +62,7 @@ impl Table {
             name: name.into(),
             columns: None,
             filter: None,
+            oid: String::new(),
             pages: 0,
             bytes: 0,
             divisible: false,
@@ -161,7 +167,7 @@ pub(super) async fn synchronised_tables(
                        AND (s.columns IS NULL OR a.attname = ANY (s.columns))), \
                     pg_catalog.pg_relation_size(c.oid) / current_setting('block_size')::int, \
                     pg_catalog.pg_table_size(c.oid), \
-                    s.columns IS NULL AND h.amname = 'heap' \
+                    s.columns IS NULL AND h.amname = 'heap', c.oid::text \
              FROM listed s JOIN pg_catalog.pg_class c ON c.oid = s.relid AND c.relkind = 'r' \
              JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
              LEFT JOIN pg_catalog.pg_am h ON h.oid = c.relam",
@@ -171,21 +177,51 @@ pub(super) async fn synchronised_tables(
         .context("read terrace.sync_table at the source")?;
     let mut tables = Vec::new();
     for row in rows {
-        let [namespace, name, filter, columns, pages, bytes, divisible] =
-            <[_; 7]>::try_from(row)
-                .map_err(|_| anyhow::anyhow!("unexpected columns of terrace.sync_table"))?;
+        let [
+            namespace,
+            name,
+            filter,
+            columns,
+            pages,
+            bytes,
+            divisible,
+            oid,
+        ] = <[_; 8]>::try_from(row)
+            .map_err(|_| anyhow::anyhow!("unexpected columns of terrace.sync_table"))?;
         let number = |text: Option<String>| text.and_then(|text| text.parse().ok()).unwrap_or(0);
         tables.push(Table {
             namespace: namespace.unwrap_or_default(),
             name: name.unwrap_or_default(),
             columns,
             filter,
+            oid: oid.unwrap_or_default(),
             pages: number(pages),
             bytes: number(bytes),
             divisible: divisible.as_deref() == Some("t"),
         });
     }
     Ok(tables)
+}
+
+/// Keeps `tables` as they are until `reader`, a session in the snapshot, ends.
+pub(super) async fn hold(reader: &mut Client, tables: &[Table]) -> anyhow::Result<()> {
+    let lock = |table: &Table| format!("SELECT 1 FROM ONLY {} LIMIT 0;", table.qualified());
+    let locks: String = tables.iter().map(lock).collect();
+    reader.simple(&locks).await.context("lock the tables")?;
+    let oids: Vec<&str> = tables.iter().map(|table| table.oid.as_str()).collect();
+    // The column is read in the snapshot, the function tells what is.
+    let sql = "SELECT c.oid::pg_catalog.regclass::text FROM pg_catalog.pg_class c \
+               WHERE c.oid = ANY (pg_catalog.string_to_array($1, ',')::pg_catalog.oid[]) \
+                 AND c.relfilenode IS DISTINCT FROM pg_catalog.pg_relation_filenode(c.oid)";
+    let anew = reader.query(sql, &[Some(&oids.join(","))]).await?;
+    if let Some(Some(table)) = anew
+        .into_iter()
+        .next()
+        .and_then(|row| row.into_iter().next())
+    {
+        bail!("table {table} was written anew when the copy began; it begins again");
+    }
+    Ok(())
 }
 
 /// A session at the source that reads in `snapshot`.
@@ -199,6 +235,7 @@ pub(super) async fn snapshot_session(source: &ConnInfo, snapshot: &str) -> Resul
         ..Default::default()
     };
     let mut client = Client::connect(source, &options).await?;
+    client.lift_transaction_limit().await?;
     let sql = format!(
         "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT {}",
         quote_literal(snapshot)
@@ -223,6 +260,7 @@ pub(super) async fn local_session(shared: &Arc<Shared>) -> anyhow::Result<Client
     let info = ConnInfo::parse(&shared.config.database.url)?;
     let mut client = Client::connect(&info, &options).await?;
     client.simple(COMPRESS_FAST).await?;
+    client.lift_transaction_limit().await?;
     Ok(client)
 }
 
@@ -237,37 +275,27 @@ pub(super) struct Copying {
 }
 
 impl Copying {
-    /// Of `tables`, which `reader`, a session in the snapshot that outlives the copy, keeps
-    /// from being rewritten.
-    pub async fn hold(
+    /// Of `tables`, which are held.
+    pub fn new(
         shared: &Arc<Shared>,
         source: &ConnInfo,
         snapshot: &str,
-        reader: &mut Client,
         tables: Vec<Table>,
-    ) -> anyhow::Result<Arc<Copying>> {
-        for table in tables.iter().filter(|table| table.is_large()) {
-            let name = table.qualified();
-            let lock = format!("SELECT 1 FROM ONLY {name} LIMIT 0");
-            reader
-                .simple(&lock)
-                .await
-                .with_context(|| format!("read table {name}"))?;
-        }
+    ) -> Arc<Copying> {
         let total = tables.iter().map(|table| table.bytes).sum();
         let count = tables.len();
         let mut parts: Vec<Part> = tables.into_iter().flat_map(Table::parts).collect();
         tracing::info!("copies {count} tables in {} parts", parts.len());
         // Large ones first, so that the workers end together.
         parts.sort_by_key(|part| std::cmp::Reverse(part.bytes));
-        Ok(Arc::new(Copying {
+        Arc::new(Copying {
             shared: Arc::clone(shared),
             source: source.clone(),
             snapshot: snapshot.to_owned(),
             waiting: Mutex::new(parts.into()),
             done: AtomicU64::new(0),
             total,
-        }))
+        })
     }
 
     /// Copies all.

@@ -23,7 +23,7 @@ use crate::roles::Order;
 use crate::status::OpenQueue;
 use crate::timeline;
 use crate::top;
-use crate::upstream::{BRIDGE_PARAMETER, PUBLICATION, connect, create_snapshot};
+use crate::upstream::{BRIDGE_PARAMETER, PUBLICATION, connect, create_snapshot, pinned_settings};
 use crate::wire::{self, Framed, MAX_UNAUTHENTICATED};
 
 const TEXT: u32 = 25;
@@ -423,9 +423,11 @@ impl Session {
         }
         let options = SessionOptions {
             application_name: "terrace snapshot".into(),
+            gucs: pinned_settings(),
             ..Default::default()
         };
         let mut client = Client::connect(&local, &options).await?;
+        client.lift_transaction_limit().await?;
         client
             .simple("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
             .await?;

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use tokio::io::{AsyncWriteExt, copy_bidirectional};
 
 use super::Relay;
-use crate::client::{Client, PgError, SessionOptions, open_stream};
+use crate::client::{Client, PATIENT, PgError, SessionOptions, open_stream};
 use crate::conninfo::ConnInfo;
 use crate::report::{RELAY_ROLE, prepare_local};
 use crate::wire::{self, Framed, Way};
@@ -65,20 +65,14 @@ async fn open_guarded(
         .map(|(name, value)| (name.clone(), value.clone()));
     // What a copy takes must not depend on what the role or the database is set to; the
     // search path is the database's. What the client wants comes after, and counts.
-    let fixed = [
-        ("role", "none"),
-        ("statement_timeout", "0"),
-        ("lock_timeout", "0"),
-        ("idle_in_transaction_session_timeout", "0"),
-        ("idle_session_timeout", "0"),
-    ];
+    let fixed = [("role", "none")].into_iter().chain(PATIENT);
     let fixed = fixed.map(|(name, value)| (name.to_owned(), value.to_owned()));
     let mut options = SessionOptions {
         application_name: parameters
             .get("application_name")
             .cloned()
             .unwrap_or_default(),
-        gucs: fixed.into_iter().chain(wanted).collect(),
+        gucs: fixed.chain(wanted).collect(),
         ..Default::default()
     };
     // The client's own `-c name=value` list goes through as it came.

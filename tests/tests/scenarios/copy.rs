@@ -106,3 +106,83 @@ fn a_top_bridge_relays_for_the_top() {
         "t"
     );
 }
+
+/// Waits until a copy from the server waits for a lock.
+fn copy_waits(server: &Server) {
+    wait_until("a copy waits for a lock", || {
+        let sql = "SELECT EXISTS (SELECT FROM pg_stat_activity \
+                   WHERE application_name = 'terrace copy' AND wait_event_type = 'Lock')";
+        server.value(sql) == "t"
+    });
+}
+
+/// Waits until so many copies were finished.
+fn copied(bridge: &Bridge, times: usize) {
+    wait_until("the copy is finished", || {
+        bridge.logged().matches("initial copy is complete").count() == times
+    });
+}
+
+// What is written anew has no rows for an older snapshot, and nothing says so; and what a copy
+// has locked keeps TRUNCATE, and all that comes behind it, waiting.
+#[test]
+fn a_copy_misses_no_table_that_is_written_anew_and_stops_no_data() {
+    let schema = "CREATE TABLE one (id int PRIMARY KEY); CREATE TABLE two (id int PRIMARY KEY);
+         CREATE TABLE three (id int PRIMARY KEY, n int);
+         INSERT INTO one SELECT generate_series(1, 100); INSERT INTO two SELECT generate_series(1, 100);
+         INSERT INTO three SELECT i, i FROM generate_series(1, 100) i;
+         SELECT terrace.add_table('one'), terrace.add_table('two'), terrace.add_table('three');";
+    let mut tree = Tree::grow(
+        schema,
+        &[("region", None, 1), ("branch", Some("region"), 1)],
+    );
+    tree.wait_streaming();
+    let mut local = tree.node("region-1").server.connect();
+    let lock = "BEGIN; LOCK TABLE two IN ACCESS EXCLUSIVE MODE";
+
+    // The snapshot is there, and the table is not locked yet.
+    local.batch_execute(lock).expect("lock");
+    tree.node("branch-1").bridge.resync();
+    copy_waits(&tree.node("region-1").server);
+    let alter = "SELECT terrace.replicate_ddl('ALTER TABLE three ALTER n TYPE bigint')";
+    tree.top.sql(alter);
+    let kind = "SELECT atttypid::regtype FROM pg_attribute \
+                WHERE attrelid = 'three'::regclass AND attname = 'n'";
+    wait_until("the region has it", || {
+        tree.node("region-1").server.value(kind) == "bigint"
+    });
+    local.batch_execute("COMMIT").expect("commit");
+    wait_until("the copy begins again", || {
+        tree.node("branch-1")
+            .bridge
+            .logged()
+            .contains("table three was written anew")
+    });
+    copied(&tree.node("branch-1").bridge, 2);
+    tree.wait_for_equal(&["one", "two", "three"]);
+
+    // It has locked everything, and waits to write.
+    let mut local = tree.node("branch-1").server.connect();
+    local.batch_execute(lock).expect("lock");
+    tree.node("branch-1").bridge.resync();
+    copy_waits(&tree.node("branch-1").server);
+    let again = tree.node("branch-1").bridge.run("resync").expect("resync");
+    let said = String::from_utf8_lossy(&again.stderr);
+    assert!(
+        !again.status.success() && said.contains("no data yet"),
+        "{said}"
+    );
+    tree.top
+        .sql("TRUNCATE one; INSERT INTO three VALUES (0, 0)");
+    wait_until("the region goes on", || {
+        tree.node("region-1")
+            .server
+            .value("SELECT count(*) FROM one")
+            == "0"
+    });
+    let said = tree.node("region-1").bridge.logged();
+    assert!(said.contains("copy_ended"), "{said}");
+    local.batch_execute("COMMIT").expect("commit");
+    copied(&tree.node("branch-1").bridge, 3);
+    tree.wait_for_equal(&["one", "two", "three"]);
+}
