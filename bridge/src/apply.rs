@@ -261,7 +261,7 @@ impl<'a> Session<'a> {
     async fn run(&mut self) -> anyhow::Result<Never> {
         loop {
             if self.sequences.1 && self.sequences.0.elapsed() > sequences::UNDER_LOAD {
-                self.advance_sequences().await?;
+                self.advance_sequences(false).await?;
             }
             let applied = match self.set_wise_batch().await {
                 Ok(false) => self.fast_batch().await,
@@ -289,7 +289,7 @@ impl<'a> Session<'a> {
                 if self.sequences.1 {
                     match timeout(sequences::WHEN_IDLE, self.reader.next()).await {
                         Ok(record) => return Ok(record?),
-                        Err(_) => self.advance_sequences().await?,
+                        Err(_) => self.advance_sequences(true).await?,
                     }
                 }
                 Ok(self.reader.next().await?)

@@ -40,7 +40,7 @@ pub async fn open_or_copy(
     observer: &Arc<Observer>,
 ) -> anyhow::Result<Opened> {
     let dir = shared.config.node.data_dir.join("queue");
-    let opened = match Queue::open(&dir) {
+    let mut opened = match Queue::open(&dir) {
         Err(error @ QueueError::Damaged { .. }) => {
             shared.event("damaged", &error.to_string());
             set_queue_aside(shared)?;
@@ -56,13 +56,19 @@ pub async fn open_or_copy(
     loop {
         let attempt = match local_progress(shared).await {
             Ok(Some((identity, lsn))) => return resume(shared, &dir, opened, identity, lsn),
-            Ok(None) => copy_from_somewhere(shared, observer, started.elapsed()).await,
+            Ok(None) => {
+                // Of data that is none any more. Were it still there after a crash at the end of
+                // the copy, it would be gone on with.
+                if opened.take().is_some() {
+                    Queue::clear(&dir)?;
+                }
+                copy_from_somewhere(shared, observer, started.elapsed()).await
+            }
             Err(error) => Err(error),
         };
         publish_view(shared, observer, false);
         match attempt {
             Ok(Some(copied)) => {
-                drop(opened);
                 let (queue, writer) = Queue::create(&dir, copied.identity.clone(), copied.lsn)?;
                 shared.set_identity(copied.identity, true);
                 let reason = format!("initial copy is complete at {}", copied.lsn);

@@ -174,20 +174,26 @@ impl Queue {
         start: Lsn,
     ) -> Result<(Queue, Writer), QueueError> {
         fs::create_dir_all(dir).map_err(QueueError::io("create", dir))?;
-        for path in segment::list(dir)? {
-            fs::remove_file(&path).map_err(QueueError::io("remove", &path))?;
-        }
-        let cursors = dir.join(CURSORS_FILE);
-        match fs::remove_file(&cursors) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(QueueError::io("remove", &cursors)(error));
-            }
-            _ => {}
-        }
+        Queue::clear(dir)?;
         let first = Segment::create(dir, &identity, start, &BTreeMap::new())?;
         let queue = Queue::assemble(dir, identity, vec![Arc::new(first)], start)?;
         let writer = Writer::new(queue.clone(), start, BTreeMap::new());
         Ok((queue, writer))
+    }
+
+    /// Removes a queue that is open nowhere.
+    pub fn clear(dir: &Path) -> Result<(), QueueError> {
+        // The newest first: what a crash leaves is a queue still, and an older one.
+        for path in segment::list(dir)?.iter().rev() {
+            fs::remove_file(path).map_err(QueueError::io("remove", path))?;
+        }
+        let cursors = dir.join(CURSORS_FILE);
+        match fs::remove_file(&cursors) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(QueueError::io("remove", &cursors)(error))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn assemble(
@@ -451,7 +457,16 @@ impl Queue {
             }
             let lasting = holders.into_iter().filter(|(_, temporary)| !temporary);
             lost.extend(lasting.map(|(name, _)| name));
-            lock(&self.inner.segments).remove(0);
+            let mut segments = lock(&self.inner.segments);
+            // A damaged one may have been removed meanwhile.
+            if segments
+                .first()
+                .is_none_or(|first| !Arc::ptr_eq(first, &oldest))
+            {
+                continue;
+            }
+            segments.remove(0);
+            drop(segments);
             fs::remove_file(&oldest.path).map_err(QueueError::io("remove", &oldest.path))?;
         }
     }

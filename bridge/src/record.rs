@@ -280,8 +280,8 @@ pub fn put_frame(body: &mut BytesMut, lsn: Lsn, payload: &[u8]) {
     body.put_slice(payload);
 }
 
-/// Builds a commit record; `end` is the transaction's end LSN. A tag too long
-/// for its field is left out: it is information, the data is not.
+/// Builds a commit record; `end` is the transaction's end LSN. A tag too long for its
+/// field is left out; the extension writes none.
 pub fn commit_record(info: &CommitInfo, end: Lsn, frames: &[u8]) -> Record {
     let tag = if info.tag.len() > u16::MAX as usize {
         &[][..]

@@ -19,11 +19,12 @@ async fn pg_dump_for(server: &mut Client) -> anyhow::Result<PathBuf> {
     let major = number / 10_000;
     let mut found = Vec::new();
     for path in candidates() {
-        if let Some(version) = major_of(&path).await {
-            found.push((version, path));
+        match major_of(&path).await {
+            Some(version) if version == major => return Ok(path),
+            Some(version) => found.push((version, path)),
+            None => {}
         }
     }
-    // Of one version the first.
     let fit = found.iter().filter(|(version, _)| *version >= major);
     if let Some((_, path)) = fit.min_by_key(|(version, _)| *version) {
         return Ok(path.clone());

@@ -26,6 +26,10 @@ static LABEL: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(N
 static DOMAINS: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
 static SYNC: GucSetting<bool> = GucSetting::<bool>::new(true);
 
+/// A tag that a bridge takes is of less than 64 KiB.
+const MAX_LABEL: usize = 1_000;
+const MAX_DOMAINS: usize = 1_000;
+
 thread_local! {
     /// Domains resolved for the `terrace.domains` setting of this transaction;
     /// present when a synchronised table has been changed.
@@ -161,10 +165,20 @@ fn write_tag(domains: &[String], alone: bool) {
     let mut tag = format!("{{\"tag\":\"{xid}\"");
     if let Some(label) = LABEL.get() {
         let label = label.to_string_lossy();
+        if label.len() > MAX_LABEL {
+            too_long(
+                "terrace.label is too long",
+                format!("The limit is {MAX_LABEL} bytes."),
+            );
+        }
         if !label.is_empty() {
             tag.push_str(",\"label\":");
             put_json(&mut tag, &label);
         }
+    }
+    if domains.len() > MAX_DOMAINS {
+        let limit = format!("The limit is {MAX_DOMAINS} domains, with those on the way to them.");
+        too_long("terrace.domains names too many domains", limit);
     }
     if !domains.is_empty() {
         tag.push_str(",\"domains\":[");
@@ -186,6 +200,15 @@ fn write_tag(domains: &[String], alone: bool) {
     put_json(&mut tag, &session_user());
     tag.push('}');
     log_message(&tag);
+}
+
+fn too_long(what: &str, limit: String) {
+    ereport!(
+        PgLogLevel::ERROR,
+        PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED,
+        what.to_owned(),
+        limit
+    );
 }
 
 /// Writes a message that bridges obey into this transaction. Anybody may write messages,

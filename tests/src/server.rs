@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -51,6 +51,8 @@ pub struct Server {
     host: Option<Host>,
     directory: PathBuf,
     process: Option<Process>,
+    /// A session for looking: tests look every few milliseconds, and opening one costs more.
+    looks: Mutex<Option<Client>>,
 }
 
 /// Directory of the server programs.
@@ -119,12 +121,12 @@ fn make_template(top: bool, extension: bool) -> Result<PathBuf> {
         .current_dir(&scratch);
     run(initdb, "initdb")?;
     let rights = if top { "REPLICATION" } else { "SUPERUSER" };
-    // Nobody misses template0, and every server would copy it.
+    // Nobody misses these two databases, and every server would copy them.
     single(
         &data,
         &[
             &format!("CREATE ROLE terrace LOGIN {rights} PASSWORD '{PASSWORD}'"),
-            "CREATE DATABASE app",
+            "ALTER DATABASE postgres RENAME TO app",
             "UPDATE pg_database SET datistemplate = false WHERE datname = 'template0'",
             "DROP DATABASE template0",
         ],
@@ -138,6 +140,7 @@ fn make_template(top: bool, extension: bool) -> Result<PathBuf> {
             host: None,
             directory: scratch,
             process: None,
+            looks: Mutex::default(),
         };
         let conf = data.join("postgresql.conf");
         let settings = format!(
@@ -163,7 +166,7 @@ fn single(data: &Path, statements: &[&str]) -> Result<()> {
     single
         .args(["--single", "-F", "-D"])
         .arg(data)
-        .arg("postgres")
+        .arg("template1")
         .current_dir(data);
     single
         .stdin(Stdio::piped())
@@ -257,6 +260,7 @@ impl Server {
             host: options.host.clone(),
             directory,
             process: None,
+            looks: Mutex::default(),
         };
         server.restart()?;
         Ok(server)
@@ -297,6 +301,7 @@ impl Server {
             host: None,
             directory,
             process: None,
+            looks: Mutex::default(),
         };
         server.restart()?;
         Ok(server)
@@ -419,20 +424,33 @@ impl Server {
 
     /// All rows as text; an error fails the test.
     pub fn rows(&self, sql: &str) -> Vec<Vec<String>> {
-        rows(&mut self.connect(), sql)
+        self.look(sql)
             .unwrap_or_else(|error| panic!("{}: {sql}: {}", self.name, explain(&error)))
+    }
+
+    fn look(&self, sql: &str) -> Result<Vec<Vec<String>>, postgres::Error> {
+        let mut looks = self.looks.lock().unwrap_or_else(PoisonError::into_inner);
+        // One that was opened before the server ended is of no use.
+        if let Some(client) = &mut *looks {
+            match rows(client, sql) {
+                Err(_) if client.is_closed() => {}
+                result => return result,
+            }
+        }
+        rows(looks.insert(self.try_connect()?), sql)
     }
 
     /// Number and content of the rows of a table, whatever their order and the server's
     /// settings.
     pub fn checksum(&self, table: &str) -> Result<String, postgres::Error> {
         let sql = format!(
-            "SET datestyle = 'ISO'; SET intervalstyle = 'postgres'; SET timezone = 'UTC'; \
-             SET extra_float_digits = 3; SET bytea_output = 'hex'; \
+            "SET LOCAL datestyle = 'ISO'; SET LOCAL intervalstyle = 'postgres'; \
+             SET LOCAL timezone = 'UTC'; SET LOCAL extra_float_digits = 3; \
+             SET LOCAL bytea_output = 'hex'; \
              SELECT count(*) || ' rows ' || coalesce(sum(hashtextextended(t::text, 0)), 0) \
              FROM {table} t"
         );
-        let rows = rows(&mut self.try_connect()?, &sql)?;
+        let rows = self.look(&sql)?;
         Ok(rows.into_iter().flatten().next().unwrap_or_default())
     }
 }

@@ -17,14 +17,17 @@ pub(super) const UNDER_LOAD: Duration = Duration::from_secs(10);
 
 impl Session<'_> {
     /// What goes wrong with one of them must not stop the data.
-    pub(super) async fn advance_sequences(&mut self) -> Result<(), PgError> {
+    pub(super) async fn advance_sequences(&mut self, idle: bool) -> Result<(), PgError> {
         self.sequences = (Instant::now(), false);
-        // It may read whole tables: once, and not before what has piled up.
-        let thorough = self.thorough.swap(false, Ordering::Relaxed);
+        // It may read whole tables: once, and when nothing waits for it.
+        let thorough = idle && self.thorough.load(Ordering::Relaxed);
         let sql = format!("SELECT terrace.advance_sequences({thorough})");
         match self.client.simple(&sql).await {
             Err(PgError::Db(error)) => tracing::warn!("put sequences forward: {error}"),
-            done => drop(done?),
+            done => {
+                done?;
+                self.thorough.fetch_and(!thorough, Ordering::Relaxed);
+            }
         }
         Ok(())
     }

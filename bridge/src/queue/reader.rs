@@ -152,10 +152,10 @@ impl Reader {
         Ok(None)
     }
 
-    /// Reads nothing of a later timeline than the queue is of now: who follows is to ask
-    /// anew, and learns of it then.
-    pub fn of_this_timeline(mut self) -> Reader {
-        self.last_timeline = self.queue.identity().timeline;
+    /// Reads nothing of a later timeline than this: who follows is to ask anew, and learns
+    /// of it then.
+    pub fn up_to_timeline(mut self, timeline: u32) -> Reader {
+        self.last_timeline = timeline;
         self
     }
 

@@ -164,14 +164,20 @@ fn another_timeline_is_gone_on_with() {
         assert_eq!(queue.identity(), timeline(number));
     }
     // Who follows reads what both have in common, and must ask for the rest.
-    let mut follower = queue.reader(Lsn(100)).unwrap().of_this_timeline();
+    let mut follower = queue
+        .reader(Lsn(100))
+        .unwrap()
+        .up_to_timeline(queue.identity().timeline);
     writer.adopt(&timeline(4)).unwrap();
     writer.append(&transaction(130, 10)).unwrap();
     writer.publish().unwrap();
     assert_eq!(follower.try_next().unwrap().unwrap().lsn, Lsn(110));
     assert_eq!(follower.try_next().unwrap().unwrap().lsn, Lsn(120));
     assert!(matches!(follower.try_next(), Err(QueueError::Timeline(4))));
-    let mut follower = queue.reader(Lsn(100)).unwrap().of_this_timeline();
+    let mut follower = queue
+        .reader(Lsn(100))
+        .unwrap()
+        .up_to_timeline(queue.identity().timeline);
     let rest: Vec<Lsn> = std::iter::from_fn(|| follower.try_next().unwrap())
         .map(|record| record.lsn)
         .collect();

@@ -87,13 +87,15 @@ pub struct Session {
     /// Holds an exported snapshot until the next command.
     snapshot: Option<Client>,
     temporary: Vec<String>,
+    /// The timeline that the client has been told that the history here is of.
+    timeline: Option<u32>,
 }
 
 impl Drop for Session {
     fn drop(&mut self) {
-        let Ok(open) = self.open_queue() else {
-            return;
-        };
+        // Also of a queue that serves nobody any more: the place would be taken for ever.
+        let open = self.relay.shared.queue.borrow().clone();
+        let Some(open) = open else { return };
         for slot in &self.temporary {
             open.queue.drop_cursor(slot);
         }
@@ -121,6 +123,7 @@ impl Session {
             sql: None,
             snapshot: None,
             temporary: Vec::new(),
+            timeline: None,
         }
     }
 
@@ -311,6 +314,7 @@ impl Session {
             identity.system_id.to_string(),
             identity.timeline.to_string(),
         );
+        self.timeline = Some(identity.timeline);
         let end = queue.end().to_string();
         self.row(
             &[
@@ -512,7 +516,10 @@ impl Session {
             let text = format!("what follows {from} is disputed; see the reason in terrace.lag");
             return refuse("55000", text);
         }
-        let reader = open.queue.reader(from).map(Reader::of_this_timeline);
+        // Not the one that it may be of by now.
+        let timeline = self.timeline.unwrap_or(open.queue.identity().timeline);
+        let reader = open.queue.reader(from);
+        let reader = reader.map(|reader| reader.up_to_timeline(timeline));
         let reader = reader.map_err(|error| {
             self.relay.shared.note_damage(&error);
             Refusal("58P01", error.to_string())

@@ -92,7 +92,12 @@ fn wrong_calls_are_refused() {
             "is not synchronised",
         ),
         ("SELECT terrace.send('', 'x')", "channel name"),
+        (
+            "SELECT terrace.add_table('t'); SET terrace.label = '$LONG'; INSERT INTO t VALUES (1)",
+            "terrace.label is too long",
+        ),
     ] {
+        let sql = &sql.replace("$LONG", &"x".repeat(1001));
         let error = top.connect().batch_execute(sql).expect_err(sql);
         assert!(
             explain(&error).contains(words),

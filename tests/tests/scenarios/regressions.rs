@@ -159,9 +159,9 @@ fn a_large_transaction_with_a_bad_row_waits_whole() {
         .sql("ALTER SYSTEM SET logical_decoding_work_mem = '64kB'");
     tree.top.sql("SELECT pg_reload_conf()");
     let server = &tree.nodes[0].server;
-    server.sql("ALTER TABLE t ADD CONSTRAINT picky CHECK (id <> 29000)");
+    server.sql("ALTER TABLE t ADD CONSTRAINT picky CHECK (id <> 7900)");
     tree.top
-        .sql("INSERT INTO t SELECT g, repeat('x', 100) FROM generate_series(1, 30000) g");
+        .sql("INSERT INTO t SELECT g, repeat('x', 100) FROM generate_series(1, 8000) g");
     let reason = "SELECT state || ' ' || coalesce(reason, '') FROM terrace.lag";
     wait_until("it says why it waits", || {
         let said = server.value(reason);
