@@ -74,10 +74,17 @@ check:
 	cargo test --locked -p terrace-bench
 	$(MAKE) --no-print-directory scenarios
 
-# The stories on real servers alone.
+# The stories on real servers alone. They make and remove some five hundred servers, which takes
+# a disk longer than memory, if there is enough.
+ROOMY = 8000000
+# So many at a time.
+STORIES ?= 4
 .PHONY: scenarios
 scenarios:
-	cargo test --locked -p terrace-tests -- --test-threads 4
+	@cd /dev/shm && [ -w . ] && [ "$$(df -k --output=avail . | tail -n 1)" -gt $(ROOMY) ] \
+	  && [ "$$(sed -n 's/^MemAvailable: *\([0-9]*\).*/\1/p' /proc/meminfo)" -gt $(ROOMY) ] \
+	  && export TMPDIR="$${TMPDIR:-/dev/shm}"; cd "$(CURDIR)" \
+	  && cargo test --locked -p terrace-tests -- --test-threads $(STORIES)
 
 # The same with another PostgreSQL, as in `make test-pg-17`: 15 to 18 are fetched to PG_ROOT, once.
 PG_ROOT ?= /opt/pgtest

@@ -180,8 +180,10 @@ fn a_copy_misses_no_table_that_is_written_anew_and_stops_no_data() {
             .value("SELECT count(*) FROM one")
             == "0"
     });
-    let said = tree.node("region-1").bridge.logged();
-    assert!(said.contains("copy_ended"), "{said}");
+    wait_until("the region says why", || {
+        let said = tree.node("region-1").bridge.logged();
+        said.contains("copy_ended")
+    });
     local.batch_execute("COMMIT").expect("commit");
     copied(&tree.node("branch-1").bridge, 3);
     tree.wait_for_equal(&["one", "two", "three"]);

@@ -284,6 +284,8 @@ fn a_slave_that_lags_takes_the_slot_only_after_it_has_fetched_what_it_lacks() {
     // Now only it and the one that is ahead remain, and it starts first.
     tree.node(&master).bridge.kill9();
     tree.node(&slaves[1]).bridge.kill9();
+    let free = "SELECT NOT active FROM pg_replication_slots WHERE slot_name = 'terrace_region'";
+    wait_until("the last word is heard", || tree.top.value(free) == "t");
     tree.node(&slaves[0])
         .bridge
         .restart()

@@ -41,6 +41,8 @@ fn a_slot_that_was_dropped_is_missed() {
     let counting = count_up(&tree.top);
     counting.go_on(20);
     tree.nodes[0].bridge.stop();
+    let free = "SELECT NOT active FROM pg_replication_slots WHERE slot_name = 'terrace_region'";
+    wait_until("its walsender has ended", || tree.top.value(free) == "t");
     tree.top
         .sql("SELECT pg_drop_replication_slot('terrace_region')");
     tree.start_bridges().expect("start the bridge");
