@@ -1,4 +1,5 @@
-//! Memory while one large transaction passes through top -> region -> branch.
+//! Memory while one transaction of many bytes, and one of many rows, pass through
+//! top -> region -> branch.
 //!
 //! For a bridge the highest resident size since its start counts, program text
 //! included. A native apply worker's holds the shared buffers that it touched,
@@ -10,7 +11,7 @@ use crate::proc;
 use crate::report::{Better, Figure, Report};
 use crate::side::{Side, Which, drain, mark, must_be_equal};
 use crate::workload::{Plan, Workload};
-use crate::world::{Shape, Stage};
+use crate::world::{Shape, Stage, World};
 
 pub struct Memory;
 
@@ -22,7 +23,7 @@ impl Workload for Memory {
     }
 
     fn about(&self) -> &'static str {
-        "one large transaction through top -> 1 -> 1"
+        "one large transaction, and one of many rows, through top -> 1 -> 1"
     }
 
     fn run(&self, stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
@@ -31,69 +32,83 @@ impl Workload for Memory {
             branch: 1,
         };
         let world = stage.world(shape, plan)?;
+        let (large, many) = (plan.large_rows, plan.many_rows);
         // Rows of 1 KiB stay in line, so all of it is in the WAL.
-        world.top().sql(&format!(
-            "INSERT INTO bench_large SELECT g, repeat(md5(g::text), 32) \
-             FROM generate_series(1, {}) g",
-            plan.large_rows
-        ));
-        let marker = mark(world.top())?;
-        world.checkpoint()?;
-        let top = world.top_pid()?;
-
-        let drained = drain(&mut world.terrace, top, marker, |_| ());
-        let terrace_time = world.explain(drained)?.elapsed.as_secs_f64();
-        let nodes = world.terrace.tree.nodes.iter();
-        let bridges: Vec<f64> = nodes
-            .filter_map(|node| proc::memory_mib(proc::bridge(&node.bridge)?, "VmHWM"))
-            .collect();
-        world.terrace.pause()?;
-
-        let mut workers = vec![0.0; DOMAINS.len()];
-        let mut pids = Vec::new();
-        let drained = drain(&mut world.native, top, marker, |native| {
-            if pids.len() < DOMAINS.len() {
-                pids = apply_workers(native);
-            }
-            for (pid, highest) in pids.iter().zip(&mut workers) {
-                let now = proc::memory_mib(*pid, "RssAnon").unwrap_or(0.0);
-                *highest = now.max(*highest);
-            }
-        })?;
-        let native_time = drained.elapsed.as_secs_f64();
-        world.native.pause()?;
-        for which in [Which::Terrace, Which::Native] {
-            let (top, side): (_, &dyn Side) = match which {
-                Which::Terrace => (world.top(), &world.terrace),
-                Which::Native => (world.top(), &world.native),
-            };
-            must_be_equal(side, top, &["bench_large"])?;
+        let rows = format!("g, repeat(md5(g::text), 32) FROM generate_series(1, {large}) g");
+        measure(world, report, &format!("{} MiB", large >> 10), &rows)?;
+        if many > 0 {
+            let rows = format!("{large} + g, 'x' FROM generate_series(1, {many}) g");
+            measure(
+                world,
+                report,
+                &format!("{} million rows", many / 1_000_000),
+                &rows,
+            )?;
         }
-        let mib = plan.large_rows >> 10;
-        println!(
-            "    {mib} MiB: bridges {bridges:.0?} MiB in {terrace_time:.1} s, \
-             apply workers {workers:.0?} MiB in {native_time:.1} s"
-        );
-        let mut add = |workload: String, what, unit, terrace, native| {
-            report.add(Figure {
-                workload,
-                what,
-                unit,
-                better: Better::Lower,
-                against: "native",
-                terrace: vec![terrace],
-                baseline: vec![native],
-                paired: false,
-            });
-        };
-        for ((domain, bridge), worker) in DOMAINS.iter().zip(&bridges).zip(&workers) {
-            let workload = format!("{domain}, {mib} MiB");
-            add(workload, "peak", "MiB", *bridge, *worker);
-        }
-        let workload = format!("memory: both hops, {mib} MiB");
-        add(workload, "elapsed", "s", terrace_time, native_time);
         Ok(())
     }
+}
+
+/// One transaction with these rows.
+fn measure(world: &mut World, report: &mut Report, what: &str, rows: &str) -> Result<()> {
+    world
+        .top()
+        .sql(&format!("INSERT INTO bench_large SELECT {rows}"));
+    let marker = mark(world.top())?;
+    world.checkpoint()?;
+    let top = world.top_pid()?;
+
+    let drained = drain(&mut world.terrace, top, marker, |_| ());
+    let terrace_time = world.explain(drained)?.elapsed.as_secs_f64();
+    let nodes = world.terrace.tree.nodes.iter();
+    let bridges: Vec<f64> = nodes
+        .filter_map(|node| proc::memory_mib(proc::bridge(&node.bridge)?, "VmHWM"))
+        .collect();
+    world.terrace.pause()?;
+
+    let mut workers = vec![0.0; DOMAINS.len()];
+    let mut pids = Vec::new();
+    let drained = drain(&mut world.native, top, marker, |native| {
+        if pids.len() < DOMAINS.len() {
+            pids = apply_workers(native);
+        }
+        for (pid, highest) in pids.iter().zip(&mut workers) {
+            let now = proc::memory_mib(*pid, "RssAnon").unwrap_or(0.0);
+            *highest = now.max(*highest);
+        }
+    })?;
+    let native_time = drained.elapsed.as_secs_f64();
+    world.native.pause()?;
+    for which in [Which::Terrace, Which::Native] {
+        let (top, side): (_, &dyn Side) = match which {
+            Which::Terrace => (world.top(), &world.terrace),
+            Which::Native => (world.top(), &world.native),
+        };
+        must_be_equal(side, top, &["bench_large"])?;
+    }
+    println!(
+        "    {what}: bridges {bridges:.0?} MiB in {terrace_time:.1} s, \
+             apply workers {workers:.0?} MiB in {native_time:.1} s"
+    );
+    let mut add = |workload: String, figure, unit, terrace, native| {
+        report.add(Figure {
+            workload,
+            what: figure,
+            unit,
+            better: Better::Lower,
+            against: "native",
+            terrace: vec![terrace],
+            baseline: vec![native],
+            paired: false,
+        });
+    };
+    for ((domain, bridge), worker) in DOMAINS.iter().zip(&bridges).zip(&workers) {
+        let workload = format!("{domain}, {what}");
+        add(workload, "peak", "MiB", *bridge, *worker);
+    }
+    let workload = format!("memory: both hops, {what}");
+    add(workload, "elapsed", "s", terrace_time, native_time);
+    Ok(())
 }
 
 /// Process ids of the apply workers, as far as they have started.

@@ -36,6 +36,8 @@ pub struct Plan {
     pub latency: (usize, u64),
     /// Rows of 1 KiB in the large transaction.
     pub large_rows: u64,
+    /// Short rows in the transaction of many.
+    pub many_rows: u64,
     /// Rounds and seconds of each pgbench run for the tag's cost.
     pub tag: (usize, u64),
     /// Seconds of load at the top for each number of followers.
@@ -63,6 +65,7 @@ impl Plan {
                 backlog: [20_000, 10_000],
                 latency: (1, 2),
                 large_rows: 100 << 10,
+                many_rows: 0,
                 tag: (4, 1),
                 fanout_seconds: 2,
                 copy_scale: 10,
@@ -81,6 +84,7 @@ impl Plan {
                 backlog: [100_000, 40_000],
                 latency: (3, 20),
                 large_rows: 1 << 20,
+                many_rows: 10_000_000,
                 tag: (15, 5),
                 fanout_seconds: 20,
                 copy_scale: 350,
