@@ -6,6 +6,8 @@ export PG_CONFIG
 export PGRX_PG_CONFIG_PATH = $(PG_CONFIG)
 PG_MAJOR = $(shell $(PG_CONFIG) --version | sed 's/[^0-9]*\([0-9]*\).*/\1/')
 TARGET = $(or $(CARGO_TARGET_DIR),target)
+PROFILE = debug
+RELEASE = $(if $(filter release,$(PROFILE)),--release)
 
 .PHONY: deps build install demo torture test
 
@@ -25,33 +27,38 @@ build: deps
 .PHONY: compile
 compile:
 	@[ "$(PG_MAJOR)" -ge 15 ] || { echo "PostgreSQL 15 or newer is needed, $(PG_CONFIG) is of $(PG_MAJOR)"; exit 1; }
-	cargo build --locked -p terrace-bridge
-	cargo build --locked -p terrace --no-default-features --features pg$(PG_MAJOR)
+	cargo build --locked $(RELEASE) -p terrace-bridge
+	cargo build --locked $(RELEASE) -p terrace --no-default-features --features pg$(PG_MAJOR)
 
-# Puts the extension where this PostgreSQL looks for it.
-install: build
+# For use: the extension where this PostgreSQL looks for it; the bridge is in $(TARGET)/release.
+install: deps
+	$(MAKE) --no-print-directory PROFILE=release compile install-files
+
+# The same of what is tested.
+.PHONY: install-debug
+install-debug: build
 	$(MAKE) --no-print-directory install-files
 
 .PHONY: install-files
 install-files:
-	$(SUDO) install -m 755 $(TARGET)/debug/libterrace.so $$($(PG_CONFIG) --pkglibdir)/terrace.so
+	$(SUDO) install -m 755 $(TARGET)/$(PROFILE)/libterrace.so $$($(PG_CONFIG) --pkglibdir)/terrace.so
 	$(SUDO) install -m 644 sql/terrace.control sql/terrace--0.1.0.sql $$($(PG_CONFIG) --sharedir)/extension/
 
 # Seven servers and six bridges under pgbench; ONCE=1 ends after the comparison.
-demo: install
+demo: install-debug
 	@cargo build --quiet --locked -p terrace-tests --bin terrace-demo
 	@exec $(TARGET)/debug/terrace-demo
 
 # Random faults on seven servers under load.
 SEED ?= 1
-torture: install
+torture: install-debug
 	@cargo build --quiet --locked -p terrace-tests --bin terrace-torture
 	@$(TARGET)/debug/terrace-torture $(SECONDS) $(SEED)
 
 # So many random histories, set-wise and in order.
 COUNT ?= 1000
 .PHONY: histories
-histories: install
+histories: install-debug
 	@cargo build --quiet --locked --release -p terrace-bridge -p terrace-tests --bins
 	@TERRACE_BRIDGE=$(abspath $(TARGET))/release/terrace-bridge \
 	  $(TARGET)/release/terrace-histories $(COUNT) $(SEED)
@@ -60,10 +67,10 @@ histories: install
 .PHONY: test-deps
 test-deps:
 	@[ "$$(id -u)" != 0 ] || { command -v nft && command -v ip; } >/dev/null 2>&1 \
-	  || apt-get install -y -q nftables iproute2 \
+	  || { echo "installing nftables and iproute2"; apt-get update -q; apt-get install -y -q nftables iproute2; } \
 	  || echo "without nftables and iproute2 some stories are skipped"
 
-test: install test-deps
+test: install-debug test-deps
 	$(MAKE) --no-print-directory check
 
 .PHONY: check
@@ -108,7 +115,7 @@ audit:
 # release build of the extension's library, without it being installed. pglogical is installed, to
 # be measured beside.
 .PHONY: bench
-bench: install
+bench: install-debug
 	@[ -e $$($(PG_CONFIG) --pkglibdir)/pglogical.so ] \
 	  || $(SUDO) apt-get install -y -q postgresql-$(PG_MAJOR)-pglogical \
 	  || echo "pglogical is not to be had here and is left out"

@@ -87,6 +87,9 @@ CREATE FUNCTION arm_now() RETURNS void
 CREATE FUNCTION guard_session() RETURNS void
     LANGUAGE c AS 'MODULE_PATHNAME', 'guard_session_wrapper';
 
+CREATE FUNCTION refuse_guarded() RETURNS void
+    LANGUAGE c AS 'MODULE_PATHNAME', 'refuse_guarded_wrapper';
+
 CREATE FUNCTION arm_alone() RETURNS void
     LANGUAGE c AS 'MODULE_PATHNAME', 'arm_alone_wrapper';
 CREATE FUNCTION send_rows(header text, clear text, query text) RETURNS bigint
@@ -613,6 +616,7 @@ END $$;
 CREATE FUNCTION must_be_top() RETURNS void
     LANGUAGE plpgsql STABLE AS $$
 BEGIN
+    PERFORM terrace.refuse_guarded();
     IF EXISTS (SELECT FROM terrace.progress) THEN
         RAISE EXCEPTION 'this server receives from another one'
             USING ERRCODE = 'object_not_in_prerequisite_state',
@@ -648,6 +652,11 @@ BEGIN
             USING ERRCODE = 'dependent_objects_still_exist', HINT = 'Drop those first.';
     END IF;
     DELETE FROM terrace.domain d WHERE d.name = drop_domain.name;
+    IF EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = 'terrace_' || name) THEN
+        RAISE NOTICE 'replication slot "terrace_%" goes on keeping WAL', name
+            USING HINT = format('Stop the bridges of the domain, then SELECT pg_drop_replication_slot(%L).',
+                                'terrace_' || name);
+    END IF;
 END $$;
 
 CREATE FUNCTION add_table(rel regclass, domains text[] DEFAULT NULL, filter text DEFAULT NULL,
@@ -1314,7 +1323,9 @@ CREATE VIEW lag AS
            CASE WHEN s.silent THEN 'down' ELSE s.state END AS state, s.upstream,
            s.received_lsn, s.flush_lsn, s.replay_lsn,
            greatest(top.lsn - s.replay_lsn, 0)::bigint AS lag_bytes,
-           CASE WHEN s.caught_up AND NOT s.silent THEN interval '0'
+           -- Reports come every second; an older one says nothing of now.
+           CASE WHEN s.caught_up AND s.reply_time > pg_catalog.clock_timestamp() - interval '2 s'
+                THEN interval '0'
                 ELSE greatest(pg_catalog.clock_timestamp() - s.replay_time, interval '0')
            END AS replay_lag,
            s.apply_rate, pg_catalog.make_interval(secs => s.catchup_seconds) AS catchup_interval,
@@ -1405,7 +1416,7 @@ END $$;
 -- Whoever may write at the top may send, so send is for everybody; a session through
 -- a relay is kept from it by its guard, as it is from pg_notify and the like.
 REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA terrace FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION arm_now(), replicate_ddl(text), must_be_top(), current_tag(), with_ancestors(text[]), send(text, text),
+GRANT EXECUTE ON FUNCTION arm_now(), refuse_guarded(), replicate_ddl(text), must_be_top(), current_tag(), with_ancestors(text[]), send(text, text),
     top_lsn(), is_top(), wait_for(pg_lsn, text, interval) TO PUBLIC;
 GRANT EXECUTE ON FUNCTION report(jsonb), guard_session(), resend(regclass, text[]),
     begin_comparison(regclass, integer), finish_comparison(comparison),

@@ -4,7 +4,7 @@
 
 use std::io::ErrorKind;
 
-use crate::client::{Client, Row, SessionOptions, quote_literal};
+use crate::client::{Client, PgError, Row, SessionOptions, quote_literal};
 use crate::config::Config;
 use crate::conninfo::ConnInfo;
 use crate::handshake::Security;
@@ -33,6 +33,7 @@ pub async fn check(config: &Config) -> Vec<Finding> {
     for (name, url) in &config.peers {
         report.peer(name, url).await;
     }
+    report.listens("http", &config.http.listen);
     report.0
 }
 
@@ -57,8 +58,20 @@ impl Report {
             relay.tls_key.as_deref(),
             relay.tls_client_ca.as_deref(),
         ) {
-            Ok(_) => self.good(format!("relay: {} can be served", relay.listen)),
+            Ok(_) => self.listens("relay", &relay.listen),
             Err(error) => self.bad(format!("relay: {error:#}")),
+        }
+    }
+
+    /// Whether one can listen there.
+    fn listens(&mut self, what: &str, listen: &str) {
+        match std::net::TcpListener::bind(listen) {
+            Ok(_) => self.good(format!("{what}: {listen} can be served")),
+            // By the bridge itself, if it runs.
+            Err(error) if error.kind() == ErrorKind::AddrInUse => {
+                self.good(format!("{what}: {listen} is being served"));
+            }
+            Err(error) => self.bad(format!("{what}: cannot listen on {listen}: {error}")),
         }
     }
 
@@ -146,25 +159,70 @@ impl Report {
             ));
             return;
         }
+        let before = self.0.len();
         if config.parent.is_none() {
             self.wal_level(what, &mut client).await;
-        } else {
-            self.columns(&mut client).await;
         }
-        self.good(format!("{what}: {} is ready", info.endpoint()));
+        if self.0.len() == before {
+            self.good(format!("{what}: {} is ready", info.endpoint()));
+        }
     }
 
-    /// Synchronised tables that this server should have and has not.
-    async fn columns(&mut self, client: &mut Client) {
-        let sql = "SELECT pg_catalog.string_agg(pg_catalog.format('%I.%I', nspname, relname), ', ') \
-                   FROM terrace.sync_table \
-                   WHERE pg_catalog.to_regclass(pg_catalog.format('%I.%I', nspname, relname)) IS NULL";
-        if let Some(missing) = self.value("database", client, sql).await {
-            self.bad(format!(
-                "database: synchronised tables are missing on this server: {missing}; create them \
-                 with the columns that they have at the top"
-            ));
+    /// Tables and columns that this server should have as the parent has them, and has not.
+    /// Before the initial copy it may lack all of them.
+    async fn columns(&mut self, config: &Config, parent: &mut Client) -> Result<(), PgError> {
+        let Ok(info) = ConnInfo::parse(&config.database.url) else {
+            return Ok(());
+        };
+        // What is wrong with it has been said.
+        let Ok(mut local) = Client::connect(&info, &SessionOptions::default()).await else {
+            return Ok(());
+        };
+        let progress = "SELECT 1 FROM terrace.progress";
+        if !local
+            .simple(progress)
+            .await
+            .is_ok_and(|rows| !rows.is_empty())
+        {
+            return Ok(());
         }
+        let there = "SELECT pg_catalog.format('%I.%I', s.nspname, s.relname), \
+                            pg_catalog.string_agg(pg_catalog.quote_ident(a.attname), E'\\x01') \
+                     FROM terrace.sync_table s JOIN pg_catalog.pg_attribute a \
+                       ON a.attrelid = pg_catalog.to_regclass(pg_catalog.format('%I.%I', s.nspname, s.relname)) \
+                      AND a.attnum > 0 AND NOT a.attisdropped \
+                     WHERE (s.domains IS NULL OR $1 = ANY (s.domains)) \
+                       AND (s.columns IS NULL OR a.attname = ANY (s.columns)) \
+                     GROUP BY 1 ORDER BY 1";
+        let here = "SELECT pg_catalog.quote_ident(attname) FROM pg_catalog.pg_attribute \
+                    WHERE attrelid = pg_catalog.to_regclass($1) AND attnum > 0 AND NOT attisdropped";
+        for row in parent.query(there, &[Some(&config.node.domain)]).await? {
+            let [Some(table), Some(columns)] = &row[..] else {
+                continue;
+            };
+            let ours: Vec<String> = local
+                .query(here, &[Some(table)])
+                .await?
+                .into_iter()
+                .flatten()
+                .flatten()
+                .collect();
+            let lacks = |column: &&str| !ours.iter().any(|one| one == column);
+            let missing: Vec<&str> = columns.split('\u{1}').filter(lacks).collect();
+            if ours.is_empty() {
+                self.bad(format!(
+                    "database: synchronised table {table} is missing on this server; create it \
+                     with the columns that it has at the top"
+                ));
+            } else if !missing.is_empty() {
+                self.bad(format!(
+                    "database: table {table} lacks columns on this server: {}; add them as they \
+                     are at the top",
+                    missing.join(", ")
+                ));
+            }
+        }
+        Ok(())
     }
 
     async fn wal_level(&mut self, what: &str, client: &mut Client) {
@@ -209,6 +267,9 @@ impl Report {
             ));
         }
         self.name(config, what, &mut client).await;
+        if let Err(error) = self.columns(config, &mut client).await {
+            self.bad(format!("{what}: {error}"));
+        }
         if self.0.len() == before {
             self.good(format!("{what}: {} is ready", info.endpoint()));
         }

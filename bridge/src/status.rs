@@ -70,6 +70,9 @@ struct Inner {
     damage: Option<(PathBuf, String)>,
 }
 
+/// An upstream says something every second; without that what we know is not what is.
+const FRESH: Duration = Duration::from_secs(2);
+
 impl Inner {
     fn has_diverged(&self) -> bool {
         self.diverged.is_some() || self.matching.outvoted.is_some()
@@ -659,7 +662,7 @@ impl Shared {
         let mut inner = self.inner();
         let (state, reason) = state_of(&inner, replayed, disk);
         let (apply_rate, catchup) = inner.rate.rates();
-        let fresh = inner.heard_within(Duration::from_secs(3));
+        let fresh = inner.heard_within(FRESH);
         let caught_up = fresh && replayed >= inner.received && replayed > Lsn::ZERO;
         // From here the lag grows when it falls behind, also if nothing was ever applied.
         if caught_up {

@@ -80,6 +80,12 @@ fn guard_session() {
     }
 }
 
+/// For functions that write with their owner's rights.
+#[pg_extern]
+fn refuse_guarded() {
+    refuse_if_guarded("change what is synchronised, or compare");
+}
+
 /// Raises an error in a guarded session.
 pub fn refuse_if_guarded(what: &str) {
     if GUARDED.get() {

@@ -31,7 +31,7 @@ impl Disk {
         let file = std::fs::File::create(&image).expect("create the image");
         file.set_len(256 << 20).expect("size the image");
         if !done("mkfs.ext4", &["-q", "-F", text(&image)]) {
-            eprintln!("SKIPPED: there is no mkfs.ext4 here");
+            crate::skipped("there is no mkfs.ext4 here");
             return None;
         }
         Disk::over(path, &["-o", "loop", text(&image)])
@@ -43,7 +43,7 @@ impl Disk {
         std::fs::rename(path, &kept).expect("rename");
         std::fs::create_dir(path).expect("create");
         if !done("mount", &[mount, &[text(path)]].concat()) {
-            eprintln!("SKIPPED: mounting a disk takes root, and a loop device");
+            crate::skipped("mounting a disk takes root, and a loop device");
             return None;
         }
         let disk = Disk {

@@ -118,6 +118,24 @@ fn each_transaction_is_tagged_once() {
          WHERE get_byte(data, 0) = ascii('M')";
     top.sql("BEGIN; INSERT INTO t VALUES (1); INSERT INTO t VALUES (2); UPDATE t SET id = 3 WHERE id = 1; COMMIT");
     assert_eq!(top.value(messages), "1");
+    // What it says, and that it is what the session was told.
+    let mut client = top.connect();
+    let tag = "SELECT encode(data, 'escape') \
+         FROM pg_logical_slot_get_binary_changes('look', NULL, NULL, \
+         'proto_version', '1', 'publication_names', 'terrace', 'messages', 'true') \
+         WHERE get_byte(data, 0) = ascii('M')";
+    let sql = "SET terrace.sync = off; SET terrace.label = 'a label'; \
+               BEGIN; INSERT INTO t VALUES (7); SELECT terrace.current_tag(); COMMIT";
+    let told = terrace_tests::server::rows(&mut client, sql).expect("a tag");
+    let said = top.value(tag);
+    for part in [
+        format!("\"tag\":\"{}\"", told[0][0]),
+        "\"label\":\"a label\"".to_owned(),
+        "\"sync\":false".to_owned(),
+        "\"user\":\"postgres\"".to_owned(),
+    ] {
+        assert!(said.contains(&part), "{part}: {said}");
+    }
     top.sql("BEGIN; INSERT INTO t VALUES (5); ROLLBACK");
     assert_eq!(top.value(messages), "0");
     top.sql("CREATE TABLE apart (id int); INSERT INTO apart VALUES (1)");

@@ -21,7 +21,7 @@ const CALM: Duration = Duration::from_secs(25);
 /// A tree with an address for each server; `None`, with a word why, where that cannot be.
 fn grow() -> Option<Tree> {
     if let Some(why) = Network::missing() {
-        println!("skipped: {why}");
+        terrace_tests::skipped(why);
         return None;
     }
     let network = Network::new().expect("make a network");

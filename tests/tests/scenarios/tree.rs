@@ -1,8 +1,8 @@
 //! A tree of real servers: what is written at the top is everywhere below, whole
 //! and in order, whatever dies meanwhile.
 
-use terrace_tests::load::{ACCOUNTS, Observer, STEPS, count_up, transfers};
-use terrace_tests::{Tree, wait_until};
+use terrace_tests::load::{ACCOUNTS, Background, Observer, STEPS, count_up, transfers};
+use terrace_tests::{Server, Tree, wait_until};
 
 const DOMAINS: [(&str, Option<&str>, usize); 2] =
     [("region", None, 3), ("branch", Some("region"), 3)];
@@ -111,6 +111,51 @@ fn whatever_is_killed_nothing_is_lost_or_doubled() {
     tree.wait_for_equal(&["account", "steps", "trail"]);
     observers.into_iter().for_each(Observer::stop);
     tree.assert_gapless();
+    // Exactly where each was, and not by copying anew.
+    let copied = "SELECT count(*) FROM terrace.events WHERE kind IN ('copied', 'resync', 'gap')";
+    assert_eq!(tree.top.value(copied), "6");
+}
+
+/// One session writes the same numbers to two tables, a transaction each.
+fn by_turns(top: &Server) -> Background {
+    Background::start(top, |client, n| {
+        let sql = "INSERT INTO first VALUES ($1) ON CONFLICT DO NOTHING";
+        client.execute(sql, &[&n])?;
+        let sql = "INSERT INTO second VALUES ($1) ON CONFLICT DO NOTHING";
+        client.execute(sql, &[&n]).map(drop)
+    })
+}
+
+#[test]
+fn transactions_become_visible_in_their_order() {
+    let schema =
+        "CREATE TABLE first (n bigint PRIMARY KEY); CREATE TABLE second (n bigint PRIMARY KEY);
+         SELECT terrace.add_table('first'), terrace.add_table('second');";
+    let mut tree = Tree::grow(
+        schema,
+        &[("region", None, 2), ("branch", Some("region"), 2)],
+    );
+    let writing = by_turns(&tree.top);
+    writing.go_on(50);
+    let look = "SELECT (SELECT count(*) FROM first) - (SELECT count(*) FROM second)";
+    for round in 0..40 {
+        for node in &tree.nodes {
+            let ahead = node.server.value(look);
+            assert!(
+                ahead == "0" || ahead == "1",
+                "{} shows {ahead}",
+                node.server.name
+            );
+        }
+        // Also while much is behind, which goes set-wise.
+        match round {
+            10 => tree.node("region-1").bridge.pause(),
+            20 => tree.node("region-1").bridge.resume(),
+            _ => std::thread::sleep(std::time::Duration::from_millis(20)),
+        }
+    }
+    writing.stop();
+    tree.wait_for_equal(&["first", "second"]);
 }
 
 #[test]
