@@ -13,6 +13,7 @@ use anyhow::{Context, bail};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::client::Client;
@@ -267,6 +268,13 @@ async fn mirror_written(
     }
 }
 
+/// A database that hangs must not keep the queue from being looked after.
+async fn within(asking: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    timeout(Duration::from_secs(5), asking)
+        .await
+        .context("the local database does not answer")?
+}
+
 /// Follows the durable end, saves cursors, and frees what nobody needs.
 async fn housekeeping(
     shared: Arc<Shared>,
@@ -307,8 +315,13 @@ async fn housekeeping(
         let replayed = *shared.replayed.borrow();
         if shared.config.parent.is_none() {
             replay_durable = replayed;
-        } else if let Err(error) =
-            advance_replay_durable(&shared, &mut client, &mut pending, &mut replay_durable).await
+        } else if let Err(error) = within(advance_replay_durable(
+            &shared,
+            &mut client,
+            &mut pending,
+            &mut replay_durable,
+        ))
+        .await
         {
             tracing::debug!("{error:#}");
             // What a server that crashes had written and not flushed is gone.

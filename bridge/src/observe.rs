@@ -23,8 +23,10 @@ use crate::lsn::{Identity, Lsn};
 use crate::matching::Windows;
 use crate::upstream::{BRIDGE_PARAMETER, session};
 
-/// How long a server may take to answer.
+/// How long a server may take to answer …
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
+/// … and to let us in, which takes six or seven answers.
+const OPENING_LIMIT: Duration = Duration::from_secs(5);
 /// Pause between questions while nobody is followed.
 const HURRY: Duration = Duration::from_millis(200);
 /// An answer that is later than this counts as silence.
@@ -241,7 +243,11 @@ impl Observer {
     async fn watch(&self, server: &Watched) {
         let mut session = None;
         loop {
-            let asked = timeout(ANSWER_LIMIT, self.ask(server, &mut session)).await;
+            let limit = match session {
+                Some(_) => ANSWER_LIMIT,
+                None => OPENING_LIMIT,
+            };
+            let asked = timeout(limit, self.ask(server, &mut session)).await;
             let problem = match asked {
                 Ok(Ok(())) => None,
                 Ok(Err(error)) => {

@@ -9,6 +9,7 @@ mod orders;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
@@ -35,6 +36,10 @@ const TRIED: Duration = Duration::from_secs(2);
 const PINNED: Duration = Duration::from_secs(5);
 /// A link that has not ended when it was told to for so long hangs in its disk.
 const GRACE: Duration = Duration::from_secs(1);
+/// A bridge sends something twice a second; one that has not for so long may be gone.
+const FLOWS: Duration = Duration::from_millis(1500);
+/// What a server told longer ago says nothing of what it is.
+const STALE: Duration = Duration::from_secs(30);
 /// Pause after a link that the disk has ended.
 const REST: Duration = Duration::from_millis(500);
 /// What somebody asks this node to do.
@@ -87,6 +92,9 @@ pub struct Roles {
     in_gap: bool,
     /// A file says that the history here is another one than the top's.
     kept_divergence: bool,
+    /// A link to the parent is being opened: that takes its time over a long way, and another
+    /// server of the parent domain would take as much.
+    opening: bool,
     /// No link before this: the disk has just refused what the last one brought.
     rest_until: Instant,
 }
@@ -117,6 +125,7 @@ impl Roles {
             parent: None,
             slot_lost: None,
             in_gap: false,
+            opening: false,
             rest_until: Instant::now(),
         }
     }
@@ -169,9 +178,7 @@ impl Roles {
         let mut changes = self.observer.changes();
         let (mut asked, mut done, mut told_to_end) = (None, None, None);
         let started = Instant::now();
-        if target.depose.is_some() {
-            self.decider.deposes(self.observer.now());
-        }
+        self.opening = target.role == Role::Master;
         let target = Arc::new(target);
         let mut following = self.start_link(&target, writer, &ending);
         let (writer, ended) = loop {
@@ -184,6 +191,7 @@ impl Roles {
                     done = self.obey(ordered, &link).await.or(done);
                 }
             }
+            self.note_deposed(&target);
             if ending.is_cancelled() {
                 let since = *told_to_end.get_or_insert_with(Instant::now);
                 if since.elapsed() > GRACE {
@@ -195,6 +203,7 @@ impl Roles {
                 pinned.take();
             }
             let link = self.link_of(&target);
+            self.opening &= link == Link::None;
             match self.next(&link) {
                 _ if done.is_some() => ending.cancel(),
                 Next::Nothing => {}
@@ -210,6 +219,8 @@ impl Roles {
                 }
             }
         };
+        self.opening = false;
+        self.note_deposed(&target);
         shared.set_role(Role::None, None, "");
         self.observer.hurry(true);
         self.note_end(&target, &ended);
@@ -217,6 +228,12 @@ impl Roles {
             self.hand_over(&to).await;
         }
         (writer, done)
+    }
+
+    fn note_deposed(&mut self, target: &Target) {
+        if target.deposed.swap(false, Ordering::Relaxed) {
+            self.decider.deposes(self.observer.now());
+        }
     }
 
     fn start_link(
@@ -452,12 +469,16 @@ impl Roles {
         }
     }
 
-    /// The same of a member that we follow; what it told last still holds, as far as we know.
+    /// The same of a member that we follow, as long as something comes all the time; what it
+    /// told last still holds, as far as we know.
     fn note_life(&self, link: &Link, peers: &mut [Peer]) {
-        let (Link::Peer(followed), Some(heard)) = (link, self.shared.heard_ago()) else {
+        let flows = self.shared.heard_ago().filter(|heard| *heard < FLOWS);
+        let (Link::Peer(followed), Some(heard)) = (link, flows) else {
             return;
         };
-        for peer in peers.iter_mut().filter(|peer| peer.name == *followed) {
+        // For ever that would hold us at one that has become another meanwhile.
+        let knows = |peer: &&mut Peer| peer.name == *followed && peer.age < STALE;
+        for peer in peers.iter_mut().filter(knows) {
             if let Sight::Silent(age) = peer.sight {
                 peer.sight = Sight::Silent(age.min(heard));
             }
@@ -474,6 +495,7 @@ impl Roles {
             slot: self.shared.config.slot_name(),
             role: Role::Master,
             depose: None,
+            deposed: AtomicBool::new(false),
         }
     }
 
@@ -487,6 +509,7 @@ impl Roles {
             slot: cursor_name(&node.domain, &node.name),
             role: Role::Slave,
             depose: None,
+            deposed: AtomicBool::new(false),
             name,
         })
     }
@@ -500,7 +523,11 @@ impl Roles {
     }
 
     fn lead(&mut self, own: &Own, parents: &[Peer], depose: Option<Session>) -> Next {
-        if let Some(index) = self.choose_parent(own, parents)
+        let chosen = match self.opening {
+            true => self.parent,
+            false => self.choose_parent(own, parents),
+        };
+        if let Some(index) = chosen
             && let Some(info) = self.observer.parent_info(index)
         {
             if self.parent.replace(index) != Some(index) {
@@ -512,6 +539,7 @@ impl Roles {
                 slot: self.shared.config.slot_name(),
                 role: Role::Master,
                 depose,
+                deposed: AtomicBool::new(false),
             });
         }
         let now = self.observer.now();

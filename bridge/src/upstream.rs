@@ -15,6 +15,7 @@ mod history;
 mod slot;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -44,7 +45,7 @@ const SILENCE: Duration = Duration::from_secs(10);
 /// A link that is not there by then is given up.
 const OPENING: Duration = Duration::from_secs(20);
 /// How long what was decided before the link was opened is reason enough to end a session.
-const DECIDED: Duration = Duration::from_secs(2);
+const DECIDED: Duration = Duration::from_secs(6);
 /// How often positions are told.
 const TICK: Duration = Duration::from_millis(100);
 /// Messages taken from the socket before they are made readable and our positions told …
@@ -147,6 +148,8 @@ pub struct Target {
     pub role: Role,
     /// First end this session, if it still holds the slot.
     pub depose: Option<Session>,
+    /// That has been done.
+    pub deposed: AtomicBool,
 }
 
 /// What has been written, flushed and applied.
@@ -348,6 +351,7 @@ impl<'a> Link<'a> {
             }
             let reason = format!("ends session {holder}, which holds slot {}", target.slot);
             shared.event("depose", &reason);
+            target.deposed.store(true, Ordering::Relaxed);
         }
         if bridge {
             client.copy_both(&start).await?;

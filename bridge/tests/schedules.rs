@@ -606,7 +606,10 @@ impl World {
                 sight: match node.views[other].sight {
                     Sight::Silent(age) if node.link == Link::Peer(NAMES[other].to_owned()) => {
                         let heard = TICK * u32::try_from(self.now - node.link_heard).unwrap();
-                        Sight::Silent(age.min(heard))
+                        match heard < Duration::from_millis(1500) {
+                            true => Sight::Silent(age.min(heard)),
+                            false => Sight::Silent(age),
+                        }
                     }
                     sight => sight,
                 },

@@ -114,19 +114,24 @@ impl Process {
         self.wait(limit).or_else(|_| self.kill())
     }
 
+    /// SIGSTOP, or SIGCONT, for it and all its children.
+    pub fn signal_all(&self, signal: Signal) {
+        let id = self.id();
+        self.signal(signal);
+        let list = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children"));
+        for child in list.unwrap_or_default().split_ascii_whitespace() {
+            if let Ok(child) = child.parse() {
+                let _ = kill(Pid::from_raw(child), signal);
+            }
+        }
+    }
+
     /// SIGKILL for it and all its children at one moment, as in a power cut.
     pub fn kill(&mut self) -> Result<ExitStatus> {
         if self.ended().is_none() {
-            let id = self.id();
             // Stopped first, so that it can neither start children nor reap them.
             self.signal(Signal::SIGSTOP);
-            let list = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children"));
-            for child in list.unwrap_or_default().split_ascii_whitespace() {
-                if let Ok(child) = child.parse() {
-                    let _ = kill(Pid::from_raw(child), Signal::SIGKILL);
-                }
-            }
-            self.signal(Signal::SIGKILL);
+            self.signal_all(Signal::SIGKILL);
         }
         self.wait(Duration::from_secs(10))
     }

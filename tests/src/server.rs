@@ -359,6 +359,18 @@ impl Server {
         }
     }
 
+    /// It does nothing any more, and says nothing, until [`Server::thaw`].
+    pub fn freeze(&self) {
+        let process = self.process.as_ref().expect("a running server");
+        process.signal_all(Signal::SIGSTOP);
+    }
+
+    /// It goes on.
+    pub fn thaw(&self) {
+        let process = self.process.as_ref().expect("a running server");
+        process.signal_all(Signal::SIGCONT);
+    }
+
     /// Fast shutdown.
     pub fn stop(&mut self) {
         if let Some(mut process) = self.process.take() {

@@ -1,51 +1,85 @@
-//! Copies from this server must not stop its data.
+//! What keeps data waiting without an error: a database that does not answer, a lock.
 //!
-//! A copy reads every table in one snapshot and keeps them all from being written anew. A
-//! TRUNCATE, or DDL, that comes meanwhile waits for it, and with it everything behind it, on
-//! this server and on those below. Guarantee: it waits no longer than twice [`PATIENCE`]; then
-//! the copy is ended, and whoever made it begins again.
+//! Guarantees: when something is due and nothing is applied, the reason is told within
+//! [`PATIENCE`] and a probe's time, so that a master makes way for a slave that has no such
+//! trouble. And a copy from this server stops no data: it reads every table in one snapshot and
+//! keeps them all from being written anew, so a TRUNCATE, or DDL, that comes meanwhile would
+//! wait for it, and with it everything behind it, here and below; it is ended, and begins again.
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::time::{sleep, timeout};
+
 use super::Never;
+use crate::lsn::Lsn;
 use crate::open::local_client;
 use crate::queue::Queue;
 use crate::status::Shared;
-use tokio::time::sleep;
 
-/// Nothing at all is applied for so long, though there is something.
+/// Nothing at all is applied for so long, though something is due.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// The database is asked so often meanwhile …
+const PROBE: Duration = Duration::from_secs(3);
+/// … and given so long to answer.
+const ANSWER: Duration = Duration::from_secs(5);
 
 /// Looks for ever.
 pub(super) async fn keep(shared: &Arc<Shared>, queue: &Queue) -> Never {
+    let mut waited = Duration::ZERO;
     loop {
         let before = *shared.replayed.borrow();
-        sleep(PATIENCE).await;
-        if *shared.replayed.borrow() > before || queue.end() <= before {
+        sleep(PROBE).await;
+        if *shared.replayed.borrow() > before || due(shared, queue) <= before {
+            waited = Duration::ZERO;
             continue;
         }
-        match end_copies(shared).await {
-            Ok(0) => {}
-            Ok(ended) => {
-                let reason = format!("{ended} sessions that copied from here kept data waiting");
-                shared.event("copy_ended", &reason);
-            }
-            Err(error) => tracing::warn!("look for what keeps data waiting: {error:#}"),
+        waited += PROBE;
+        match timeout(ANSWER, look(shared, waited >= PATIENCE)).await {
+            Err(_) => shared.set_apply_problem(Some("the local database does not answer".into())),
+            Ok(Ok(None)) => {}
+            Ok(Ok(problem)) => shared.set_apply_problem(problem),
+            // A session that fails says so by itself.
+            Ok(Err(error)) => tracing::debug!("look for what keeps data waiting: {error:#}"),
         }
     }
 }
 
-/// Ends the copies that what applies here waits for; how many sessions.
-async fn end_copies(shared: &Arc<Shared>) -> anyhow::Result<usize> {
-    let sql = "SELECT pg_catalog.pg_terminate_backend(copy.pid) \
+/// What may be shown here.
+fn due(shared: &Shared, queue: &Queue) -> Lsn {
+    queue.end().min(*shared.upstream_replayed.borrow())
+}
+
+/// Asks the database whose lock the apply waits for; ends copies, once it has waited long.
+async fn look(shared: &Arc<Shared>, long: bool) -> anyhow::Result<Option<String>> {
+    let mut client = local_client(shared).await?;
+    let sql = "SELECT holder.application_name = 'terrace copy', holder.pid::text, \
+                      coalesce(holder.application_name, ''), \
+                      CASE WHEN holder.application_name = 'terrace copy' AND $2::boolean \
+                           THEN pg_catalog.pg_terminate_backend(holder.pid) END \
                FROM pg_catalog.pg_stat_activity apply \
                CROSS JOIN LATERAL pg_catalog.unnest(pg_catalog.pg_blocking_pids(apply.pid)) blocker \
-               JOIN pg_catalog.pg_stat_activity copy ON copy.pid = blocker \
+               JOIN pg_catalog.pg_stat_activity holder ON holder.pid = blocker \
                WHERE apply.application_name = $1 AND apply.wait_event_type = 'Lock' \
-                 AND apply.datname = current_database() \
-                 AND copy.application_name = 'terrace copy'";
+                 AND apply.datname = current_database()";
     let applies = format!("terrace apply {}", shared.config.node.name);
-    let mut client = local_client(shared).await?;
-    Ok(client.query(sql, &[Some(&applies)]).await?.len())
+    let long = long.to_string();
+    let holders = client.query(sql, &[Some(&applies), Some(&long)]).await?;
+    let is_copy = |row: &Vec<Option<String>>| row[0].as_deref() == Some("t");
+    let copies = holders.iter().filter(|row| is_copy(row)).count();
+    if copies > 0 && long == "true" {
+        let reason = format!("{copies} sessions that copied from here kept data waiting");
+        shared.event("copy_ended", &reason);
+    }
+    let other = holders.iter().find(|row| !is_copy(row));
+    Ok(other.filter(|_| long == "true").map(|row| {
+        let [_, pid, application, _] = &row[..] else {
+            return "waits for a lock".into();
+        };
+        format!(
+            "waits for a lock that session {} (\"{}\") holds; end its transaction",
+            pid.as_deref().unwrap_or_default(),
+            application.as_deref().unwrap_or_default()
+        )
+    }))
 }

@@ -232,6 +232,9 @@ fn a_torn_tail_is_cut_and_the_rest_is_kept() {
         let (queue, writer) = Queue::open(dir.path()).unwrap().unwrap();
         assert_eq!(writer.end(), Lsn(110), "cut at {len}");
         assert_eq!(all(&queue, 100), [(Kind::Schema, 0), (Kind::Commit, 110)]);
+        // Nothing of it may be found again behind what is written next.
+        let left = fs::metadata(last_segment(&dir)).unwrap().len();
+        assert_eq!(left, whole, "cut at {len}");
         drop((queue, writer));
         let file = fs::OpenOptions::new()
             .write(true)

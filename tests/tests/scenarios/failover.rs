@@ -555,3 +555,29 @@ fn wrong_neighbours_are_named() {
         })
     });
 }
+
+// What hangs says nothing: the master stayed, and everything below waited for its database.
+#[test]
+fn a_master_whose_postgres_hangs_or_waits_for_a_lock_hands_over() {
+    let mut tree = Tree::grow(STEPS, &THREE);
+    let counting = count_up(&tree.top);
+    counting.go_on(50);
+
+    let frozen = tree.settled_master("region");
+    tree.node(&frozen).server.freeze();
+    let next = tree.successor("region", &frozen);
+    tree.rows_arrive("branch-1", Duration::from_secs(30));
+    tree.node(&frozen).server.thaw();
+    assert_eq!(tree.settled_master("region"), next, "{frozen} is a slave");
+
+    let mut local = tree.node(&next).server.connect();
+    let lock = "BEGIN; LOCK TABLE steps IN ACCESS EXCLUSIVE MODE";
+    local.batch_execute(lock).expect("lock");
+    tree.successor("region", &next);
+    tree.rows_arrive("branch-1", Duration::from_secs(30));
+    let log = tree.node(&next).bridge.logged();
+    assert!(log.contains("waits for a lock that session"), "{log}");
+    local.batch_execute("COMMIT").expect("commit");
+    tree.wait_streaming();
+    tree.all_is_well(counting);
+}
