@@ -43,17 +43,19 @@ fn the_initial_copy_runs_under_load() {
 #[test]
 fn an_interrupted_copy_starts_again() {
     let schema = "CREATE TABLE heavy (id int PRIMARY KEY, txt text);
-         INSERT INTO heavy SELECT i, repeat(md5(i::text), 10) FROM generate_series(1, 100000) i;
+         INSERT INTO heavy SELECT i, repeat(md5(i::text), 10) FROM generate_series(1, 200000) i;
          SELECT terrace.add_table('heavy');";
     let mut tree = Tree::plant(schema).expect("boot the top");
     tree.boot(&[("region", None, 1)]).expect("boot the servers");
     tree.start_bridges().expect("start the bridges");
-    wait_until("the copy has begun", || {
-        let sql = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE query ~* '^ *copy.* to stdout') \
-                   OR EXISTS (SELECT FROM pg_replication_slots)";
-        tree.top.value(sql) == "t"
+    let server = &tree.nodes[0].server;
+    wait_until("rows are being written", || {
+        let sql = "SELECT coalesce(sum(tuples_processed), 0) > 0 FROM pg_stat_progress_copy";
+        server.value(sql) == "t"
     });
     tree.nodes[0].bridge.kill9();
+    let progress = "SELECT count(*) FROM terrace.progress";
+    assert_eq!(tree.nodes[0].server.value(progress), "0", "cut short");
     tree.start_bridges().expect("start the bridges");
     tree.wait_streaming();
     tree.wait_for_equal(&["heavy"]);

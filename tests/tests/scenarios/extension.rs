@@ -143,6 +143,17 @@ fn each_transaction_is_tagged_once() {
 }
 
 #[test]
+fn a_domain_goes_and_names_the_slot_that_it_leaves() {
+    let (top, _scratch) = top();
+    top.sql("SELECT terrace.create_domain('region'), terrace.create_domain('apart')");
+    top.sql("SELECT pg_create_logical_replication_slot('terrace_region', 'pgoutput')");
+    assert_eq!(notices(&top, "SELECT terrace.drop_domain('apart')"), "");
+    let said = notices(&top, "SELECT terrace.drop_domain('region')");
+    assert!(said.contains("\"terrace_region\" goes on"), "{said}");
+    assert_eq!(top.value("SELECT count(*) FROM terrace.domains"), "0");
+}
+
+#[test]
 fn dropping_the_extension_leaves_nothing() {
     let (top, _scratch) = top();
     top.sql("CREATE TABLE t (id int PRIMARY KEY); SELECT terrace.add_table('t'); INSERT INTO t VALUES (1)");
