@@ -35,13 +35,14 @@ use postgres_protocol::message::frontend;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::client::{Client, DbError, PATIENT, PgError, SessionOptions, affected, bind};
+use crate::client::{Client, DbError, PgError, SessionOptions, affected, bind};
 use crate::clock::{PG_EPOCH_MICROS, timestamp};
 use crate::conninfo::ConnInfo;
 use crate::lsn::{Identity, Lsn};
 use crate::queue::{Queue, QueueError, Reader};
 use crate::record::{CommitInfo, Kind, Record};
 use crate::status::Shared;
+use crate::upstream::pinned_settings;
 use plan::{Expect, Planner, Step};
 
 /// A batch takes no more transactions than this …
@@ -199,23 +200,16 @@ impl<'a> Session<'a> {
         thorough: &'a AtomicBool,
     ) -> anyhow::Result<Session<'a>> {
         let info = ConnInfo::parse(&shared.config.database.url)?;
-        let settings = [
+        let own = [
             ("session_replication_role", "replica"),
             ("synchronous_commit", "off"),
-            ("datestyle", "ISO"),
-            ("intervalstyle", "postgres"),
-            ("extra_float_digits", "3"),
-            ("timezone", "UTC"),
-            ("xmloption", "content"),
-            ("bytea_output", "hex"),
             // What a statement of the top makes in pg_temp is never found first.
             ("search_path", "pg_catalog, pg_temp"),
         ];
+        let own = own.map(|(name, value)| (name.to_owned(), value.to_owned()));
         let options = SessionOptions {
             application_name: format!("terrace apply {}", shared.config.node.name),
-            gucs: (settings.into_iter().chain(PATIENT))
-                .map(|(name, value)| (name.to_owned(), value.to_owned()))
-                .collect(),
+            gucs: pinned_settings().into_iter().chain(own).collect(),
             ..Default::default()
         };
         let mut client = Client::connect(&info, &options)

@@ -447,7 +447,7 @@ pub fn run(seed: u64, count: u64) -> Tried {
         history.live(&mut top, random);
         history.end(&mut top);
     }
-    tree.start_bridges().expect("start the bridges");
+    tree.start_bridges_on_a_pile();
     tree.wait_streaming();
     let end = tree.top.value("SELECT pg_current_wal_insert_lsn()");
     let behind =

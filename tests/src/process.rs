@@ -114,10 +114,9 @@ impl Process {
         self.wait(limit).or_else(|_| self.kill())
     }
 
-    /// SIGSTOP, or SIGCONT, for it and all its children.
-    pub fn signal_all(&self, signal: Signal) {
+    /// Sends a signal to all its children.
+    pub fn signal_children(&self, signal: Signal) {
         let id = self.id();
-        self.signal(signal);
         let list = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children"));
         for child in list.unwrap_or_default().split_ascii_whitespace() {
             if let Ok(child) = child.parse() {
@@ -131,7 +130,8 @@ impl Process {
         if self.ended().is_none() {
             // Stopped first, so that it can neither start children nor reap them.
             self.signal(Signal::SIGSTOP);
-            self.signal_all(Signal::SIGKILL);
+            self.signal_children(Signal::SIGKILL);
+            self.signal(Signal::SIGKILL);
         }
         self.wait(Duration::from_secs(10))
     }

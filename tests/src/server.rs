@@ -362,13 +362,15 @@ impl Server {
     /// It does nothing any more, and says nothing, until [`Server::thaw`].
     pub fn freeze(&self) {
         let process = self.process.as_ref().expect("a running server");
-        process.signal_all(Signal::SIGSTOP);
+        process.signal(Signal::SIGSTOP);
+        process.signal_children(Signal::SIGSTOP);
     }
 
     /// It goes on.
     pub fn thaw(&self) {
         let process = self.process.as_ref().expect("a running server");
-        process.signal_all(Signal::SIGCONT);
+        process.signal_children(Signal::SIGCONT);
+        process.signal(Signal::SIGCONT);
     }
 
     /// Fast shutdown.
@@ -417,6 +419,14 @@ impl Server {
     pub fn connect(&self) -> Client {
         self.try_connect()
             .unwrap_or_else(|error| panic!("connect to {}: {error}", self.name))
+    }
+
+    /// Locks a table against everybody else until the session that this gives is dropped.
+    pub fn lock(&self, table: &str) -> Client {
+        let mut client = self.connect();
+        let sql = format!("BEGIN; LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE");
+        client.batch_execute(&sql).expect("lock a table");
+        client
     }
 
     /// Runs statements; an error fails the test.

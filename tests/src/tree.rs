@@ -191,6 +191,32 @@ impl Tree {
         Ok(())
     }
 
+    /// Starts the bridges, which apply nothing before they have everything.
+    pub fn start_bridges_on_a_pile(&mut self) {
+        let hold = |node: &Node| {
+            let mut client = node.server.connect();
+            let sql = "BEGIN; LOCK TABLE terrace.progress IN EXCLUSIVE MODE";
+            client.batch_execute(sql).expect("hold the apply");
+            client
+        };
+        let holders: Vec<_> = self.nodes.iter().map(hold).collect();
+        let end = self.top.value("SELECT pg_current_wal_lsn()");
+        self.start_bridges().expect("start the bridges");
+        let there =
+            format!("SELECT count(*) FROM terrace.lag WHERE level > 0 AND flush_lsn >= '{end}'");
+        let all = self.nodes.len().to_string();
+        wait_until("all of it is there", || self.top.value(&there) == all);
+        drop(holders);
+    }
+
+    /// Waits until nobody holds the slot of a domain of the first level.
+    pub fn wait_slot_free(&self, domain: &str) {
+        let sql = format!(
+            "SELECT NOT active FROM pg_replication_slots WHERE slot_name = 'terrace_{domain}'"
+        );
+        wait_until("the slot is free", || self.top.value(&sql) == "t");
+    }
+
     /// Starts every bridge that does not run.
     pub fn start_bridges(&mut self) -> Result<()> {
         for node in &mut self.nodes {

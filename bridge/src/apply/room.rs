@@ -12,6 +12,7 @@ use std::time::Duration;
 use tokio::time::{sleep, timeout};
 
 use super::Never;
+use crate::client::Row;
 use crate::lsn::Lsn;
 use crate::open::local_client;
 use crate::queue::Queue;
@@ -50,12 +51,14 @@ fn due(shared: &Shared, queue: &Queue) -> Lsn {
     queue.end().min(*shared.upstream_replayed.borrow())
 }
 
-/// Asks the database whose lock the apply waits for; ends copies, once it has waited long.
+/// Whether the database answers; and once that has lasted, whose lock the apply waits for.
 async fn look(shared: &Arc<Shared>, long: bool) -> anyhow::Result<Option<String>> {
     let mut client = local_client(shared).await?;
-    let sql = "SELECT holder.application_name = 'terrace copy', holder.pid::text, \
-                      coalesce(holder.application_name, ''), \
-                      CASE WHEN holder.application_name = 'terrace copy' AND $2::boolean \
+    if !long {
+        return Ok(None);
+    }
+    let sql = "SELECT holder.pid::text, coalesce(holder.application_name, ''), \
+                      CASE WHEN holder.application_name = 'terrace copy' \
                            THEN pg_catalog.pg_terminate_backend(holder.pid) END \
                FROM pg_catalog.pg_stat_activity apply \
                CROSS JOIN LATERAL pg_catalog.unnest(pg_catalog.pg_blocking_pids(apply.pid)) blocker \
@@ -63,23 +66,19 @@ async fn look(shared: &Arc<Shared>, long: bool) -> anyhow::Result<Option<String>
                WHERE apply.application_name = $1 AND apply.wait_event_type = 'Lock' \
                  AND apply.datname = current_database()";
     let applies = format!("terrace apply {}", shared.config.node.name);
-    let long = long.to_string();
-    let holders = client.query(sql, &[Some(&applies), Some(&long)]).await?;
-    let is_copy = |row: &Vec<Option<String>>| row[0].as_deref() == Some("t");
-    let copies = holders.iter().filter(|row| is_copy(row)).count();
-    if copies > 0 && long == "true" {
-        let reason = format!("{copies} sessions that copied from here kept data waiting");
+    let holders = client.query(sql, &[Some(&applies)]).await?;
+    let is_copy = |row: &Row| row[2].is_some();
+    let (copies, others): (Vec<Row>, Vec<Row>) = holders.into_iter().partition(is_copy);
+    if !copies.is_empty() {
+        let ended = copies.len();
+        let reason = format!("{ended} sessions that copied from here kept data waiting");
         shared.event("copy_ended", &reason);
     }
-    let other = holders.iter().find(|row| !is_copy(row));
-    Ok(other.filter(|_| long == "true").map(|row| {
-        let [_, pid, application, _] = &row[..] else {
-            return "waits for a lock".into();
-        };
+    Ok(others.first().map(|row| {
+        let text = |column: usize| row[column].as_deref().unwrap_or_default();
+        let (pid, application) = (text(0), text(1));
         format!(
-            "waits for a lock that session {} (\"{}\") holds; end its transaction",
-            pid.as_deref().unwrap_or_default(),
-            application.as_deref().unwrap_or_default()
+            "waits for a lock that session {pid} (\"{application}\") holds; end its transaction"
         )
     }))
 }

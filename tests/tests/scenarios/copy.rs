@@ -139,11 +139,8 @@ fn a_copy_misses_no_table_that_is_written_anew_and_stops_no_data() {
         &[("region", None, 1), ("branch", Some("region"), 1)],
     );
     tree.wait_streaming();
-    let mut local = tree.node("region-1").server.connect();
-    let lock = "BEGIN; LOCK TABLE two IN ACCESS EXCLUSIVE MODE";
-
     // The snapshot is there, and the table is not locked yet.
-    local.batch_execute(lock).expect("lock");
+    let lock = tree.node("region-1").server.lock("two");
     tree.node("branch-1").bridge.resync();
     copy_waits(&tree.node("region-1").server);
     let alter = "SELECT terrace.replicate_ddl('ALTER TABLE three ALTER n TYPE bigint')";
@@ -153,7 +150,7 @@ fn a_copy_misses_no_table_that_is_written_anew_and_stops_no_data() {
     wait_until("the region has it", || {
         tree.node("region-1").server.value(kind) == "bigint"
     });
-    local.batch_execute("COMMIT").expect("commit");
+    drop(lock);
     wait_until("the copy begins again", || {
         tree.node("branch-1")
             .bridge
@@ -164,8 +161,7 @@ fn a_copy_misses_no_table_that_is_written_anew_and_stops_no_data() {
     tree.wait_for_equal(&["one", "two", "three"]);
 
     // It has locked everything, and waits to write.
-    let mut local = tree.node("branch-1").server.connect();
-    local.batch_execute(lock).expect("lock");
+    let lock = tree.node("branch-1").server.lock("two");
     tree.node("branch-1").bridge.resync();
     copy_waits(&tree.node("branch-1").server);
     let again = tree.node("branch-1").bridge.run("resync").expect("resync");
@@ -186,7 +182,7 @@ fn a_copy_misses_no_table_that_is_written_anew_and_stops_no_data() {
         let said = tree.node("region-1").bridge.logged();
         said.contains("copy_ended")
     });
-    local.batch_execute("COMMIT").expect("commit");
+    drop(lock);
     copied(&tree.node("branch-1").bridge, 3);
     tree.wait_for_equal(&["one", "two", "three"]);
 }

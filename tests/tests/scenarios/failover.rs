@@ -284,8 +284,8 @@ fn a_slave_that_lags_takes_the_slot_only_after_it_has_fetched_what_it_lacks() {
     // Now only it and the one that is ahead remain, and it starts first.
     tree.node(&master).bridge.kill9();
     tree.node(&slaves[1]).bridge.kill9();
-    let free = "SELECT NOT active FROM pg_replication_slots WHERE slot_name = 'terrace_region'";
-    wait_until("the last word is heard", || tree.top.value(free) == "t");
+    // The last word of the dead master has been heard.
+    tree.wait_slot_free("region");
     tree.node(&slaves[0])
         .bridge
         .restart()
@@ -411,32 +411,33 @@ fn switchover_loses_nothing_and_wrong_ones_change_nothing() {
             "{arguments:?}: {said}"
         );
     }
-    let mut done = 0;
     for round in 0..4 {
-        let old = tree.with_role("region", "master");
-        let to = ["region-1", "region-2", "region-3"]
-            .into_iter()
-            .find(|name| *name != old);
-        let to = to.expect("another");
-        let (code, said) = switchover(&mut tree, &["--domain", "region", "--to", to]);
-        if code == Some(0) {
-            done += 1;
-            assert!(
-                said.contains(&format!("{to} is master of domain region")),
-                "{said}"
-            );
-            wait_until("the top sees it", || {
-                tree.with_role("region", "master") == to
-            });
-        } else {
-            // On a machine this busy it did not answer in time, and nobody waits for ever.
-            let other = "has become master in its place";
-            assert!(said.contains(other), "round {round}: {said}");
-        }
+        let mut tries = 0;
+        let to = loop {
+            let old = tree.with_role("region", "master");
+            let to = ["region-1", "region-2", "region-3"]
+                .into_iter()
+                .find(|name| *name != old);
+            let to = to.expect("another");
+            let (code, said) = switchover(&mut tree, &["--domain", "region", "--to", to]);
+            if code == Some(0) {
+                assert!(
+                    said.contains(&format!("{to} is master of domain region")),
+                    "{said}"
+                );
+                break to;
+            }
+            // On a busy machine it may not answer in time; another one leads then, and says so.
+            tries += 1;
+            let other = said.contains("has become master in its place");
+            assert!(other && tries < 3, "round {round}: {said}");
+        };
+        wait_until("the top sees it", || {
+            tree.with_role("region", "master") == to
+        });
         tree.rows_arrive("branch-1", Duration::from_secs(5));
         wait_until("the old one is a slave", || tree.is_streaming());
     }
-    assert!(done >= 2, "{done} of 4 switchovers");
     // A server that is down is refused.
     let master = tree.with_role("region", "master");
     let other = ["region-2", "region-3"]
@@ -570,14 +571,12 @@ fn a_master_whose_postgres_hangs_or_waits_for_a_lock_hands_over() {
     tree.node(&frozen).server.thaw();
     assert_eq!(tree.settled_master("region"), next, "{frozen} is a slave");
 
-    let mut local = tree.node(&next).server.connect();
-    let lock = "BEGIN; LOCK TABLE steps IN ACCESS EXCLUSIVE MODE";
-    local.batch_execute(lock).expect("lock");
+    let lock = tree.node(&next).server.lock("steps");
     tree.successor("region", &next);
     tree.rows_arrive("branch-1", Duration::from_secs(30));
     let log = tree.node(&next).bridge.logged();
     assert!(log.contains("waits for a lock that session"), "{log}");
-    local.batch_execute("COMMIT").expect("commit");
+    drop(lock);
     tree.wait_streaming();
     tree.all_is_well(counting);
 }

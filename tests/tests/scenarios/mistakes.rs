@@ -226,10 +226,7 @@ fn a_queue_that_its_database_does_not_empty_stops_at_its_limit_and_is_not_switch
     let mut tree = Tree::grow_with(settings, WIDE, &TWO);
     let master = tree.settled_master("region");
     let slave = tree.with_role("region", "slave");
-    let mut blocker = tree.node(&slave).server.connect();
-    blocker
-        .batch_execute("BEGIN; LOCK TABLE wide")
-        .expect("lock the table");
+    let lock = tree.node(&slave).server.lock("wide");
     fill_wide(&tree.top, 0..8);
     wait_until("it says that it is full", || {
         reason(&mut tree, &slave).contains("retain_max")
@@ -249,7 +246,7 @@ fn a_queue_that_its_database_does_not_empty_stops_at_its_limit_and_is_not_switch
     std::thread::sleep(Duration::from_secs(12));
     let after = tree.node(&slave).bridge.queue_bytes();
     assert!(after < before + (64 << 20), "{before} bytes, then {after}");
-    blocker.batch_execute("ROLLBACK").expect("unlock");
+    drop(lock);
     tree.wait_for_equal(&["wide"]);
     tree.wait_streaming();
 }

@@ -21,10 +21,7 @@ fn has_replayed_all(tree: &Tree) -> bool {
 fn an_idle_top_moves_no_position_past_what_is_not_applied() {
     let mut tree = Tree::grow(TABLE, &ONE);
     assert!(has_replayed_all(&tree));
-    let mut blocker = tree.nodes[0].server.connect();
-    blocker
-        .batch_execute("BEGIN; LOCK TABLE t IN ACCESS EXCLUSIVE MODE")
-        .expect("lock");
+    let lock = tree.nodes[0].server.lock("t");
     tree.top.sql("INSERT INTO t VALUES (1, 'held up')");
     let committed = tree.top.value("SELECT pg_current_wal_lsn()");
     let told = |what: &str| {
@@ -39,7 +36,7 @@ fn an_idle_top_moves_no_position_past_what_is_not_applied() {
     assert_eq!(told(&format!("replay_lsn < '{committed}'")), "t");
     // What was held up is not taken for done by the next start either.
     tree.nodes[0].bridge.kill9();
-    blocker.batch_execute("COMMIT").expect("unlock");
+    drop(lock);
     assert_eq!(tree.nodes[0].server.value("SELECT count(*) FROM t"), "0");
     tree.start_bridges().expect("start the bridge");
     tree.wait_for_equal(&["t"]);

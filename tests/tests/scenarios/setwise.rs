@@ -120,8 +120,7 @@ fn random_histories_come_to_the_same_set_wise_and_in_order() {
     let tried = histories::run(1, 60);
     let (all, folded) = (tried.transactions, tried.folded);
     println!("{folded} of {all} transactions were folded");
-    // How much piles up is a matter of time.
-    assert!(folded > all / 20, "{folded} of {all} were folded");
+    assert!(folded > all / 6, "{folded} of {all} were folded");
 }
 
 #[test]
@@ -147,20 +146,7 @@ fn a_table_that_is_routed_elsewhere_in_the_middle_of_a_pile_stops_there() {
     insert(0);
     route("ARRAY['other']");
     insert(100);
-    // Nothing is applied before all of it is there.
-    let mut holders: Vec<_> = tree.nodes.iter().map(|n| n.server.connect()).collect();
-    for holder in &mut holders {
-        let lock = "BEGIN; LOCK TABLE t IN ACCESS EXCLUSIVE MODE";
-        holder.batch_execute(lock).expect("lock");
-    }
-    let end = tree.top.value("SELECT pg_current_wal_lsn()");
-    tree.start_bridges().expect("start the bridges");
-    let there =
-        format!("SELECT count(*) FROM terrace.lag WHERE level > 0 AND flush_lsn >= '{end}'");
-    wait_until("all of it is there", || tree.top.value(&there) == "2");
-    for holder in &mut holders {
-        holder.batch_execute("COMMIT").expect("commit");
-    }
+    tree.start_bridges_on_a_pile();
     tree.wait_streaming();
     let ids = "SELECT format('%s %s', count(*), count(*) FILTER (WHERE id / 100 = 1)) FROM t";
     for (node, expected) in tree.nodes.iter().zip(["100 0", "200 100"]) {
