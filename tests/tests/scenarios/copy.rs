@@ -172,15 +172,15 @@ fn a_copy_misses_no_table_that_is_written_anew_and_stops_no_data() {
     );
     tree.top
         .sql("TRUNCATE one; INSERT INTO three VALUES (0, 0)");
+    wait_until("the region says why", || {
+        let said = tree.node("region-1").bridge.logged();
+        said.contains("copy_ended")
+    });
     wait_until("the region goes on", || {
         tree.node("region-1")
             .server
             .value("SELECT count(*) FROM one")
             == "0"
-    });
-    wait_until("the region says why", || {
-        let said = tree.node("region-1").bridge.logged();
-        said.contains("copy_ended")
     });
     drop(lock);
     copied(&tree.node("branch-1").bridge, 3);
