@@ -10,14 +10,15 @@
 //! The rules, in the order in which they are asked:
 //!
 //! 1. *A master stays* unless another master is in sight that comes before it, its
-//!    own database or disk is broken or the parent is out of its reach while a
-//!    slave that has no such trouble is in sight, or it hands over (switchover). One
-//!    that hands over and cannot let the slot go, for its disk hangs, is deposed by
+//!    own database or disk is broken, the parent is out of its reach or a majority of
+//!    the domain has been for a while, and a slave that has no such trouble is in sight,
+//!    or it hands over (switchover). One that hands over and cannot let the slot go, for its disk hangs, is deposed by
 //!    the one that it has asked to take over.
 //! 2. *A master in sight is followed*, through a sibling when it no longer keeps
 //!    what follows our end. If nobody keeps that, the data is copied anew; a server
 //!    that does not answer is given time to say otherwise.
-//! 3. *A master out of sight, but in a sibling's*, is followed through the sibling.
+//! 3. *A master out of sight, but in a sibling's*, is followed through the sibling, or the
+//!    data is copied from there.
 //! 4. *Without a master* the member that is sound, then has the longest history,
 //!    then the priority, then the name, tries the parent first; each other one
 //!    waits its turn. A refused connection means dead at once; silence counts
@@ -39,7 +40,7 @@ mod view;
 use std::time::Duration;
 
 pub use source::{Source, choose_parent, copies_first, copy_source};
-pub use view::{Link, Own, Peer, Sight, Told};
+pub use view::{Link, Own, Peer, Sight, Told, in_sight};
 
 use crate::lsn::Lsn;
 use crate::status::Role;
@@ -113,6 +114,8 @@ pub struct Decider {
     takeover_after: Duration,
     members: usize,
     masterless_since: Option<Now>,
+    /// Since when we, as master, reach no majority of the domain.
+    outnumbered_since: Option<Now>,
     /// Who is in the way at the parent, and since when.
     busy: Option<(Session, Now)>,
     lacking: Option<Lacking>,
@@ -149,6 +152,7 @@ impl Decider {
             takeover_after,
             members,
             masterless_since: None,
+            outnumbered_since: None,
             busy: None,
             lacking: None,
             unserved_since: None,
@@ -249,8 +253,9 @@ impl Decider {
         };
         if own.link == Link::Parent {
             self.masterless_since = None;
-            return self.as_master(&view);
+            return self.as_master(now, &view);
         }
+        self.outnumbered_since = None;
         let is_done = |to: String| view.master().is_some_and(|master| master.name == to);
         if self.yields_to().is_some_and(is_done) {
             // Should it die the next moment, this is no reason to wait.
@@ -264,8 +269,14 @@ impl Decider {
             self.busy = None;
             return self.follow(now, &view, master);
         }
-        self.unserved_since = None;
         let since = *self.masterless_since.get_or_insert(now);
+        if view.is_left_behind(now - since) {
+            if self.is_missed(now, &view) {
+                return Decision::CopyAnew;
+            }
+        } else {
+            self.unserved_since = None;
+        }
         if let Some(sibling) = view.sibling_with_master(now - since) {
             self.busy = None;
             return view.go_to(&sibling.name);
@@ -273,7 +284,7 @@ impl Decider {
         self.without_master(now, since, &view)
     }
 
-    fn as_master(&mut self, view: &View<'_>) -> Decision {
+    fn as_master(&mut self, now: Now, view: &View<'_>) -> Decision {
         if let Some(to) = self.yields_to() {
             return hand_over(&to, "it is asked to");
         }
@@ -284,11 +295,13 @@ impl Decider {
         {
             return Decision::Leave(format!("{name} is master as well and goes first"));
         }
-        let sound = view
-            .live()
-            .filter(|(_, told)| told.has_data && told.healthy && told.parent_ok)
-            .max_by_key(|(_, told)| key(told));
-        if let Some((name, _)) = sound {
+        let alone = self.is_outnumbered(now, view);
+        let sound = |told: &Told| told.has_data && told.healthy && told.parent_ok;
+        let best = |fit: &dyn Fn(&Told) -> bool| {
+            let fit = view.live().filter(|(_, told)| sound(told) && fit(told));
+            fit.max_by_key(|(_, told)| key(told)).map(|(name, _)| name)
+        };
+        if let Some(name) = best(&|_| true) {
             if !own.healthy {
                 return hand_over(name, "this server is out of order, that one is not");
             }
@@ -296,7 +309,23 @@ impl Decider {
                 return hand_over(name, "the parent is in reach from there, and not from here");
             }
         }
-        Decision::Stay
+        let reaches_more = |told: &Told| 2 * told.in_sight > self.members;
+        match best(&reaches_more).filter(|_| alone) {
+            Some(name) => hand_over(
+                name,
+                "most servers of the domain are in reach from there, and not from here",
+            ),
+            None => Decision::Stay,
+        }
+    }
+
+    /// Whether a majority of the domain has been out of reach for so long that it is no hiccup.
+    fn is_outnumbered(&mut self, now: Now, view: &View<'_>) -> bool {
+        if view.is_majority(self.members) {
+            self.outnumbered_since = None;
+            return false;
+        }
+        now - *self.outnumbered_since.get_or_insert(now) >= self.takeover_after
     }
 
     /// During a switchover only the two that take part act.
@@ -346,11 +375,16 @@ impl Decider {
             self.unserved_since = None;
             return view.go_to(&peer.name);
         }
-        let since = *self.unserved_since.get_or_insert(now);
-        match view.unheard(now - since).is_empty() || now - since >= MISSED {
+        match self.is_missed(now, view) {
             true => Decision::CopyAnew,
             false => Decision::Stay,
         }
+    }
+
+    /// Nobody in sight keeps what follows our end, and who is not has been waited for.
+    fn is_missed(&mut self, now: Now, view: &View<'_>) -> bool {
+        let since = *self.unserved_since.get_or_insert(now);
+        view.unheard(now - since).is_empty() || now - since >= MISSED
     }
 
     fn without_master(&mut self, now: Now, since: Now, view: &View<'_>) -> Decision {

@@ -103,12 +103,6 @@ fn metrics(shared: &Shared) -> Reply {
         shared.replayed.borrow().0 as i64,
     );
     integer(
-        "applied_transactions",
-        "Transactions applied",
-        applied.transactions as i64,
-    );
-    integer("conflicts", "Conflicts resolved", applied.conflicts as i64);
-    integer(
         "master",
         "1 on the domain's master",
         i64::from(shared.role() == Role::Master),
@@ -141,6 +135,17 @@ fn metrics(shared: &Shared) -> Reply {
         counter.inc_by(value);
         terrace.register(name, help, counter);
     };
+    let done = [
+        (
+            "applied_transactions",
+            "Transactions applied",
+            applied.transactions,
+        ),
+        ("conflicts", "Conflicts resolved", applied.conflicts),
+    ];
+    for (name, help, value) in done {
+        counter(name, help, value);
+    }
     for (name, kind, help) in COUNTED {
         counter(name, help, shared.happened(kind));
     }

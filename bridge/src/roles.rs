@@ -449,6 +449,7 @@ impl Roles {
         self.shared.set_view(View {
             parent_ok: self.parent_sight(link, parents) == Sight::Answers,
             master,
+            in_sight: domain::in_sight(peers),
             copying: false,
             path,
             domains,

@@ -100,6 +100,8 @@ pub struct View {
     pub parent_ok: bool,
     /// The domain's master that answers, or oneself.
     pub master: Option<String>,
+    /// Servers of the domain that answer, and oneself.
+    pub in_sight: usize,
     pub copying: bool,
     pub path: Vec<String>,
     pub domains: Vec<String>,
@@ -376,6 +378,7 @@ impl Shared {
             identity: inner.identity.clone(),
             parent_ok: view.parent_ok,
             master_ok: view.master.is_some(),
+            in_sight: view.in_sight,
             flush,
             first,
             priority: node.priority,

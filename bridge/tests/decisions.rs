@@ -68,6 +68,29 @@ fn who_takes_over_without_a_link_fetches_what_it_lacks() {
     );
 }
 
+// Rule G: a master with a majority out of its reach makes room for a slave that reaches one, and for no other.
+#[test]
+fn a_master_that_most_cannot_reach_hands_over_to_one_that_they_can() {
+    let mut silent = peer(told("three", Role::Slave, 100));
+    silent.sight = Sight::Silent(seconds(60));
+    let own = own(100, Link::Parent);
+    let sees = |in_sight| {
+        let sibling = Told {
+            in_sight,
+            ..told("two", Role::Slave, 100)
+        };
+        [peer(sibling), silent.clone()]
+    };
+    for (in_sight, members, goes) in [(3, 4, true), (2, 4, false), (3, 3, false)] {
+        let mut decider = Decider::new(TAKEOVER_AFTER, members);
+        let mut decide = |at| decider.decide(seconds(at), &own, &sees(in_sight));
+        assert_eq!(decide(10), Decision::Stay);
+        assert_eq!(decide(12), Decision::Stay);
+        let went = matches!(decide(13), Decision::HandOver { to, .. } if to == "two");
+        assert_eq!(went, goes, "{in_sight} of {members}");
+    }
+}
+
 // An old master that is cut off from the parent hands over, and its session there goes on
 // holding the slot; whoever else has become master meanwhile is no such holder.
 #[test]

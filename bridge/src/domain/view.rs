@@ -36,6 +36,8 @@ pub struct Told {
     pub parent_ok: bool,
     /// The domain's master answers it (or it is the master).
     pub master_ok: bool,
+    /// Servers of its domain that answer it, and itself.
+    pub in_sight: usize,
     /// Durable end of its queue.
     #[serde(rename = "flush_lsn")]
     pub flush: Lsn,
@@ -180,19 +182,32 @@ impl<'a> View<'a> {
         told.path.contains(&self.own.told.node)
     }
 
-    /// What was told before the master went out of our sight says nothing of now.
+    /// Keeps what follows our end.
     pub fn sibling_with_master(&self, masterless: Duration) -> Option<&'a Peer> {
-        self.live_peers()
-            .filter(|peer| {
-                let told = Self::told(peer);
-                peer.age < masterless
-                    && told.role == Role::Slave
-                    && told.master_ok
-                    && self.gives(told)
-                    && told.first <= self.own.told.flush
-                    && !self.is_behind_us(told)
-            })
+        self.siblings_with_master(masterless)
+            .filter(|peer| Self::told(peer).first <= self.own.told.flush)
             .min_by_key(|peer| (Self::told(peer).path.len(), &peer.name))
+    }
+
+    /// Siblings see a master, and none of them keeps what follows our end.
+    pub fn is_left_behind(&self, masterless: Duration) -> bool {
+        self.siblings_with_master(masterless).next().is_some()
+            && self.sibling_with_master(masterless).is_none()
+    }
+
+    /// What was told before the master went out of our sight says nothing of now.
+    fn siblings_with_master(
+        &self,
+        masterless: Duration,
+    ) -> impl Iterator<Item = &'a Peer> + use<'_, 'a> {
+        self.live_peers().filter(move |peer| {
+            let told = Self::told(peer);
+            peer.age < masterless
+                && told.role == Role::Slave
+                && told.master_ok
+                && self.gives(told)
+                && !self.is_behind_us(told)
+        })
     }
 
     /// Members that have not told anything within so long.
@@ -212,10 +227,9 @@ impl<'a> View<'a> {
         u32::try_from(before.count()).unwrap_or(u32::MAX)
     }
 
-    /// Counts those that answer now: what one said seconds ago is no word on what is.
+    /// Whether a majority of the domain answers us.
     pub fn is_majority(&self, members: usize) -> bool {
-        let answers = |peer: &&Peer| peer.sight == Sight::Answers && peer.told.is_some();
-        2 * (self.peers.iter().filter(answers).count() + 1) > members
+        2 * in_sight(self.peers) > members
     }
 
     /// Whether anybody in sight has told of a master after it went out of our sight.
@@ -229,6 +243,12 @@ impl<'a> View<'a> {
         self.live()
             .any(|(_, told)| told.yields_to.as_ref() == Some(&self.own.told.node))
     }
+}
+
+/// Members that answer now, and oneself: what one said seconds ago is no word on what is.
+pub fn in_sight(peers: &[Peer]) -> usize {
+    let answers = |peer: &&Peer| peer.sight == Sight::Answers && peer.told.is_some();
+    peers.iter().filter(answers).count() + 1
 }
 
 /// Whether both tell of one history, perhaps of different timelines of it.
