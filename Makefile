@@ -11,12 +11,18 @@ RELEASE = $(if $(filter release,$(PROFILE)),--release)
 
 .PHONY: deps build install demo torture test
 
-# Installs what is missing of: PostgreSQL, its headers, libclang (for pgrx's bindings).
+# Installs what is missing of: PostgreSQL, its headers, libclang (for pgrx's bindings). Debian would make
+# and start a server of its own, which nobody here asked for.
+NO_SERVER = /etc/postgresql-common/createcluster.d/terrace-build.conf
 deps:
 	@if ! ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 \
 	  || ! ls /usr/include/postgresql/*/server/postgres.h >/dev/null 2>&1 \
 	  || ! ls /usr/lib/llvm-*/lib/libclang*.so* >/dev/null 2>&1; then \
 	  echo "installing postgresql, its headers and libclang"; \
+	  trap 'exit 130' INT TERM; \
+	  trap '$(SUDO) rm -f $(NO_SERVER); $(SUDO) rmdir --ignore-fail-on-non-empty $(dir $(NO_SERVER))' EXIT; \
+	  $(SUDO) mkdir -p $(dir $(NO_SERVER)) && \
+	  echo 'create_main_cluster = false' | $(SUDO) tee $(NO_SERVER) >/dev/null && \
 	  $(SUDO) apt-get update -q && \
 	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -q postgresql postgresql-server-dev-all libclang-dev; \
 	fi

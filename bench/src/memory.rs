@@ -1,11 +1,11 @@
-//! Memory while one transaction of many bytes, and one of many rows, pass through
-//! top -> region -> branch.
+//! Memory while one transaction of many bytes passes through the tree, and one of many rows
+//! through a server of each level.
 //!
-//! For a bridge the highest resident size since its start counts, program text
+//! The figure is that of the level's largest process. For a bridge the highest resident size since its start counts, program text
 //! included. A native apply worker's holds the shared buffers that it touched,
 //! so for it the private part alone is sampled, which favours it.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use crate::proc;
 use crate::report::{Better, Figure, Report};
@@ -15,7 +15,11 @@ use crate::world::{Shape, Stage, World};
 
 pub struct Memory;
 
-const DOMAINS: [&str; 2] = ["memory: region", "memory: branch"];
+/// One server of each level.
+const CHAIN: Shape = Shape {
+    region: 1,
+    branch: 1,
+};
 
 impl Workload for Memory {
     fn name(&self) -> &'static str {
@@ -23,34 +27,33 @@ impl Workload for Memory {
     }
 
     fn about(&self) -> &'static str {
-        "one large transaction, and one of many rows, through top -> 1 -> 1"
+        "one large transaction through the tree, one of many rows through top -> 1 -> 1"
     }
 
     fn run(&self, stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
-        let shape = Shape {
-            region: 1,
-            branch: 1,
-        };
-        let world = stage.world(shape, plan)?;
         let (large, many) = (plan.large_rows, plan.many_rows);
         // Rows of 1 KiB stay in line, so all of it is in the WAL.
         let rows = format!("g, repeat(md5(g::text), 32) FROM generate_series(1, {large}) g");
-        measure(world, report, &format!("{} MiB", large >> 10), &rows)?;
+        let shape = plan.large_shape;
+        let world = stage.world(shape, plan)?;
+        measure(world, shape, report, &format!("{} MiB", large >> 10), &rows)?;
         if many > 0 {
             let rows = format!("{large} + g, 'x' FROM generate_series(1, {many}) g");
-            measure(
-                world,
-                report,
-                &format!("{} million rows", many / 1_000_000),
-                &rows,
-            )?;
+            let what = format!("{} million rows", many / 1_000_000);
+            measure(stage.world(CHAIN, plan)?, CHAIN, report, &what, &rows)?;
         }
         Ok(())
     }
 }
 
 /// One transaction with these rows.
-fn measure(world: &mut World, report: &mut Report, what: &str, rows: &str) -> Result<()> {
+fn measure(
+    world: &mut World,
+    shape: Shape,
+    report: &mut Report,
+    what: &str,
+    rows: &str,
+) -> Result<()> {
     world
         .top()
         .sql(&format!("INSERT INTO bench_large SELECT {rows}"));
@@ -64,12 +67,14 @@ fn measure(world: &mut World, report: &mut Report, what: &str, rows: &str) -> Re
     let bridges: Vec<f64> = nodes
         .filter_map(|node| proc::memory_mib(proc::bridge(&node.bridge)?, "VmHWM"))
         .collect();
+    let servers = shape.region + shape.branch;
+    ensure!(bridges.len() == servers, "a bridge has ended");
     world.terrace.pause()?;
 
-    let mut workers = vec![0.0; DOMAINS.len()];
+    let mut workers = vec![0.0; servers];
     let mut pids = Vec::new();
     let drained = drain(&mut world.native, top, marker, |native| {
-        if pids.len() < DOMAINS.len() {
+        if pids.len() < servers {
             pids = apply_workers(native);
         }
         for (pid, highest) in pids.iter().zip(&mut workers) {
@@ -102,11 +107,16 @@ fn measure(world: &mut World, report: &mut Report, what: &str, rows: &str) -> Re
             paired: false,
         });
     };
-    for ((domain, bridge), worker) in DOMAINS.iter().zip(&bridges).zip(&workers) {
-        let workload = format!("{domain}, {what}");
-        add(workload, "peak", "MiB", *bridge, *worker);
+    let highest = |level: &[f64]| level.iter().copied().fold(0.0, f64::max);
+    for (domain, level) in [
+        ("region", 0..shape.region),
+        ("branch", shape.region..servers),
+    ] {
+        let workload = format!("memory: {domain}, {what}");
+        let (bridge, worker) = (highest(&bridges[level.clone()]), highest(&workers[level]));
+        add(workload, "peak", "MiB", bridge, worker);
     }
-    let workload = format!("memory: both hops, {what}");
+    let workload = format!("memory: all {servers} servers, {what}");
     add(workload, "elapsed", "s", terrace_time, native_time);
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 
 use crate::report::Report;
-use crate::world::Stage;
+use crate::world::{Shape, Stage};
 
 /// Something that both sides do, one after the other, several times.
 pub trait Workload {
@@ -34,8 +34,9 @@ pub struct Plan {
     pub backlog: [u64; 2],
     /// Rounds and seconds of each latency measurement.
     pub latency: (usize, u64),
-    /// Rows of 1 KiB in the large transaction.
+    /// Rows of 1 KiB in the large transaction, and what it passes through.
     pub large_rows: u64,
+    pub large_shape: Shape,
     /// Short rows in the transaction of many.
     pub many_rows: u64,
     /// Rounds and seconds of each pgbench run for the tag's cost.
@@ -65,6 +66,10 @@ impl Plan {
                 backlog: [20_000, 10_000],
                 latency: (1, 2),
                 large_rows: 100 << 10,
+                large_shape: Shape {
+                    region: 1,
+                    branch: 1,
+                },
                 many_rows: 0,
                 tag: (4, 1),
                 fanout_seconds: 2,
@@ -84,6 +89,10 @@ impl Plan {
                 backlog: [100_000, 40_000],
                 latency: (3, 20),
                 large_rows: 1 << 20,
+                large_shape: Shape {
+                    region: 3,
+                    branch: 3,
+                },
                 many_rows: 10_000_000,
                 tag: (15, 5),
                 fanout_seconds: 20,
