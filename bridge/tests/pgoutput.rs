@@ -1,6 +1,6 @@
 //! The decoder against what real servers said, and against whatever can be said.
 //!
-//! `streams/*.txt` are recorded by `tests/tests/streams.rs`, which tells how.
+//! `streams/*.txt` are recorded by `tests/tests/scenarios/streams.rs`, which tells how.
 
 use std::collections::HashMap;
 
@@ -184,6 +184,14 @@ fn encode(said: &Said) -> Vec<u8> {
 }
 
 // ----- what real servers said --------------------------------------------------
+
+/// Of each major version that is supported.
+const STREAMS: [&str; 4] = [
+    include_str!("streams/postgresql-15.txt"),
+    include_str!("streams/postgresql-16.txt"),
+    include_str!("streams/postgresql-17.txt"),
+    include_str!("streams/postgresql-18.txt"),
+];
 
 /// The messages of a recorded stream, with the LSN that each came with.
 fn recorded(text: &str) -> Vec<(Lsn, Vec<u8>)> {
@@ -381,11 +389,18 @@ commit
 "#;
 
 #[test]
-fn what_postgresql_15_says_is_understood() {
-    let stream = recorded(include_str!("streams/postgresql-15.txt"));
+fn what_postgresql_says_is_understood() {
+    STREAMS
+        .map(recorded)
+        .iter()
+        .for_each(|stream| understand(stream));
+}
+
+/// Every major version tells the same story.
+fn understand(stream: &[(Lsn, Vec<u8>)]) {
     let mut teller = Teller::default();
     let mut told = Vec::new();
-    for (_, bytes) in &stream {
+    for (_, bytes) in stream {
         let said = said(&decode(bytes).expect("a message"));
         assert_eq!(&encode(&said), bytes, "nothing is left out: {said:?}");
         told.push(teller.tell(&said));
@@ -400,20 +415,21 @@ fn what_postgresql_15_says_is_understood() {
 
 #[test]
 fn positions_of_a_stream_never_go_back() {
-    let stream = recorded(include_str!("streams/postgresql-15.txt"));
-    let mut end = Lsn::ZERO;
-    for (lsn, bytes) in &stream {
-        if let Message::Commit { end_lsn, .. } = decode(bytes).expect("a message") {
-            assert_eq!(*lsn, end_lsn, "a commit comes with its end");
-            assert!(end_lsn > end);
-            end = end_lsn;
+    for stream in STREAMS.map(recorded) {
+        let mut end = Lsn::ZERO;
+        for (lsn, bytes) in &stream {
+            if let Message::Commit { end_lsn, .. } = decode(bytes).expect("a message") {
+                assert_eq!(*lsn, end_lsn, "a commit comes with its end");
+                assert!(end_lsn > end);
+                end = end_lsn;
+            }
         }
     }
 }
 
 #[test]
 fn a_recorded_message_that_is_cut_or_goes_on_is_an_error() {
-    for (_, bytes) in recorded(include_str!("streams/postgresql-15.txt")) {
+    for (_, bytes) in STREAMS.iter().flat_map(|text| recorded(text)) {
         for len in 0..bytes.len() {
             assert!(decode(&bytes[..len]).is_err(), "{len} of {bytes:02x?}");
         }
