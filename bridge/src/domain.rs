@@ -9,7 +9,8 @@
 //!
 //! The rules, in the order in which they are asked:
 //!
-//! 1. *A master stays* unless another master is in sight that comes before it, its
+//! 1. *A master stays* unless another master is in sight that comes before it (what was told
+//!    before it led tells of the one that made room), its
 //!    own database or disk is broken, the parent is out of its reach or a majority of
 //!    the domain has been for a while, and a slave that has no such trouble is in sight,
 //!    or it hands over (switchover). One that hands over and cannot let the slot go, for its disk hangs, is deposed by
@@ -114,6 +115,8 @@ pub struct Decider {
     takeover_after: Duration,
     members: usize,
     masterless_since: Option<Now>,
+    /// Since when we are master.
+    leads_since: Option<Now>,
     /// Since when we, as master, reach no majority of the domain.
     outnumbered_since: Option<Now>,
     /// Who is in the way at the parent, and since when.
@@ -152,6 +155,7 @@ impl Decider {
             takeover_after,
             members,
             masterless_since: None,
+            leads_since: None,
             outnumbered_since: None,
             busy: None,
             lacking: None,
@@ -255,7 +259,7 @@ impl Decider {
             self.masterless_since = None;
             return self.as_master(now, &view);
         }
-        self.outnumbered_since = None;
+        (self.leads_since, self.outnumbered_since) = (None, None);
         let is_done = |to: String| view.master().is_some_and(|master| master.name == to);
         if self.yields_to().is_some_and(is_done) {
             // Should it die the next moment, this is no reason to wait.
@@ -289,10 +293,13 @@ impl Decider {
             return hand_over(&to, "it is asked to");
         }
         let own = &view.own.told;
-        let rival = view.live().find(|(_, told)| told.role == Role::Master);
-        if let Some((name, told)) = rival
-            && goes_before(told, own)
+        let since = *self.leads_since.get_or_insert(now);
+        let is_rival =
+            |peer: &&Peer| peer.age < now - since && View::told(peer).role == Role::Master;
+        if let Some(rival) = view.live_peers().find(is_rival)
+            && goes_before(View::told(rival), own)
         {
+            let name = &rival.name;
             return Decision::Leave(format!("{name} is master as well and goes first"));
         }
         let alone = self.is_outnumbered(now, view);

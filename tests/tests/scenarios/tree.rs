@@ -74,6 +74,69 @@ fn two_levels_hold_what_the_top_holds() {
 }
 
 #[test]
+fn any_server_shows_the_tree() {
+    let mut tree = Tree::grow(STEPS, &[("region", None, 2), ("branch", Some("region"), 1)]);
+    tree.wait_streaming();
+    let topology =
+        "SELECT string_agg(trim(tree) || coalesce(' ' || role, ''), ', ') FROM terrace.topology";
+    let master = tree.with_role("region", "master");
+    let slave = tree.with_role("region", "slave");
+    let seen =
+        format!("top master, region:, {master} master, {slave} slave, branch:, branch-1 master");
+    wait_until("the top shows all", || tree.top.value(topology) == seen);
+
+    let node = tree.node("branch-1");
+    let shown = |arguments: &[&str]| {
+        let limit = std::time::Duration::from_secs(4);
+        let output = node.bridge.command_within(limit, "status", arguments);
+        String::from_utf8(output.expect("run status").stdout).expect("text")
+    };
+    let json = shown(&["--json"]);
+    let from_json = |column: &str| {
+        node.server.value(&format!(
+            "SELECT string_agg(n ->> '{column}', ' ') FROM json_array_elements($${json}$$) n \
+             WHERE n ->> 'node' = 'branch-1'"
+        ))
+    };
+    assert_eq!(from_json("domain"), "branch");
+    assert_eq!(from_json("state"), "streaming");
+    let headers = |text: &str| {
+        text.lines()
+            .filter(|line| line.starts_with("node "))
+            .count()
+    };
+    let once = shown(&[]);
+    assert_eq!(headers(&once), 1, "{once}");
+    assert!(
+        once.contains("branch-1") && once.contains("copied"),
+        "{once}"
+    );
+    let watched = shown(&["--watch"]);
+    assert!(headers(&watched) > 1, "{watched}");
+
+    // Ready is who streams; alive is also who waits, and it says for what.
+    let get = |page: &str| node.bridge.get(page).expect("an answer");
+    assert!(get("/readyz").starts_with("HTTP/1.1 200"));
+    tree.node("branch-1").server.kill9();
+    let node = tree.node("branch-1");
+    let get = |page: &str| node.bridge.get(page).expect("an answer");
+    let mut said = String::new();
+    wait_until("it is not ready", || {
+        said = get("/readyz");
+        said.starts_with("HTTP/1.1 503")
+    });
+    assert!(
+        said.contains("stalled: ") && said.contains("connect"),
+        "{said}"
+    );
+    assert!(get("/healthz").starts_with("HTTP/1.1 200"));
+    let output = node.bridge.run("status").expect("run status");
+    let said = String::from_utf8_lossy(&output.stderr);
+    let names_it = said.contains("connect to the local database at");
+    assert!(names_it && output.status.code() == Some(1), "{said}");
+}
+
+#[test]
 fn whatever_is_killed_nothing_is_lost_or_doubled() {
     let mut tree = Tree::grow(&format!("{ACCOUNTS}{STEPS}"), &DOMAINS);
     let observers: Vec<Observer> = tree
