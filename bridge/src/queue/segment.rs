@@ -287,12 +287,20 @@ pub(super) fn recover(path: &Path) -> Result<Recovered, QueueError> {
     let (mut end, mut whole) = (segment.start, segment.head_len);
     let mut synced = segment.head_len;
     let (mut schema, mut pending) = (Schema::new(), Vec::new());
+    // What create() has put behind the head: so many definitions, up to here.
+    let (mut given, mut given_end, mut in_head) = (0, segment.head_len, true);
     loop {
         let at = scan.offset;
         match scan.next(&segment, len) {
             Ok(None) => break,
             Ok(Some(record)) => match record.kind {
-                Kind::Schema => pending.push(record),
+                Kind::Schema => {
+                    pending.push(record);
+                    if in_head {
+                        (given, given_end) = (pending.len(), scan.offset);
+                    }
+                    continue;
+                }
                 Kind::Commit | Kind::Watermark => {
                     for record in pending.drain(..) {
                         schema.insert(schema_key(&record)?, record);
@@ -311,11 +319,12 @@ pub(super) fn recover(path: &Path) -> Result<Recovered, QueueError> {
             }
             Err(error) => return Err(error),
         }
+        in_head = false;
     }
     if whole == segment.head_len {
-        // Nothing but the head: keep the definitions that create() put there.
-        for record in pending {
-            whole += record.bytes.len() as u64;
+        // Nothing but those: what comes behind them is of a transaction that is not whole.
+        whole = given_end;
+        for record in pending.drain(..given) {
             schema.insert(schema_key(&record)?, record);
         }
     }

@@ -247,6 +247,31 @@ fn a_torn_tail_is_cut_and_the_rest_is_kept() {
     writer.publish().unwrap();
 }
 
+// Definitions of the first transaction of a segment were taken for those that the segment
+// begins with, and the cut went through the middle of a record.
+#[test]
+fn a_first_transaction_that_a_crash_tore_is_cut_whole() {
+    let dir = TempDir::new().unwrap();
+    let (queue, mut writer) = create(&dir);
+    let start = fs::metadata(last_segment(&dir)).unwrap().len();
+    for version in 0..2 {
+        let part = Record::new(Kind::Part, Lsn::ZERO, &vec![0; 3 << 20]);
+        writer.append(&part).unwrap();
+        writer.append(&schema(7, version)).unwrap();
+    }
+    drop((queue, writer));
+    let torn = fs::metadata(last_segment(&dir)).unwrap().len();
+    assert!(torn > start + (3 << 20), "{torn}");
+    let (_, mut writer) = Queue::open(dir.path()).unwrap().unwrap();
+    assert_eq!(fs::metadata(last_segment(&dir)).unwrap().len(), start);
+    writer.append(&schema(8, 0)).unwrap();
+    writer.append(&transaction(110, 10)).unwrap();
+    writer.publish().unwrap();
+    drop(writer);
+    let (queue, _writer) = Queue::open(dir.path()).unwrap().unwrap();
+    assert_eq!(all(&queue, 100), [(Kind::Schema, 0), (Kind::Commit, 110)]);
+}
+
 #[test]
 fn a_flipped_bit_in_what_was_durable_is_refused() {
     let dir = TempDir::new().unwrap();
