@@ -652,10 +652,21 @@ BEGIN
             USING ERRCODE = 'dependent_objects_still_exist', HINT = 'Drop those first.';
     END IF;
     DELETE FROM terrace.domain d WHERE d.name = drop_domain.name;
+    DELETE FROM terrace.status s WHERE s.domain = drop_domain.name;
     IF EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = 'terrace_' || name) THEN
         RAISE NOTICE 'replication slot "terrace_%" goes on keeping WAL', name
             USING HINT = format('Stop the bridges of the domain, then SELECT pg_drop_replication_slot(%L).',
                                 'terrace_' || name);
+    END IF;
+END $$;
+
+-- A server that is gone for good is shown no more; one that reports is there again.
+CREATE FUNCTION forget_node(node text) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    DELETE FROM terrace.status s WHERE s.node = forget_node.node AND NOT s.self;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'node "%" has not reported to this server', node USING ERRCODE = 'undefined_object';
     END IF;
 END $$;
 
@@ -1177,7 +1188,7 @@ BEGIN
     FOR n IN SELECT jsonb_array_elements(report -> 'nodes') LOOP
         BEGIN
             PERFORM terrace.check_reporter(n);
-        EXCEPTION WHEN undefined_object OR duplicate_object OR data_exception THEN
+        EXCEPTION WHEN undefined_object OR duplicate_object OR data_exception OR program_limit_exceeded THEN
             IF first THEN
                 RAISE;
             END IF;
@@ -1204,7 +1215,7 @@ BEGIN
             INSERT INTO terrace.event ("id", "time", node, domain, kind, reason)
             SELECT e ->> 'id', (e ->> 'time')::timestamptz, e ->> 'node', e ->> 'domain', e ->> 'kind',
                    e ->> 'reason'
-            WHERE isfinite((e ->> 'time')::timestamptz)
+            WHERE isfinite((e ->> 'time')::timestamptz) AND octet_length(e::text) <= 20000
               AND (e ->> 'kind' <> 'delivered' OR isfinite(((e ->> 'reason')::jsonb ->> 'committed_at')::timestamptz))
             ON CONFLICT DO NOTHING;
             told := told OR FOUND;
@@ -1257,12 +1268,25 @@ BEGIN
                   WHERE NOT isfinite(c.started)) THEN
         RAISE EXCEPTION 'a time in a report is infinite' USING ERRCODE = 'datetime_field_overflow';
     END IF;
+    -- It goes up and comes back, every second.
+    IF octet_length(n::text) > 1000000 THEN
+        RAISE EXCEPTION 'the report of node "%" is longer than 1 MB', r.node
+            USING ERRCODE = 'program_limit_exceeded';
+    END IF;
     IF r.domain <> 'top'
        AND NOT EXISTS (SELECT FROM terrace.domain d WHERE d.name = r.domain)
        AND NOT terrace.is_own_report(n) THEN
         RAISE EXCEPTION 'domain "%" does not exist', r.domain
             USING ERRCODE = 'undefined_object',
                   HINT = 'Create it at the top with terrace.create_domain.';
+    END IF;
+    -- Who is below speaks for no other part of the tree.
+    IF EXISTS (SELECT FROM terrace.status s
+               WHERE s.self AND s.domain <> 'top'
+                 AND s.domain <> ALL (coalesce((SELECT d.path FROM terrace.domains d WHERE d.name = r.domain), '{}')))
+       AND NOT terrace.is_own_report(n) THEN
+        RAISE EXCEPTION 'domain "%" is not below this server', r.domain
+            USING ERRCODE = 'undefined_object', HINT = 'Correct [parent] of its servers.';
     END IF;
     IF EXISTS (SELECT FROM terrace.status s
                WHERE s.node = r.node AND s.instance <> r.instance

@@ -6,10 +6,12 @@
 //! the client says anything.
 //!
 //! Guarantee: in such a session, to its end, only commands of [`ALLOWED`] run, also from
-//! inside functions and DO blocks, and none of the functions [`REFUSED`].
+//! inside functions and DO blocks, and none of the functions [`REFUSED`]. No row is changed
+//! but in the extension's own tables, which only its functions write, whoever owns a
+//! function that would. No transaction outlives the session.
 
 use std::cell::Cell;
-use std::ffi::{c_int, c_void};
+use std::ffi::{CStr, c_int, c_void};
 
 use pgrx::pg_sys::{self, NodeTag, ObjectAccessType};
 use pgrx::prelude::*;
@@ -28,12 +30,12 @@ use pg_sys::{
 
 thread_local! {
     static GUARDED: Cell<bool> = const { Cell::new(false) };
+    static NEXT_START: Cell<pg_sys::ExecutorStart_hook_type> = const { Cell::new(None) };
     static NEXT_ACCESS: Cell<pg_sys::object_access_hook_type> = const { Cell::new(None) };
 }
 
 /// What reading takes, for psql, pg_dump, subscriptions and drivers.
 const ALLOWED: &[NodeTag] = &[
-    NodeTag::T_TransactionStmt,
     NodeTag::T_VariableSetStmt,
     NodeTag::T_VariableShowStmt,
     NodeTag::T_DiscardStmt,
@@ -43,7 +45,6 @@ const ALLOWED: &[NodeTag] = &[
     NodeTag::T_DeclareCursorStmt,
     NodeTag::T_FetchStmt,
     NodeTag::T_ClosePortalStmt,
-    NodeTag::T_CopyStmt,
     NodeTag::T_LockStmt,
     NodeTag::T_ConstraintsSetStmt,
     NodeTag::T_DoStmt,
@@ -77,6 +78,8 @@ fn guard_session() {
     unsafe {
         NEXT_ACCESS.set(pg_sys::object_access_hook);
         pg_sys::object_access_hook = Some(on_access);
+        NEXT_START.set(pg_sys::ExecutorStart_hook);
+        pg_sys::ExecutorStart_hook = Some(on_start);
     }
 }
 
@@ -121,8 +124,66 @@ unsafe fn is_allowed(statement: *mut pg_sys::Node) -> bool {
                 let explained = query.as_ref().map(|query| query.utilityStmt);
                 explained.is_none_or(|inner| inner.is_null() || is_allowed(inner))
             }
+            // A prepared one would hold its locks after the session, for ever.
+            Some(NodeTag::T_TransactionStmt) => {
+                use pg_sys::TransactionStmtKind::{
+                    TRANS_STMT_COMMIT_PREPARED, TRANS_STMT_PREPARE, TRANS_STMT_ROLLBACK_PREPARED,
+                };
+                let kind = (*statement.cast::<pg_sys::TransactionStmt>()).kind;
+                ![
+                    TRANS_STMT_PREPARE,
+                    TRANS_STMT_COMMIT_PREPARED,
+                    TRANS_STMT_ROLLBACK_PREPARED,
+                ]
+                .contains(&kind)
+            }
+            Some(NodeTag::T_CopyStmt) => !(*statement.cast::<pg_sys::CopyStmt>()).is_from,
             Some(tag) => ALLOWED.contains(&tag),
             None => false,
+        }
+    }
+}
+
+/// Tables whose rows a query changes, modifying WITH parts included.
+///
+/// # Safety
+/// `query` has a plan, which lives as long as the iterator.
+unsafe fn changed_tables(query: *mut pg_sys::QueryDesc) -> impl Iterator<Item = pg_sys::Oid> {
+    // SAFETY: as said; indexes of a plan's result relations are those of its range table, from 1.
+    unsafe {
+        let plan = (*query).plannedstmt;
+        let (results, tables) = ((*plan).resultRelations, (*plan).rtable);
+        let count = results.as_ref().map_or(0, |list| list.length);
+        (0..count).map(move |at| {
+            let index = (*(*results).elements.add(at as usize)).int_value;
+            let entry = *(*tables).elements.add(index as usize - 1);
+            let entry = entry.ptr_value.cast::<pg_sys::RangeTblEntry>();
+            (*entry).relid
+        })
+    }
+}
+
+/// # Safety
+/// Inside a transaction.
+unsafe fn is_extensions_own(table: pg_sys::Oid) -> bool {
+    // SAFETY: as said; a name that is found is copied by PostgreSQL, and lives until the transaction ends.
+    unsafe {
+        let name = pg_sys::get_namespace_name(pg_sys::get_rel_namespace(table));
+        !name.is_null() && CStr::from_ptr(name) == c"terrace"
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn on_start(query: *mut pg_sys::QueryDesc, flags: c_int) {
+    // SAFETY: a query about to start has a plan, whose lists live as long; as PostgreSQL
+    // called us, so do we.
+    unsafe {
+        if changed_tables(query).any(|table| !is_extensions_own(table)) {
+            refuse_if_guarded("change rows");
+        }
+        match NEXT_START.get() {
+            Some(next) => pg_sys::ffi::pg_guard_ffi_boundary(|| next(query, flags)),
+            None => pg_sys::standard_ExecutorStart(query, flags),
         }
     }
 }

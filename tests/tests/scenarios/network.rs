@@ -461,7 +461,7 @@ fn psql_and_pg_dump_read_through_the_relay() {
     let copied = psql(&conninfo, "COPY (SELECT id FROM t ORDER BY 1) TO STDOUT");
     assert_eq!(copied.as_deref(), Ok("1\n2\n"));
     let said = psql(&conninfo, "UPDATE t SET v = 'no'").expect_err("may not write");
-    assert!(said.contains("permission denied"), "{said}");
+    assert!(said.contains("cannot change rows"), "{said}");
     let said = psql(
         &conninfo.replace("dbname=app", "dbname=postgres"),
         "SELECT 1",
@@ -481,7 +481,7 @@ fn psql_and_pg_dump_read_through_the_relay() {
     copy.args(["-XAtq", "-d", &format!("{conninfo} replication=database")]);
     copy.args(["-c", "COPY x FROM STDIN"]);
     let said = told(copy.output().expect("run psql")).expect_err("no rows");
-    assert!(said.contains("COPY FROM STDIN is not supported"), "{said}");
+    assert!(said.contains("cannot do more than read"), "{said}");
 
     let mut dump = limited(&program("pg_dump"));
     dump.args(["-d", &conninfo, "--table", "t"]);

@@ -365,6 +365,11 @@ fn a_client_cannot_change_what_it_runs_under() {
         &[("region", None, 1)],
     );
     let node = &tree.nodes[0];
+    // What others left open to everybody, also with somebody else's rights.
+    node.server.sql(
+        "CREATE TABLE open (a int); GRANT ALL ON open TO PUBLIC;
+         CREATE FUNCTION note() RETURNS void LANGUAGE sql SECURITY DEFINER AS 'INSERT INTO public.open VALUES (1)'",
+    );
     let mut passed = Vec::new();
     for sql in [
         "ALTER ROLE terrace_relay PASSWORD 'mine'",
@@ -377,6 +382,13 @@ fn a_client_cannot_change_what_it_runs_under() {
         "DO $$ BEGIN EXECUTE 'ALTER ROLE terrace_relay SET lock_timeout = 1'; END $$",
         "CREATE TEMP TABLE x (a int)",
         "SELECT 1 AS a INTO TEMP x",
+        "INSERT INTO open VALUES (1)",
+        "DELETE FROM open",
+        "COPY open FROM STDIN",
+        "WITH w AS (INSERT INTO open VALUES (1) RETURNING a) SELECT * FROM w",
+        "SELECT note()",
+        "DO $$ BEGIN PERFORM note(); END $$",
+        "BEGIN; SELECT * FROM t; PREPARE TRANSACTION 'stays'",
         "SELECT lo_create(0)",
         "SELECT lo_from_bytea(0, 'x')",
         "SELECT pg_notify('a', 'b')",
@@ -404,6 +416,7 @@ fn a_client_cannot_change_what_it_runs_under() {
             .unwrap_or_else(|error| panic!("{sql}: {}", explain(&error)));
     }
     assert!(passed.is_empty(), "{passed:#?}");
+    assert_eq!(node.server.value("SELECT count(*) FROM open"), "0");
     let settings = "SELECT count(*) FROM pg_db_role_setting s JOIN pg_roles r ON r.oid = s.setrole \
                     WHERE rolname = 'terrace_relay'";
     assert_eq!(node.server.value(settings), "0");
