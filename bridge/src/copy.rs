@@ -36,6 +36,12 @@ const TERRACE_TABLES: [&str; 5] = [
     "comparison",
     "checksum",
 ];
+/// Line of the marker: the rows are ours to remove …
+const ROWS_OURS: &str = "rows are ours\n";
+/// … and this copy has made this table …
+const MADE: &str = "made ";
+/// … or all of them.
+const ALL_MADE: &str = "schema is ours";
 /// Line of the marker: the domain's own data and slot are of no use any more.
 const FROM_PARENT: &str = "from parent\n";
 
@@ -102,13 +108,14 @@ pub async fn initial_copy(shared: &Arc<Shared>, source: &ConnInfo) -> anyhow::Re
     let tables = synchronised_tables(&mut reader, &node.domain).await?;
     hold(&mut reader, &tables).await?;
     let mut local = local_session(shared).await?;
-    let fresh = prepare_schema(shared, source, &snapshot, &mut reader, &mut local, &tables).await?;
+    let prepared =
+        prepare_schema(shared, source, &snapshot, &mut reader, &mut local, &tables).await?;
     Copying::new(shared, source, &snapshot, tables)
         .run()
         .await?;
     tracing::info!("all rows are copied");
-    if fresh {
-        let post = dump(source, &snapshot, &mut reader, "post-data").await?;
+    if let Some(without) = &prepared.without {
+        let post = dump(source, &snapshot, &mut reader, "post-data", without).await?;
         let made = restore(&mut local, &post).await;
         tell_left_out(shared, &made.context("create indexes and constraints")?);
     }
@@ -116,7 +123,7 @@ pub async fn initial_copy(shared: &Arc<Shared>, source: &ConnInfo) -> anyhow::Re
         copy_table(&mut reader, &mut local, Table::whole("terrace", name)).await?;
     }
     if !bridge {
-        let marker = format!("{}slot {slot} {lsn}\n", marker_of(fresh));
+        let marker = format!("{}slot {slot} {lsn}\n", prepared.marker);
         write_atomically(&node.data_dir, MARKER, marker.as_bytes())?;
         let copied = format!(
             "SELECT pg_catalog.pg_copy_logical_replication_slot({}, {}, false)",
@@ -146,7 +153,7 @@ pub async fn initial_copy(shared: &Arc<Shared>, source: &ConnInfo) -> anyhow::Re
 /// Takes back the position of the data here, and notes that the rows are ours to
 /// empty. What this server's domain holds at the parent stays.
 pub async fn discard(shared: &Arc<Shared>, from_parent: bool) -> anyhow::Result<()> {
-    let mut marker = marker_of(false).to_owned();
+    let mut marker = ROWS_OURS.to_owned();
     if from_parent {
         marker.push_str(FROM_PARENT);
     }
@@ -201,8 +208,16 @@ async fn check_slot(shared: &Arc<Shared>, client: &mut Client, slot: &str) -> an
     )
 }
 
+/// What has been done before the rows come.
+struct Prepared {
+    /// Says what here is ours.
+    marker: String,
+    /// Indexes and constraints are still to be made, but of these tables.
+    without: Option<Vec<String>>,
+}
+
 /// Makes the tables that are missing here, or empties what our own interrupted
-/// copy left. Tells whether indexes and constraints are still to be made.
+/// copy left.
 async fn prepare_schema(
     shared: &Arc<Shared>,
     source: &ConnInfo,
@@ -210,16 +225,11 @@ async fn prepare_schema(
     reader: &mut Client,
     local: &mut Client,
     tables: &[Table],
-) -> anyhow::Result<bool> {
+) -> anyhow::Result<Prepared> {
     let ours = read_marker(shared);
-    local
-        .simple(&format!(
-            "TRUNCATE {}",
-            TERRACE_TABLES
-                .map(|name| format!("terrace.{name}"))
-                .join(", ")
-        ))
-        .await?;
+    // Not TRUNCATE: what follows these lists takes its triggers from the tables then.
+    let empty = TERRACE_TABLES.map(|name| format!("DELETE FROM terrace.{name}"));
+    local.simple(&empty.join("; ")).await?;
     let (mut present, mut missing, mut rows_of) = (Vec::new(), Vec::new(), Vec::new());
     for table in tables {
         let name = table.qualified();
@@ -260,32 +270,49 @@ async fn prepare_schema(
             .await
             .context("empty the tables of an interrupted copy")?;
     }
-    if !missing.is_empty() && !present.is_empty() {
+    if !missing.is_empty() && !present.is_empty() && ours.is_empty() {
         bail!(
             "table {} is missing on this server while others are there; create it as it is at the \
              top, or drop the others to let the initial copy make all",
             missing[0].qualified()
         );
     }
-    let fresh = !missing.is_empty() || ours.lines().any(|line| line == "schema is ours");
-    let mut marker = marker_of(fresh).to_owned();
+    let known = |table: &Table| {
+        let made = format!("{MADE}{}", table.qualified());
+        ours.lines().any(|line| line == ALL_MADE || line == made)
+    };
+    let is_missing = |table: &Table| missing.iter().any(|one| std::ptr::eq(*one, table));
+    let (made, others): (Vec<&Table>, Vec<&Table>) = tables
+        .iter()
+        .partition(|table| is_missing(table) || known(table));
+    let mut marker = match (made.is_empty(), others.is_empty()) {
+        (false, true) => format!("{ALL_MADE}\n"),
+        _ => made.iter().fold(ROWS_OURS.to_owned(), |marker, table| {
+            format!("{marker}{MADE}{}\n", table.qualified())
+        }),
+    };
     if ours.contains(FROM_PARENT) {
         marker.push_str(FROM_PARENT);
     }
     write_atomically(&shared.config.node.data_dir, MARKER, marker.as_bytes())?;
+    let others: Vec<String> = others.iter().map(|table| table.qualified()).collect();
     if !missing.is_empty() {
-        let pre = dump(source, snapshot, reader, "pre-data").await?;
-        let made = restore(local, &pre).await;
-        tell_left_out(shared, &made.context("create the tables")?);
+        let pre = dump(source, snapshot, reader, "pre-data", &others).await?;
+        let done = restore(local, &pre).await;
+        tell_left_out(shared, &done.context("create the tables")?);
     }
     // They are made as one transaction: where there is one of them, all are.
-    let names: Vec<String> = present.iter().map(|table| table.qualified()).collect();
+    let names: Vec<String> = made.iter().map(|table| table.qualified()).collect();
     let sql = "SELECT 1 FROM pg_catalog.unnest(pg_catalog.string_to_array($1, E'\\x01')) t \
                WHERE EXISTS (SELECT FROM pg_catalog.pg_index WHERE indrelid = to_regclass(t)) \
                   OR EXISTS (SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = to_regclass(t) \
                              AND NOT tgisinternal AND tgname NOT LIKE 'terrace\\_%')";
-    let made = local.query(sql, &[Some(&names.join("\u{1}"))]).await?;
-    Ok(fresh && made.is_empty())
+    let indexed = local.query(sql, &[Some(&names.join("\u{1}"))]).await?;
+    let unfinished = !made.is_empty() && indexed.is_empty();
+    Ok(Prepared {
+        marker,
+        without: unfinished.then_some(others),
+    })
 }
 
 /// An event that somebody reads is worth more than a copy that is not made.
@@ -303,12 +330,4 @@ fn tell_left_out(shared: &Shared, left_out: &[String]) {
         reason += &format!("; and {} more, see the log", left_out.len() - TOLD);
     }
     shared.event("left_out", &reason);
-}
-
-fn marker_of(fresh: bool) -> &'static str {
-    if fresh {
-        "schema is ours\n"
-    } else {
-        "rows are ours\n"
-    }
 }

@@ -77,12 +77,14 @@ fn parse_major(text: &str) -> Option<u32> {
         .ok()
 }
 
-/// One section of the schema of what is synchronised at the source, as SQL.
+/// One section of the schema of what is synchronised at the source, as SQL, but for the tables
+/// `without`.
 pub async fn dump(
     source: &ConnInfo,
     snapshot: &str,
     reader: &mut Client,
     section: &str,
+    without: &[String],
 ) -> anyhow::Result<String> {
     // What is not synchronised must not be locked: the role may not read it.
     let others = reader
@@ -116,7 +118,8 @@ pub async fn dump(
         .envs(source.libpq_env())
         .stdin(Stdio::null())
         .kill_on_drop(true);
-    for name in others.into_iter().flatten().flatten() {
+    let others: Vec<String> = others.into_iter().flatten().flatten().collect();
+    for name in others.iter().chain(without) {
         command.arg(format!("--exclude-table={name}"));
     }
     let output = command.output().await.context("run pg_dump")?;
@@ -349,6 +352,9 @@ fn entries(dump: &str) -> Vec<Entry> {
 /// What exists already is taken as it is.
 const EXISTS: &[&str] = &["42710", "42P06", "42P07", "42723"];
 
+/// Of a primary key, where there is one: invalid_table_definition.
+const SECOND_KEY: &str = "42P16";
+
 /// Runs a section of a dump as one transaction, without what is the extension's. Tells
 /// what could not be made and is not needed: a foreign key to a table that is not
 /// synchronised, a function that speaks of one.
@@ -383,7 +389,9 @@ async fn restore_entries(local: &mut Client, dump: &str) -> anyhow::Result<Vec<S
         };
         if kind == OWNER && error.code == "42704" {
             tracing::info!("{name}: {error}");
-        } else if EXISTS.contains(&error.code.as_str()) {
+        } else if EXISTS.contains(&error.code.as_str())
+            || (kind == "CONSTRAINT" && error.code == SECOND_KEY)
+        {
             tracing::info!("{kind} {name} exists already");
         } else if entry.is_needed() {
             let mut problem = format!("{kind} {name}: {error}");
