@@ -246,7 +246,17 @@ impl Report {
         let before = self.0.len();
         match connect(&info, "terrace check").await {
             Ok((session, _)) if session.extension_accepted(BRIDGE_PARAMETER) => {}
-            Ok(_) => self.wal_level(what, &mut client).await,
+            Ok(_) => {
+                self.wal_level(what, &mut client).await;
+                let sql = "SELECT pg_catalog.pg_has_role('terrace_reader', 'USAGE')::text";
+                if self.value(what, &mut client, sql).await.as_deref() == Some("false") {
+                    let user = info.user();
+                    self.bad(format!(
+                        "{what}: role \"{user}\" may not read what is synchronised; run GRANT \
+                         terrace_reader TO \"{user}\""
+                    ));
+                }
+            }
             Err(error) => {
                 let user = info.user();
                 self.bad(format!(

@@ -197,7 +197,24 @@ impl Client {
             true => Way::Stream,
             false => Way::Requests,
         };
-        let (framed, binding) = secure(info, way).await?;
+        let plain = info.ssl_mode() <= SslMode::Allow;
+        match Client::connect_over(info, options, way, !plain).await {
+            // As libpq does: a server that refuses plain text may take TLS.
+            Err(PgError::Db(error)) if info.ssl_mode() == SslMode::Allow => {
+                let again = Client::connect_over(info, options, way, true).await;
+                again.map_err(|_| PgError::Db(error))
+            }
+            result => result,
+        }
+    }
+
+    async fn connect_over(
+        info: &ConnInfo,
+        options: &SessionOptions,
+        way: Way,
+        tls: bool,
+    ) -> Result<Client> {
+        let (framed, binding) = secure(info, way, tls).await?;
         let mut client = Client {
             framed,
             parameters: BTreeMap::new(),
@@ -670,10 +687,10 @@ enum Binding {
     Hash(Vec<u8>),
 }
 
-async fn secure(info: &ConnInfo, way: Way) -> Result<(Framed, Binding)> {
+async fn secure(info: &ConnInfo, way: Way, tls: bool) -> Result<(Framed, Binding)> {
     let plain = open_stream(info, way).await?;
-    // As libpq: no TLS over a Unix socket; `allow` starts without.
-    if info.socket_path().is_some() || info.ssl_mode() <= SslMode::Allow {
+    // As libpq: no TLS over a Unix socket.
+    if info.socket_path().is_some() || !tls {
         return Ok((Framed::new(plain), Binding::None));
     }
     let mut framed = Framed::new(plain);

@@ -247,7 +247,7 @@ impl Config {
                 .span()
                 .map(|span| text[..span.start].matches('\n').count() + 1);
             let place = line.map_or(String::new(), |line| format!("line {line}: "));
-            ConfigError(format!("{place}{}", error.message()))
+            ConfigError(format!("{place}{}", without_value(error.message())))
         })?;
         config.check()?;
         Ok(config)
@@ -341,6 +341,16 @@ fn plain_name(name: &str, extra: &str) -> bool {
             .all(|char| char.is_ascii_alphanumeric() || extra.contains(char))
 }
 
+/// The library quotes the value that does not fit, which may hold a password.
+fn without_value(message: &str) -> String {
+    match (message.find('"'), message.rfind('"')) {
+        (Some(from), Some(to)) if from < to => {
+            format!("{}…{}", &message[..=from], &message[to..])
+        }
+        _ => message.to_owned(),
+    }
+}
+
 fn check_url(key: &str, url: &str) -> Result<(), ConfigError> {
     ConnInfo::parse(url)
         .map(drop)
@@ -404,6 +414,10 @@ mod tests {
             ),
             ("[parent]\nservers = []", "parent.servers is empty"),
             ("[http]\nlisten = 5", "line 8"),
+            (
+                "[parent]\nservers = \"host=x password=secret\"",
+                "expected a sequence",
+            ),
         ] {
             let error = Config::parse(&format!("{MINIMAL}{more}\n"))
                 .err()

@@ -236,6 +236,14 @@ impl ConnInfo {
             .iter()
             .filter_map(|(key, name)| Some(((*name).to_owned(), self.get(key)?.to_owned())))
             .collect();
+        // pg_dump before version 16 does not know "system", and none takes the system's roots unasked.
+        if self.ssl_mode() >= SslMode::VerifyCa
+            && matches!(self.get("sslrootcert"), None | Some("system"))
+            && let Some(bundle) = crate::tls::system_roots()
+        {
+            env.retain(|(name, _)| name != "PGSSLROOTCERT");
+            env.push(("PGSSLROOTCERT".into(), bundle));
+        }
         env.extend(
             self.password()
                 .map(|password| ("PGPASSWORD".to_owned(), password)),

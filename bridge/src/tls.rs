@@ -21,6 +21,24 @@ use sha2::{Digest, Sha256, Sha384, Sha512};
 
 use crate::conninfo::{ConnInfo, SslMode};
 
+/// Where systems keep the roots that they trust, as one file.
+const BUNDLES: [&str; 4] = [
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+];
+
+/// The system's roots as a file, for programs that do not find them by themselves.
+pub fn system_roots() -> Option<String> {
+    let named = std::env::var("SSL_CERT_FILE").ok();
+    let known = BUNDLES.iter().map(|path| (*path).to_owned());
+    named
+        .into_iter()
+        .chain(known)
+        .find(|path| Path::new(path).is_file())
+}
+
 /// What went wrong, naming the file.
 pub type TlsError = String;
 

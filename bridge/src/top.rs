@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::time::{sleep, timeout};
 
-use crate::client::{Client, PgError, SessionOptions, quote_literal};
+use crate::client::{Client, PgError, SessionOptions};
 use crate::config::Config;
 use crate::conninfo::ConnInfo;
 use crate::upstream::{BRIDGE_PARAMETER, session};
@@ -87,7 +87,7 @@ async fn ask_server(
     }
     let text = serde_json::to_string(request)?;
     let asked = client
-        .simple(&format!("AT_TOP {}", quote_literal(&text)))
+        .simple(&format!("AT_TOP '{}'", text.replace('\'', "''")))
         .await;
     let rows = asked.map_err(|error| anyhow::anyhow!(error.message()))?;
     let answer = rows.first().and_then(|row| row.first()?.as_deref());
