@@ -163,7 +163,7 @@ impl Session<'_> {
         let known = self
             .client
             .query(
-                "SELECT 1 FROM pg_catalog.pg_roles WHERE rolname = $1",
+                "SELECT rolsuper::text FROM pg_catalog.pg_roles WHERE rolname = $1",
                 &[Some(&ddl.role)],
             )
             .await?;
@@ -171,6 +171,16 @@ impl Session<'_> {
         if !role && !ddl.superuser {
             bail!(
                 "role \"{}\" does not exist on this server; create it, as it is at the top",
+                ddl.role
+            );
+        }
+        let is_super = known
+            .first()
+            .is_some_and(|row| row[0].as_deref() == Some("true"));
+        if is_super && !ddl.superuser {
+            bail!(
+                "role \"{}\" is a superuser on this server and was none at the top; make it as it \
+                 is there, and what it runs here gets no more rights than there",
                 ddl.role
             );
         }
