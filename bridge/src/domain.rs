@@ -58,7 +58,7 @@ const UNSEEN: Duration = Duration::from_secs(1);
 /// A switchover that is not done by then has failed.
 pub const HANDOVER: Duration = Duration::from_secs(5);
 /// What only servers that do not answer may still keep is waited for so long.
-const MISSED: Duration = Duration::from_secs(30);
+pub const MISSED: Duration = Duration::from_secs(30);
 /// Longest pause between two times that a holder out of sight is deposed.
 const MAX_DEPOSE_PAUSE: Duration = Duration::from_secs(60);
 /// Who has deposed nobody for so long, though it might have, begins with the shortest pause
@@ -193,6 +193,12 @@ impl Decider {
         self.next_try = now + TURN / 2;
     }
 
+    /// Notes that the parent let us lead and then sent nothing: somebody else may fare better.
+    pub fn led_in_vain(&mut self, now: Now) {
+        self.busy = None;
+        self.next_try = now + self.takeover_after;
+    }
+
     /// Notes that another server of the parent domain is asked: who is in the way at one of
     /// them is nobody there.
     pub fn goes_elsewhere(&mut self) {
@@ -275,6 +281,9 @@ impl Decider {
         }
         let since = *self.masterless_since.get_or_insert(now);
         if view.is_left_behind(now - since) {
+            if let Some(peer) = view.longest_that_serves(own.told.flush) {
+                return view.go_to(&peer.name);
+            }
             if self.is_missed(now, &view) {
                 return Decision::CopyAnew;
             }

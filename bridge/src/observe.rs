@@ -29,6 +29,8 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 const OPENING_LIMIT: Duration = Duration::from_secs(5);
 /// Pause between questions while nobody is followed.
 const HURRY: Duration = Duration::from_millis(200);
+/// One that has not answered for so long may have been mended meanwhile.
+const GONE: Duration = Duration::from_secs(30);
 /// An answer that is later than this counts as silence.
 const LATE: Duration = Duration::from_millis(500);
 
@@ -60,8 +62,21 @@ struct Seen {
     tried: bool,
     heard: Option<Instant>,
     refused: bool,
+    /// A Postgres that is a standby: nobody can follow it, or report to it.
+    standby: bool,
     status: Option<Status>,
     problem: Option<String>,
+}
+
+impl Seen {
+    /// What it told of itself counts until it is gone.
+    fn fail(&mut self, refused: bool) {
+        self.tried = true;
+        self.refused = refused;
+        if refused || self.heard.is_none_or(|heard| heard.elapsed() > GONE) {
+            self.problem = None;
+        }
+    }
 }
 
 /// What is known of the servers around this one.
@@ -159,9 +174,15 @@ impl Observer {
 
     /// Address of the first of these servers of the parent domain that answers.
     pub fn parent_in_sight(&self, parents: &[Peer]) -> Option<ConnInfo> {
-        let answers = |parent: &Peer| parent.sight == Sight::Answers;
+        let answers =
+            |parent: &Peer| parent.sight == Sight::Answers && !self.is_standby(&parent.name);
         let index = parents.iter().position(answers)?;
         self.parent_info(index).cloned()
+    }
+
+    /// Whether this server of the parent domain is a standby.
+    pub fn is_standby(&self, name: &str) -> bool {
+        self.seen().get(name).is_some_and(|seen| seen.standby)
     }
 
     /// Positions of child domains as the other servers of the domain know them.
@@ -257,7 +278,7 @@ impl Observer {
                 }
                 Err(_) => {
                     session = None;
-                    self.note(&server.name, |seen| seen.tried = true);
+                    self.note(&server.name, |seen| seen.fail(seen.refused));
                     Some("no answer".to_owned())
                 }
             };
@@ -279,10 +300,7 @@ impl Observer {
     }
 
     fn note_failure(&self, server: &Watched, error: &PgError) {
-        self.note(&server.name, |seen| {
-            seen.tried = true;
-            seen.refused = error.is_refused();
-        });
+        self.note(&server.name, |seen| seen.fail(error.is_refused()));
     }
 
     /// Asks once, over the open session or a new one.
@@ -296,11 +314,16 @@ impl Observer {
             if server.peer {
                 return Err(PgError::Protocol("the peer is no bridge".into()));
             }
-            client.simple("SELECT 1").await?;
+            let rows = client
+                .simple("SELECT pg_catalog.pg_is_in_recovery()")
+                .await?;
+            let answer = rows.first().and_then(|row| row.first()?.as_deref());
+            let standby = answer == Some("t");
             self.note(&server.name, |seen| {
                 *seen = Seen {
                     tried: true,
                     heard: Some(Instant::now()),
+                    standby,
                     ..Seen::default()
                 };
             });
@@ -317,6 +340,7 @@ impl Observer {
                 tried: true,
                 heard: Some(Instant::now()),
                 refused: false,
+                standby: false,
                 // A stranger's words count for nothing.
                 status: problem.is_none().then_some(status),
                 problem,

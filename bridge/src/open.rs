@@ -54,7 +54,11 @@ pub async fn open_or_copy(
     let mut pause = Duration::from_millis(100);
     let started = Instant::now();
     loop {
-        let attempt = match local_progress(shared).await {
+        let progress = local_progress(shared).await;
+        if matches!(progress, Ok(None)) {
+            shared.set_empty();
+        }
+        let attempt = match progress {
             Ok(Some((identity, lsn))) => return resume(shared, &dir, opened, identity, lsn),
             Ok(None) => {
                 // Of data that is none any more. Were it still there after a crash at the end of

@@ -7,6 +7,7 @@
 
 mod orders;
 
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -40,6 +41,10 @@ const GRACE: Duration = Duration::from_secs(1);
 const FLOWS: Duration = Duration::from_millis(1500);
 /// What a server told longer ago says nothing of what it is.
 const STALE: Duration = Duration::from_secs(30);
+/// A parent that sends nothing is given up after this, or a little more.
+const SILENT: Duration = Duration::from_secs(9);
+/// First pause after a link that could not be opened; it grows.
+const AGAIN: Duration = Duration::from_millis(100);
 /// Pause after a link that the disk has ended.
 const REST: Duration = Duration::from_millis(500);
 /// What somebody asks this node to do.
@@ -88,6 +93,8 @@ pub struct Roles {
     parent: Option<usize>,
     /// The last try at the parent has shown that the slot is lost.
     slot_lost: Option<String>,
+    /// Servers of the parent domain that have no slot for us.
+    without_slot: BTreeSet<usize>,
     /// The data here cannot be gone on with, and no other server's can.
     in_gap: bool,
     /// A file says that the history here is another one than the top's.
@@ -97,6 +104,8 @@ pub struct Roles {
     opening: bool,
     /// No link before this: the disk has just refused what the last one brought.
     rest_until: Instant,
+    /// Servers that could not be followed: how often by now, and when they are tried again.
+    failed: HashMap<String, (u32, Instant)>,
 }
 
 /// A link on its thread; it gives the writer back when it ends.
@@ -124,9 +133,11 @@ impl Roles {
             tried: Vec::new(),
             parent: None,
             slot_lost: None,
+            without_slot: BTreeSet::new(),
             in_gap: false,
             opening: false,
             rest_until: Instant::now(),
+            failed: HashMap::new(),
         }
     }
 
@@ -143,7 +154,7 @@ impl Roles {
         while !cancel.is_cancelled() {
             let next = self.next(&Link::None);
             let done = match next {
-                Next::Go(target) if Instant::now() >= self.rest_until => {
+                Next::Go(target) if self.may_try(&target) => {
                     let link = self.link(target, writer, &mut pinned, orders, cancel);
                     let (back, end) = link.await;
                     writer = back;
@@ -221,9 +232,10 @@ impl Roles {
         };
         self.opening = false;
         self.note_deposed(&target);
+        let opened = shared.role() != Role::None;
         shared.set_role(Role::None, None, "");
         self.observer.hurry(true);
-        self.note_end(&target, &ended);
+        self.note_end(&target, opened, &ended);
         if let Some(to) = asked {
             self.hand_over(&to).await;
         }
@@ -283,6 +295,13 @@ impl Roles {
             return self.damaged(&segment, reason);
         }
         if self.shared.config.parent.is_none() {
+            if let Some(reason) = self.slot_lost.take() {
+                self.shared.event_once("gap", &reason);
+                let hint = "; stop this bridge, remove its data_dir and start it: it makes a new slot, \
+                            and the domains below copy anew";
+                self.shared.set_link(State::Stalled, Some(reason + hint));
+                return Next::Nothing;
+            }
             return match link {
                 Link::None => Next::Go(self.own_database()),
                 _ => Next::Nothing,
@@ -290,6 +309,7 @@ impl Roles {
         }
         if *link == Link::Parent {
             self.decider.leads();
+            self.without_slot.clear();
         }
         if *link != Link::None {
             self.in_gap = false;
@@ -303,7 +323,12 @@ impl Roles {
             }
         }
         if let Some(reason) = self.slot_lost.take() {
-            return self.tell_gap(State::Stalled, reason, true, &peers);
+            // Another one may have it, once it answers; a standby has none before it leads.
+            let lacks = |(index, parent): (usize, &Peer)| {
+                self.without_slot.contains(&index) || self.observer.is_standby(&parent.name)
+            };
+            let sure = parents.iter().enumerate().all(lacks);
+            return self.tell_gap(State::Stalled, reason, sure, &peers);
         }
         self.observer.hurry(*link == Link::None);
         let own = Own {
@@ -330,7 +355,18 @@ impl Roles {
                 }
                 Next::HandOver(to)
             }
-            Decision::Gap { confirmed, unseen } => self.gap(confirmed, &unseen, &peers),
+            Decision::Gap { confirmed, unseen } => {
+                // So may a server of the parent domain.
+                let bridges = parents.iter().any(|parent| parent.told.is_some());
+                let silent = parents
+                    .iter()
+                    .filter(|parent| bridges && parent.sight != Sight::Answers);
+                let unseen: Vec<String> = unseen
+                    .into_iter()
+                    .chain(silent.map(|parent| parent.name.clone()))
+                    .collect();
+                self.gap(confirmed, &unseen, &peers)
+            }
             Decision::CopyAnew => Next::End(End::CopyAnew {
                 reason: "no server of the domain keeps what follows this one's end".into(),
                 from_parent: false,
@@ -466,7 +502,11 @@ impl Roles {
         let limit = self.shared.config.failover.takeover_after;
         match link {
             Link::Parent if self.shared.heard_within(limit) => Sight::Answers,
-            _ => best_sight(parents),
+            _ => best_sight(
+                parents
+                    .iter()
+                    .filter(|parent| !self.observer.is_standby(&parent.name)),
+            ),
         }
     }
 
@@ -565,7 +605,32 @@ impl Roles {
 
     // ----- how a link ended -------------------------------------------------
 
-    fn note_end(&mut self, target: &Target, end: &LinkEnd) {
+    fn may_try(&self, target: &Target) -> bool {
+        let failed = self.failed.get(&target.name).map(|(_, until)| *until);
+        Instant::now() >= failed.map_or(self.rest_until, |until| until.max(self.rest_until))
+    }
+
+    /// Who refuses does so until somebody mends it; who cannot be reached may be back the next moment.
+    fn note_failure(&mut self, target: &Target, opened: bool, end: &LinkEnd) {
+        let limit = match end {
+            LinkEnd::Shutdown | LinkEnd::Busy { .. } | LinkEnd::Queue(_) => return,
+            _ if opened => {
+                self.failed.remove(&target.name);
+                return;
+            }
+            LinkEnd::Refused(_) | LinkEnd::Diverged { .. } => Duration::from_secs(5),
+            _ => Duration::from_secs(1),
+        };
+        let (times, until) = self
+            .failed
+            .entry(target.name.clone())
+            .or_insert((0, Instant::now()));
+        *times += 1;
+        *until = Instant::now() + (AGAIN * 2_u32.pow((*times).min(8) / 2)).min(limit);
+    }
+
+    fn note_end(&mut self, target: &Target, opened: bool, end: &LinkEnd) {
+        self.note_failure(target, opened, end);
         let now = self.observer.now();
         let problem = format!("{}: {end}", target.name);
         let state = match end {
@@ -579,6 +644,10 @@ impl Roles {
                 self.shared.set_link(State::Catchup, Some(problem));
                 return;
             }
+            LinkEnd::Gap { .. } if self.shared.config.parent.is_none() => {
+                self.slot_lost = Some(problem);
+                return;
+            }
             LinkEnd::Gap { confirmed, .. } => {
                 self.decider.refused(now, Refusal::Ahead(*confirmed));
                 // Asked again, and nothing is new.
@@ -590,6 +659,9 @@ impl Roles {
             LinkEnd::NoSlot(_) => {
                 self.slot_lost = Some(problem);
                 self.decider.failed(now);
+                self.without_slot.extend(self.parent);
+                self.tried
+                    .extend(self.parent.map(|at| (at, Instant::now())));
                 return;
             }
             LinkEnd::Diverged { .. } => State::Diverged,
@@ -601,7 +673,10 @@ impl Roles {
             LinkEnd::Lost(_) | LinkEnd::Gone(_) => State::Down,
         };
         if target.role == Role::Master {
-            self.decider.failed(now);
+            match opened && self.shared.heard_ago().is_none_or(|ago| ago >= SILENT) {
+                true => self.decider.led_in_vain(now),
+                false => self.decider.failed(now),
+            }
             if let Some(index) = self.parent {
                 self.tried.push((index, Instant::now()));
             }
@@ -614,14 +689,15 @@ impl Roles {
             let hint = "; if that history is the one to keep, copy it with terrace-bridge resync";
             let problem = problem + hint;
             // After a restart nothing is served either, before the parent has been asked.
-            self.kept_divergence = true;
-            let (shared, text) = (Arc::clone(&self.shared), problem.clone());
-            spawn_blocking(move || {
-                let dir = &shared.config.node.data_dir;
-                if let Err(error) = timeline::save_divergence(dir, &text) {
-                    tracing::warn!("{error}");
-                }
-            });
+            if !std::mem::replace(&mut self.kept_divergence, true) {
+                let (shared, text) = (Arc::clone(&self.shared), problem.clone());
+                spawn_blocking(move || {
+                    let dir = &shared.config.node.data_dir;
+                    if let Err(error) = timeline::save_divergence(dir, &text) {
+                        tracing::warn!("{error}");
+                    }
+                });
+            }
             self.shared.set_diverged(problem);
             self.shared.stop_serving();
         }
@@ -634,14 +710,14 @@ fn joined(ended: Result<(Writer, LinkEnd), tokio::task::JoinError>) -> (Writer, 
 }
 
 /// The best sight of any of the servers.
-fn best_sight(servers: &[Peer]) -> Sight {
+fn best_sight<'a>(servers: impl Iterator<Item = &'a Peer>) -> Sight {
     let order = |sight: &Sight| match sight {
         Sight::Answers => (0, Duration::ZERO),
         Sight::Silent(age) => (1, *age),
         Sight::Unknown => (2, Duration::ZERO),
         Sight::Refused => (3, Duration::ZERO),
     };
-    let sights = servers.iter().map(|server| server.sight);
+    let sights = servers.map(|server| server.sight);
     sights.min_by_key(order).unwrap_or(Sight::Unknown)
 }
 

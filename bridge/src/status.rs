@@ -58,6 +58,8 @@ struct Inner {
     last_once: (String, String),
     identity: Option<Identity>,
     has_data: bool,
+    /// It is known that there is none.
+    empty: bool,
     diverged: Option<String>,
     matching: Matching,
     /// How often each kind of event has happened.
@@ -70,6 +72,8 @@ struct Inner {
     damage: Option<(PathBuf, String)>,
 }
 
+/// Bytes of the reason of an event.
+const MAX_REASON: usize = 4_000;
 /// An upstream says something every second; without that what we know is not what is.
 const FRESH: Duration = Duration::from_secs(2);
 
@@ -358,6 +362,7 @@ impl Shared {
             .map_or(Lsn::ZERO, |open| open.queue.first());
         let node = &self.config.node;
         let disk_ok = self.disk_problem().is_none();
+        let no_queue = self.queue.borrow().is_none();
         let inner = self.inner();
         let failing = inner.apply_failing_since;
         let serves = !inner.has_diverged();
@@ -371,6 +376,7 @@ impl Shared {
             node: node.name.clone(),
             domain: node.domain.clone(),
             role: inner.role,
+            opening: no_queue && !inner.empty,
             has_data: inner.has_data,
             copying: view.copying,
             healthy: disk_ok && serves && failing.is_none_or(|since| since.elapsed() < PATIENCE),
@@ -436,14 +442,20 @@ impl Shared {
             }
             inner.identity = Some(identity);
             inner.has_data = has_data;
+            inner.empty &= !has_data;
             inner.copy_progress = None;
         });
+    }
+
+    /// The database has said that it has no data.
+    pub fn set_empty(&self) {
+        self.change(|inner| inner.empty = true);
     }
 
     /// The data here is to be copied anew.
     pub fn set_no_data(&self) {
         self.change(|inner| {
-            inner.has_data = false;
+            (inner.has_data, inner.empty) = (false, true);
             inner.diverged = None;
             inner.matching = Matching::default();
             inner.received = Lsn::ZERO;
@@ -590,8 +602,9 @@ impl Shared {
         }
     }
 
-    /// Queues an event for the next report and logs it.
+    /// Queues an event for the next report and logs it; a reason that nobody would read is cut.
     pub fn event(&self, kind: &str, reason: &str) {
+        let reason = &reason[..reason.floor_char_boundary(MAX_REASON)];
         let unix_micros = unix_micros();
         let node = &self.config.node;
         let (flush, replay) = (*self.flushed.borrow(), *self.replayed.borrow());

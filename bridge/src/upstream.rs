@@ -3,6 +3,8 @@
 //! Guarantees:
 //! - What is acknowledged as flushed is on our disk, and, for a master, on the
 //!   disks of as many members of the domain as `ack_members` says.
+//! - What has been acknowledged stays so. A slot whose position is told to go back may have
+//!   let go of what lies between.
 //! - Nothing is acknowledged before the slot's confirmed position has been
 //!   compared with our end: a slot that is ahead of us has forgotten what we
 //!   miss, and PostgreSQL would skip it without a word (rule A).
@@ -34,7 +36,7 @@ use crate::status::{Role, Shared, State};
 use crate::wire::put;
 pub use history::timeline_history;
 use history::{adopt_timeline, check_members, same_timeline};
-use slot::{depose, named_session, start_when_free, verify_slot, why_not_started};
+use slot::{depose, named_session, slot_exists, start_when_free, verify_slot, why_not_started};
 
 /// Name of the publication at the top.
 pub const PUBLICATION: &str = "terrace";
@@ -304,8 +306,10 @@ struct Link<'a> {
     bridge: bool,
     /// Since when fewer servers than `ack_members` are in contact.
     enough_at: Instant,
-    told: (Lsn, Lsn, Lsn),
+    told: Positions,
     told_at: Instant,
+    /// Acknowledged before, by whomever.
+    acknowledged: Lsn,
     /// End and time of what has been taken in since the last publish.
     received: Option<(Lsn, i64)>,
     /// Messages since the moment.
@@ -323,7 +327,12 @@ impl<'a> Link<'a> {
         let node = &shared.config.node;
         let begun = Instant::now();
         let (mut client, theirs) = connect(&target.conninfo, &node.name).await?;
+        let bridge = client.extension_accepted(BRIDGE_PARAMETER);
         if theirs != writer.queue().identity() {
+            if !bridge {
+                // One that could not be followed anyhow must not tie us to its timeline.
+                slot_exists(target).await?;
+            }
             adopt_timeline(shared, &mut client, &theirs, writer).await?;
         } else if theirs.timeline > 1 {
             same_timeline(shared, &mut client, &theirs).await?;
@@ -331,7 +340,7 @@ impl<'a> Link<'a> {
         if target.role == Role::Master && shared.config.parent.is_some() {
             check_members(shared, &mut client).await?;
         }
-        let bridge = client.extension_accepted(BRIDGE_PARAMETER);
+        let mut acknowledged = Lsn::ZERO;
         let end = writer.end();
         let mut options = String::new();
         if bridge {
@@ -363,7 +372,7 @@ impl<'a> Link<'a> {
             {
                 return Err(why_not_started(target, error).await);
             }
-            verify_slot(target, end).await?;
+            acknowledged = verify_slot(target, end).await?;
         }
         // Behind a bridge that does not tell yet how far it has replayed, what
         // we may show is what it told before, or nothing.
@@ -390,6 +399,7 @@ impl<'a> Link<'a> {
             enough_at: Instant::now(),
             told: (Lsn::ZERO, Lsn::ZERO, Lsn::ZERO),
             told_at: Instant::now(),
+            acknowledged,
             received: None,
             burst: (Instant::now(), 0),
         })
@@ -573,7 +583,14 @@ impl<'a> Link<'a> {
             if enough {
                 self.enough_at = Instant::now();
             }
-            lsn
+            // Fewer may hold it by now, or be known to. Zero says nothing of what is held, and lets
+            // a Postgres that shuts down go.
+            if lsn > Lsn::ZERO {
+                self.acknowledged = lsn.max(self.acknowledged);
+                self.acknowledged
+            } else {
+                lsn
+            }
         } else {
             durable
         };

@@ -14,8 +14,9 @@
 //!
 //! `SCHEDULES=100000 cargo test --release --test schedules` runs many; a failing
 //! seed is printed, and `SEED=n` replays it with its story. `WITHOUT=A` (or `D`, `G`)
-//! takes a rule out, for seeing a property fail; `WITHOUT=majority` lets anybody depose, and
-//! with `WITHOUT=outnumbered` nobody tells whom it reaches.
+//! takes a rule out, for seeing a property fail; `WITHOUT=majority` lets anybody depose,
+//! with `WITHOUT=outnumbered` nobody tells whom it reaches, with `WITHOUT=opening` a server
+//! that has just started is taken for empty, and with `WITHOUT=floor` acknowledgements go back.
 
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -74,6 +75,8 @@ struct Node {
     up: bool,
     paused_until: u64,
     started: u64,
+    /// Its database does not say yet what it has.
+    opening_until: u64,
     /// Its clock runs at this many per cent of the true one, and has jumped ahead.
     clock: u32,
     jumped: Duration,
@@ -104,6 +107,8 @@ struct Holder {
     node: usize,
     session: u32,
     heard: u64,
+    /// What it has acknowledged, and who was before it.
+    acknowledged: u64,
 }
 
 struct World {
@@ -138,6 +143,7 @@ impl World {
                 up: true,
                 paused_until: 0,
                 started: 0,
+                opening_until: 0,
                 clock: 90 + random.below(21) as u32,
                 jumped: Duration::ZERO,
                 flush: 100,
@@ -199,9 +205,11 @@ impl World {
 
     fn start(&mut self, index: usize) {
         let (now, count) = (self.now, self.count());
+        let opening = self.random.below(60);
         let node = &mut self.nodes[index];
         node.up = true;
         node.started = now;
+        node.opening_until = now + opening;
         node.link = Link::None;
         node.decider = Decider::new(TAKEOVER_AFTER, members(count));
         let unknown = View {
@@ -418,14 +426,26 @@ impl World {
         for index in 0..self.count() {
             if self.runs(index) {
                 self.observe(index);
-                self.stream(index);
-                self.decide(index);
+                if self.nodes[index].opening_until <= self.now {
+                    self.stream(index);
+                    self.decide(index);
+                }
             }
         }
     }
 
     fn told(&self, index: usize) -> Told {
         let node = &self.nodes[index];
+        if node.opening_until > self.now {
+            return Told {
+                node: NAMES[index].to_owned(),
+                domain: "d".into(),
+                opening: !without("opening"),
+                healthy: true,
+                serves: true,
+                ..Told::default()
+            };
+        }
         let (role, path) = match &node.link {
             Link::None => (Role::None, vec![]),
             Link::Parent => (Role::Master, vec![NAMES[index].to_owned()]),
@@ -455,6 +475,7 @@ impl World {
             node: NAMES[index].to_owned(),
             domain: "d".into(),
             role,
+            opening: false,
             has_data: node.has_data,
             copying: false,
             healthy: node.healthy && !silent,
@@ -606,8 +627,16 @@ impl World {
             })
             .collect();
         held.sort_unstable_by(|a, b| b.cmp(a));
-        let acknowledged = held[1.min(held.len() - 1)].min(node.flush);
-        self.confirmed = self.confirmed.max(acknowledged);
+        let mut acknowledged = held[1.min(held.len() - 1)].min(node.flush);
+        if let Some(holder) = &mut self.holder
+            && !without("floor")
+        {
+            acknowledged = acknowledged.max(holder.acknowledged);
+            holder.acknowledged = acknowledged;
+        }
+        // Older PostgreSQL takes what it is told, and has let go of what lies between.
+        assert!(acknowledged >= self.confirmed, "the acknowledged goes back");
+        self.confirmed = acknowledged;
         if self.random.one_in(100) {
             // Retention: what the others have said to hold is let go.
             let least = self.nodes[index]
@@ -771,6 +800,7 @@ impl World {
                 node: index,
                 session: u32::try_from(self.takeovers).unwrap(),
                 heard: self.now,
+                acknowledged: self.confirmed,
             });
             let node = &mut self.nodes[index];
             (node.link, node.link_heard) = (Link::Parent, self.now);

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use super::TURN;
 use super::view::{Peer, STALE_MICROS, Sight, Told, key};
+use super::{MISSED, TURN};
 use crate::status::Role;
 
 /// What a node without data does.
@@ -38,9 +38,15 @@ pub fn copy_source(waited: Duration, own: &Told, peers: &[Peer], limit: Duration
     }
     let key = |told: &Told| (told.parent_ok, told.priority, told.node.clone());
     let before = view.filter(|(_, told)| key(told) > key(own)).count();
-    let unknown = peers.iter().any(|peer| peer.sight == Sight::Unknown);
+    // One that is only starting may have data.
+    let opening = |peer: &Peer| peer.told.as_ref().is_some_and(|told| told.opening);
+    let patience = match peers.iter().any(|peer| peer.sight == Sight::Unknown) {
+        _ if peers.iter().any(|p| p.sight.is_live(limit) && opening(p)) => MISSED,
+        true => limit,
+        false => Duration::ZERO,
+    };
     let turn = TURN * u32::try_from(before).unwrap_or(u32::MAX);
-    match waited >= turn && (!unknown || waited >= limit) {
+    match waited >= turn.max(patience) {
         true => Source::Parent,
         false => Source::Wait,
     }
@@ -51,7 +57,7 @@ pub fn copy_source(waited: Duration, own: &Told, peers: &[Peer], limit: Duration
 pub fn copies_first(own: &Told, peers: &[Peer], limit: Duration) -> bool {
     let live = peers.iter().filter(|peer| peer.sight.is_live(limit));
     live.filter_map(|peer| peer.told.as_ref())
-        .all(|told| !told.copying && (!told.has_data || key(told) < key(own)))
+        .all(|told| !told.opening && !told.copying && (!told.has_data || key(told) < key(own)))
 }
 
 /// Which server of the parent domain to attach to: the present one while it is

@@ -21,6 +21,8 @@ pub struct Told {
     pub domain: String,
     /// Whom it follows: its parent domain, a sibling, nobody.
     pub role: Role,
+    /// It has just started and does not know yet what it has.
+    pub opening: bool,
     /// Whether it has been copied to.
     pub has_data: bool,
     /// Whether it copies from the parent now.
@@ -212,8 +214,10 @@ impl<'a> View<'a> {
 
     /// Members that have not told anything within so long.
     pub fn unheard(&self, within: Duration) -> Vec<String> {
-        let heard =
-            |peer: &Peer| peer.sight == Sight::Answers && peer.told.is_some() && peer.age < within;
+        let heard = |peer: &Peer| {
+            let knows = peer.told.as_ref().is_some_and(|told| !told.opening);
+            peer.sight == Sight::Answers && knows && peer.age < within
+        };
         let peers = self.peers.iter().filter(|peer| !heard(peer));
         peers.map(|peer| peer.name.clone()).collect()
     }

@@ -31,7 +31,14 @@ impl Roles {
                 (Ok(()), None)
             }
             Order::Switchover(to) if *link == Link::Parent => (self.switchover(to), None),
-            Order::Switchover(to) => (self.pass_on(to).await, None),
+            Order::Switchover(to) => match self.pass_on(to) {
+                // Its answer may take a while, in which others decide.
+                Ok(asking) => {
+                    tokio::spawn(async move { reply.send(asking.await).ok() });
+                    return None;
+                }
+                Err(problem) => (Err(problem), None),
+            },
         };
         // Nobody may wait for the answer any more.
         reply.send(outcome).ok();
@@ -82,7 +89,10 @@ impl Roles {
     }
 
     /// The master is the one to do it.
-    async fn pass_on(&self, to: Option<String>) -> Result<(), String> {
+    fn pass_on(
+        &self,
+        to: Option<String>,
+    ) -> Result<impl Future<Output = Result<(), String>> + use<>, String> {
         let peers = self.observer.peers();
         let master = peers.iter().find(|peer| {
             let told = peer.told.as_ref();
@@ -92,9 +102,11 @@ impl Roles {
         let info = info.ok_or("no master of the domain is in sight")?;
         let target = to.map_or(String::new(), |to| format!(" TO {}", quote_ident(&to)));
         let text = format!("SWITCHOVER{target}");
-        command(info, &self.shared.config.node.name, &text)
-            .await
-            .map_err(|error| error.message())
+        let (info, node) = (info.clone(), self.shared.config.node.name.clone());
+        Ok(async move {
+            let asked = command(&info, &node, &text).await;
+            asked.map_err(|error| error.message())
+        })
     }
 
     /// With the slot let go: tells `to` that it may take it.

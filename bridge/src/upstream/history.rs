@@ -30,8 +30,10 @@ pub(super) async fn adopt_timeline(
         )));
     }
     let history = timeline_history(client, theirs.timeline).await?;
+    // After a power cut the database may have more than the queue.
+    let last = writer.end().max(*shared.replayed.borrow());
     match timeline::switch_point(&history, ours.timeline) {
-        Some(switch) if writer.end() <= switch => {}
+        Some(switch) if last <= switch => {}
         _ => return Err(diverged()),
     }
     let end = writer.end();

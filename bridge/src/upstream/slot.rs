@@ -67,12 +67,24 @@ pub(super) async fn why_not_started(target: &Target, error: PgError) -> LinkEnd 
     }
 }
 
-/// Rule A: with the slot ours, its confirmed position must not be above our end.
-pub(super) async fn verify_slot(target: &Target, end: Lsn) -> Result<(), LinkEnd> {
+/// A server without the slot has none of what follows our end.
+pub(super) async fn slot_exists(target: &Target) -> Result<(), LinkEnd> {
+    match slot_value(target, "slot_name").await? {
+        Some(_) => Ok(()),
+        None => Err(LinkEnd::NoSlot(format!(
+            "replication slot \"{}\" does not exist",
+            target.slot
+        ))),
+    }
+}
+
+/// Rule A: with the slot ours, its confirmed position must not be above our end. Gives that
+/// position.
+pub(super) async fn verify_slot(target: &Target, end: Lsn) -> Result<Lsn, LinkEnd> {
     let confirmed = slot_value(target, "confirmed_flush_lsn").await?;
     match confirmed.and_then(|text| text.parse::<Lsn>().ok()) {
         Some(confirmed) if confirmed > end => Err(LinkEnd::Gap { confirmed, end }),
-        Some(_) => Ok(()),
+        Some(confirmed) => Ok(confirmed),
         None => Err(LinkEnd::Lost(format!(
             "slot \"{}\" has vanished",
             target.slot

@@ -140,6 +140,76 @@ fn a_child_that_is_away_too_long_loses_its_place_aloud_and_copies_anew() {
     assert_ne!(server.value(told), "0", "by a copy");
 }
 
+// A server whose Postgres is not up yet does not know what it has. That counted as "has
+// nothing", and who came back first threw its data away.
+#[test]
+fn who_has_only_started_may_have_what_is_missing() {
+    let mut tree = Tree::grow_with("[failover]\nresync_on_gap = true", STEPS, &REGION);
+    let counting = count_up(&tree.top);
+    counting.go_on(50);
+    let master = tree.settled_master("region");
+    let slaves = others(&tree, "region", &master);
+    let (late, other) = (&slaves[0], &slaves[1]);
+    tree.node(late).bridge.pause();
+    counting.go_on(50);
+    let written = tree.top.value("SELECT pg_current_wal_lsn()");
+    let acknowledged = format!("SELECT '{}' <= ", written);
+    wait_until("two hold it", || {
+        tree.top
+            .value(&format!("{acknowledged} '{}'", confirmed(&tree)))
+            == "t"
+    });
+    let all = [late, other, &master];
+    all.iter().for_each(|name| tree.node(name).bridge.kill9());
+    for name in [other, &master] {
+        tree.node(name).server.kill9();
+    }
+    for name in all {
+        tree.node(name).bridge.restart().expect("start the bridge");
+    }
+    let asks = "SELECT coalesce(reason, '') FROM terrace.node_status WHERE self";
+    let server = &tree.node(late).server;
+    wait_until("it asks for the others", || {
+        let said = server.value(asks);
+        let (_, unseen) = said.split_once("that do not answer").unwrap_or_default();
+        unseen.contains(other.as_str()) && unseen.contains(&master)
+    });
+    std::thread::sleep(Duration::from_secs(2));
+    for name in [other, &master] {
+        tree.node(name).server.restart().expect("start the server");
+    }
+    tree.wait_streaming();
+    tree.all_is_well(counting);
+    let copies = "SELECT count(*) FROM terrace.events WHERE kind IN ('copied', 'resync')";
+    assert_eq!(tree.top.value(copies), "3", "nobody copies anew");
+}
+
+#[test]
+fn a_slave_that_cannot_reach_its_master_follows_a_sibling() {
+    let tree = Tree::plant(STEPS).expect("boot the top").with_links();
+    let tree = tree.grow_on(&REGION);
+    let counting = count_up(&tree.top);
+    counting.go_on(50);
+    let master = tree.settled_master("region");
+    let slaves = others(&tree, "region", &master);
+    let upstream = format!(
+        "SELECT upstream FROM terrace.lag WHERE node = '{}'",
+        slaves[0]
+    );
+    tree.between(&[&slaves[0]], &[&master], Proxy::cut);
+    wait_until("the sibling is followed", || {
+        tree.top.value(&upstream) == slaves[1]
+    });
+    tree.rows_arrive(&slaves[0], Duration::from_secs(5));
+    let promotions = "SELECT count(*) FROM terrace.events WHERE kind = 'master'";
+    assert_eq!(tree.top.value(promotions), "1", "nobody is promoted for it");
+    tree.heal();
+    wait_until("the master is followed again", || {
+        tree.top.value(&upstream) == master
+    });
+    tree.all_is_well(counting);
+}
+
 // Rule H: a child is known to all servers of the domain above, and each keeps what it
 // needs, also the one that it never spoke to.
 #[test]
