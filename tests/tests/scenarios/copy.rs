@@ -1,5 +1,7 @@
 //! The initial copy, and trees of other shapes.
 
+use std::time::Duration;
+
 use terrace_tests::bridge::{Bridge, options};
 use terrace_tests::load::{Background, GAPLESS, STEPS, count_up};
 use terrace_tests::{Scratch, Server, ServerOptions, Tree, wait_until};
@@ -61,6 +63,35 @@ fn an_interrupted_copy_starts_again() {
     tree.wait_for_equal(&["heavy"]);
 }
 
+// It had to be made by hand before anything was copied, by a site with nobody there.
+#[test]
+fn a_table_that_is_new_at_the_top_is_made_when_all_is_copied_anew() {
+    let schema = "CREATE TABLE old (id int PRIMARY KEY, v text); SELECT terrace.add_table('old');
+                  INSERT INTO old SELECT g, 'x' FROM generate_series(1, 100) g";
+    let tree = Tree::grow(schema, &[("region", None, 1)]);
+    let server = &tree.nodes[0].server;
+    server.sql("CREATE INDEX own ON old (v)");
+    tree.top.sql(
+        "CREATE TABLE new (id int PRIMARY KEY, old int REFERENCES old);
+         CREATE INDEX by_old ON new (old); INSERT INTO new SELECT id, id FROM old;
+         SELECT terrace.add_table('new')",
+    );
+    tree.nodes[0].bridge.resync();
+    let copies = "SELECT count(*) FROM terrace.events WHERE kind = 'copied'";
+    wait_until("it is copied anew", || server.value(copies) == "2");
+    tree.wait_streaming();
+    tree.wait_for_equal(&["old", "new"]);
+    let made = "SELECT string_agg(indexrelid::regclass::text, ' ' ORDER BY indexrelid::regclass::text) FROM pg_index \
+                WHERE indrelid IN ('old'::regclass, 'new'::regclass)";
+    assert_eq!(server.value(made), "by_old new_pkey old_pkey own");
+    assert_eq!(
+        server.value(
+            "SELECT count(*) FROM pg_constraint WHERE contype = 'f' AND conrelid = 'new'::regclass"
+        ),
+        "1"
+    );
+}
+
 #[test]
 fn a_top_bridge_relays_for_the_top() {
     let scratch = Scratch::new("terrace-").expect("scratch");
@@ -76,7 +107,7 @@ fn a_top_bridge_relays_for_the_top() {
     top.sql(STEPS);
     top.sql("SELECT terrace.create_domain('region'), terrace.create_domain('site')");
     let counting = count_up(&top);
-    let top_bridge = Bridge::start(&scratch, &options(&top, "top", &[])).expect("start");
+    let mut top_bridge = Bridge::start(&scratch, &options(&top, "top", &[])).expect("start");
     let parent = [top_bridge.conninfo()];
     let _bridges = [("region", &below[0]), ("site", &below[1])].map(|(domain, server)| {
         Bridge::start(&scratch, &options(server, domain, &parent)).expect("start")
@@ -107,6 +138,24 @@ fn a_top_bridge_relays_for_the_top() {
         top.value("SELECT terrace.wait_for(pg_current_wal_lsn())"),
         "t"
     );
+
+    // It has nobody to ask for what its slot does not keep, and says so, without haste.
+    top_bridge.stop();
+    wait_until("the slot is free", || {
+        top.value("SELECT count(*) FROM pg_replication_slots WHERE active") == "0"
+    });
+    top.sql("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots");
+    top_bridge.restart().expect("start");
+    let reason = "SELECT state || ' ' || coalesce(reason, '') FROM terrace.node_status WHERE self";
+    wait_until("it tells of its slot", || {
+        let said = top.value(reason);
+        said.starts_with("stalled") && said.contains("does not exist") && said.contains("data_dir")
+    });
+    let sessions = "SELECT sum(sessions) FROM pg_stat_database WHERE datname = 'app'";
+    let count = || top.value(sessions).parse::<i64>().expect("a number");
+    let before = count();
+    std::thread::sleep(Duration::from_secs(3));
+    assert!(count() - before < 60, "{} tries", count() - before);
 }
 
 /// Waits until a copy from the server waits for a lock.

@@ -203,6 +203,18 @@ fn ddl_runs_as_the_role_that_ran_it() {
         ));
     }
     wait_for_catalog(&tree);
+    // One that has more rights here than there would lend them.
+    for node in &tree.nodes {
+        node.server.sql("ALTER ROLE maker SUPERUSER");
+    }
+    client
+        .batch_execute("SELECT terrace.replicate_ddl('CREATE VIEW app.w AS SELECT 2 AS two')")
+        .expect("make a view");
+    wait_for_stall(&tree, "\"maker\" is a superuser on this server");
+    for node in &tree.nodes {
+        node.server.sql("ALTER ROLE maker NOSUPERUSER");
+    }
+    wait_for_catalog(&tree);
     // Its code has its rights alone, here where the extension runs it and below.
     let code = "
         CREATE FUNCTION app.rise() RETURNS int LANGUAGE plpgsql AS $f$ BEGIN

@@ -437,6 +437,36 @@ fn rows_that_are_there_are_sent_to_those_that_receive() {
     );
 }
 
+// A user of a site's relay could tell of servers that nobody has, and a domain with one too many
+// follows no parent.
+#[test]
+fn a_report_speaks_for_what_is_below_alone() {
+    let (top, _scratch) = top();
+    top.sql("SELECT terrace.create_domain('region'), terrace.create_domain('branch', 'region'), terrace.create_domain('other')");
+    let report = |node: &str, domain: &str, more: &str| {
+        format!(
+            "SELECT terrace.report(jsonb_build_object('nodes', jsonb_build_array(jsonb_build_object(
+                 'node', '{node}', 'instance', '{node}', 'domain', '{domain}', 'seq', 1) || '{more}'), 'events', '[]'::jsonb))"
+        )
+    };
+    top.sql(&report("region-1", "region", "{\"self\": true}"));
+    top.sql(&report("region-2", "region", "{}"));
+    top.sql(&report("branch-1", "branch", "{}"));
+    for domain in ["other", "top"] {
+        let said = refusal(&top, &report("ghost", domain, "{}"));
+        assert!(said.contains("is not below this server"), "{said}");
+    }
+    let long = format!("{{\"reason\": \"{}\"}}", "x".repeat(2_000_000));
+    let said = refusal(&top, &report("branch-2", "branch", &long));
+    assert!(said.contains("longer than 1 MB"), "{said}");
+
+    top.sql("SELECT terrace.forget_node('branch-1')");
+    let said = refusal(&top, "SELECT terrace.forget_node('branch-1')");
+    assert!(said.contains("has not reported"), "{said}");
+    let known = "SELECT string_agg(node, ' ' ORDER BY node) FROM terrace.node_status";
+    assert_eq!(top.value(known), "region-1 region-2");
+}
+
 // After a cut, what a bridge had said before it came in late, and was shown as news.
 #[test]
 fn a_report_that_was_held_up_says_nothing_of_now() {

@@ -106,6 +106,26 @@ fn a_standby_that_has_more_is_followed() {
     }
 }
 
+// In a drill, or by mistake: who has touched it followed the top no more.
+#[test]
+fn a_standby_without_the_slot_ties_nobody_to_itself() {
+    let mut story = begin();
+    story.top.stop();
+    story.standby.sql("SELECT pg_promote()");
+    wait_until("the standby is asked", || {
+        let said = story.reason();
+        said.contains("\"terrace_region\" does not exist") && said.contains("resync")
+    });
+    story.top.restart().expect("start the top");
+    let counting = count_up(&story.top);
+    counting.go_on(30);
+    counting.stop();
+    let last = story.top.value("SELECT max(n) FROM steps");
+    story.wait_for(last.parse().expect("number"));
+    let timeline = "SELECT split_part(identity, '/', 2) FROM terrace.progress";
+    assert_eq!(story.region.value(timeline), "1");
+}
+
 #[test]
 fn a_standby_that_has_less_is_not_followed_and_nothing_is_served() {
     let mut story = begin();
