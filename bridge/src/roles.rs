@@ -233,9 +233,11 @@ impl Roles {
         self.opening = false;
         self.note_deposed(&target);
         let opened = shared.role() != Role::None;
+        let in_vain = opened && shared.heard_ago().is_some_and(|ago| ago >= SILENT);
         shared.set_role(Role::None, None, "");
         self.observer.hurry(true);
-        self.note_end(&target, opened, &ended);
+        self.note_failure(&target, opened, &ended);
+        self.note_end(&target, in_vain, &ended);
         if let Some(to) = asked {
             self.hand_over(&to).await;
         }
@@ -629,8 +631,7 @@ impl Roles {
         *until = Instant::now() + (AGAIN * 2_u32.pow((*times).min(8) / 2)).min(limit);
     }
 
-    fn note_end(&mut self, target: &Target, opened: bool, end: &LinkEnd) {
-        self.note_failure(target, opened, end);
+    fn note_end(&mut self, target: &Target, in_vain: bool, end: &LinkEnd) {
         let now = self.observer.now();
         let problem = format!("{}: {end}", target.name);
         let state = match end {
@@ -673,7 +674,7 @@ impl Roles {
             LinkEnd::Lost(_) | LinkEnd::Gone(_) => State::Down,
         };
         if target.role == Role::Master {
-            match opened && self.shared.heard_ago().is_none_or(|ago| ago >= SILENT) {
+            match in_vain {
                 true => self.decider.led_in_vain(now),
                 false => self.decider.failed(now),
             }

@@ -46,6 +46,8 @@ struct Inner {
     upstream_name: Option<String>,
     copy_progress: Option<(u64, u64)>,
     received: Lsn,
+    /// How far the upstream of the present link has told to be.
+    upstream_end: Option<Lsn>,
     top_time: i64,
     heard: Option<Instant>,
     applied: Applied,
@@ -80,6 +82,12 @@ const FRESH: Duration = Duration::from_secs(2);
 impl Inner {
     fn has_diverged(&self) -> bool {
         self.diverged.is_some() || self.matching.outvoted.is_some()
+    }
+
+    fn note_upstream_end(&mut self, lsn: Lsn) {
+        if lsn > Lsn::ZERO {
+            self.upstream_end = self.upstream_end.max(Some(lsn));
+        }
     }
 
     fn heard_within(&self, limit: Duration) -> bool {
@@ -193,6 +201,7 @@ impl Shared {
             inner.upstream_name = name;
             inner.upstream = conninfo;
             inner.heard = (role != Role::None).then(Instant::now);
+            inner.upstream_end = None;
             before
         });
         if before != role && role != Role::None {
@@ -481,10 +490,16 @@ impl Shared {
     pub fn set_received(&self, lsn: Lsn, top_time: i64) {
         let mut inner = self.inner();
         inner.top_time = inner.top_time.max(top_time);
+        inner.note_upstream_end(lsn);
         if lsn > inner.received {
             inner.received = lsn;
             self.changed.notify_one();
         }
+    }
+
+    /// Notes how far the upstream is, whatever of that has come.
+    pub fn set_upstream_end(&self, lsn: Lsn) {
+        self.inner().note_upstream_end(lsn);
     }
 
     /// Notes that something has come from the upstream, be it a part of a message only: over
@@ -679,7 +694,9 @@ impl Shared {
         let (state, reason) = state_of(&inner, replayed, disk);
         let (apply_rate, catchup) = inner.rate.rates();
         let fresh = inner.heard_within(FRESH);
-        let caught_up = fresh && replayed >= inner.received && replayed > Lsn::ZERO;
+        // A link that has just been opened has told nothing yet of what is missing here.
+        let wanted = inner.upstream_end.map(|end| end.max(inner.received));
+        let caught_up = fresh && wanted.is_some_and(|end| replayed >= end);
         // From here the lag grows when it falls behind, also if nothing was ever applied.
         if caught_up {
             inner.applied.top_time = inner.top_time;

@@ -533,6 +533,7 @@ impl<'a> Link<'a> {
             b'P' if self.bridge && body.len() == 16 => {
                 let (replayed, time) = (Lsn(body.get_u64()), body.get_i64());
                 self.note_received(Lsn::ZERO, time);
+                self.shared.set_upstream_end(replayed);
                 if self.shared.config.apply.wait_for_upstream {
                     self.shared.upstream_replayed.send_if_modified(|gate| {
                         let moves = replayed > *gate;
