@@ -40,6 +40,16 @@ CREATE TABLE sync_schema (
     nspname text PRIMARY KEY
 );
 
+-- Partitions of synchronised tables that hold rows at the top: of what, the nearest first, and which
+-- rows those are; not of one by hash, whose condition holds in its own database alone.
+CREATE TABLE partition (
+    nspname text NOT NULL,
+    relname text NOT NULL,
+    ancestors text[] NOT NULL,
+    condition text,
+    PRIMARY KEY (nspname, relname)
+);
+
 -- Announces a message that bridges obey (see write_sealed); empty but in the stream.
 CREATE TABLE seal (
     digest bytea PRIMARY KEY
@@ -67,7 +77,7 @@ CREATE TABLE checksum (
 );
 
 -- What flows is flowing data itself, so that it is exact at each position.
-CREATE PUBLICATION terrace FOR TABLE domain, sync_table, sync_schema, seal, comparison, checksum;
+CREATE PUBLICATION terrace FOR TABLE domain, sync_table, sync_schema, partition, seal, comparison, checksum;
 
 CREATE FUNCTION tie_publication(publication oid, extension oid) RETURNS void
     LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'tie_publication_wrapper';
@@ -255,6 +265,95 @@ CREATE FUNCTION stored_parts_of(rel regclass) RETURNS SETOF regclass
     WHERE c.relkind = 'r' ORDER BY part
 $$;
 
+-- Keeps the list of a table's partitions. While a server is copied to, it is like a top but for
+-- who writes.
+CREATE FUNCTION note_partitions(root regclass) RETURNS void
+    LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
+    WITH named AS (
+        SELECT c.oid, format('%I.%I', n.nspname, c.relname) AS name, n.nspname, c.relname
+        FROM terrace.parts_of(root) part JOIN pg_class c ON c.oid = part JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE current_setting('session_replication_role') <> 'replica'
+    ), present AS (
+        SELECT named.nspname, named.relname,
+               (SELECT array_agg(up.name ORDER BY a.step)
+                FROM pg_partition_ancestors(named.oid) WITH ORDINALITY a(relid, step) JOIN named up ON up.oid = a.relid
+                WHERE a.relid <> named.oid) AS ancestors,
+               nullif(regexp_replace(d, '.*satisfies_hash_partition.*', ''), '') AS condition
+        FROM named JOIN pg_partition_tree(root) t ON t.relid = named.oid AND t.isleaf AND t.level > 0,
+             coalesce(pg_get_partition_constraintdef(named.oid), 'true') d
+    ), gone AS (
+        DELETE FROM terrace.partition p USING named
+        WHERE named.oid = root AND named.name = ANY (p.ancestors)
+          AND NOT EXISTS (SELECT FROM present WHERE present.nspname = p.nspname AND present.relname = p.relname)
+    )
+    INSERT INTO terrace.partition AS p SELECT nspname, relname, ancestors, condition FROM present
+    ON CONFLICT (nspname, relname) DO UPDATE SET ancestors = EXCLUDED.ancestors, condition = EXCLUDED.condition
+    WHERE p.ancestors <> EXCLUDED.ancestors OR p.condition IS DISTINCT FROM EXCLUDED.condition
+$$;
+
+-- Whether a table that is partitioned at the top is another way here, or not at all: it has no
+-- partition of a name that one has there.
+CREATE FUNCTION has_own_layout(root text) RETURNS boolean
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT coalesce((
+        SELECT c.relkind <> 'p' OR (count(t.relid) > 0 AND count(p.relname) = 0)
+        FROM pg_class c
+        LEFT JOIN pg_partition_tree(c.oid) t ON t.isleaf AND t.relid <> c.oid
+        LEFT JOIN pg_class tc ON tc.oid = t.relid
+        LEFT JOIN pg_namespace tn ON tn.oid = tc.relnamespace
+        LEFT JOIN terrace.partition p ON p.nspname = tn.nspname AND p.relname = tc.relname
+        WHERE c.oid = to_regclass(root)
+        GROUP BY c.relkind), false)
+$$;
+
+-- The table here that holds the rows of a table of the top: itself; or, of a partition there, where
+-- this server is partitioned in its own way, the nearest table that it is a part of.
+CREATE FUNCTION place_of(schema_name text, table_name text) RETURNS text
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT coalesce(
+        (SELECT up.name
+         FROM terrace.partition p, unnest(p.ancestors) WITH ORDINALITY up(name, step)
+         WHERE p.nspname = schema_name AND p.relname = table_name AND to_regclass(up.name) IS NOT NULL
+           AND terrace.has_own_layout(p.ancestors[cardinality(p.ancestors)])
+         ORDER BY up.step LIMIT 1),
+        (SELECT own FROM format('%I.%I', schema_name, table_name) own WHERE to_regclass(own) IS NOT NULL))
+$$;
+
+-- Removes what would be the rows of a partition, were it one here; those of them that "which" holds for.
+-- As the owner: what a table is partitioned by may call functions.
+CREATE FUNCTION clear_partition(schema_name text, table_name text, which text DEFAULT 'true') RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    place text := terrace.place_of(schema_name, table_name);
+    of_partition text := (SELECT condition FROM terrace.partition p
+                          WHERE p.nspname = schema_name AND p.relname = table_name);
+BEGIN
+    IF of_partition IS NULL THEN
+        RAISE EXCEPTION 'which rows of "%" were those of partition "%.%" is not known here', place, schema_name, table_name
+            USING ERRCODE = 'feature_not_supported',
+                  DETAIL = 'It is a partition by hash, and this server is partitioned in another way.',
+                  HINT = 'Leave the transaction out with terrace-bridge skip, and send the table again with terrace-bridge resync --table.';
+    END IF;
+    PERFORM terrace.run_as((SELECT r.rolname FROM pg_class c JOIN pg_roles r ON r.oid = c.relowner
+                            WHERE c.oid = place::regclass)::text,
+                           format('DELETE FROM %s WHERE (%s) AND (%s)', place, which, of_partition));
+END $$;
+
+-- What is a partition no more takes its rows with it.
+CREATE FUNCTION follow_partition() RETURNS trigger
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF current_setting('session_replication_role') <> 'replica' OR OLD.condition IS NULL
+       OR NOT terrace.has_own_layout(OLD.ancestors[cardinality(OLD.ancestors)]) THEN
+        RETURN OLD;
+    END IF;
+    PERFORM terrace.clear_partition(OLD.nspname, OLD.relname);
+    RETURN OLD;
+END $$;
+
+CREATE TRIGGER follow BEFORE DELETE ON partition FOR EACH ROW EXECUTE FUNCTION follow_partition();
+ALTER TABLE partition ENABLE ALWAYS TRIGGER follow;
+
 -- What it does here, each server does by itself.
 CREATE FUNCTION attach_table(schema_name text, table_name text) RETURNS void
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET terrace.ddl = off AS $$
@@ -296,6 +395,9 @@ BEGIN
             PERFORM terrace.guard_table(part);
         END IF;
     END LOOP;
+    IF terrace.is_top() THEN
+        PERFORM terrace.note_partitions(rel);
+    END IF;
 END $$;
 
 CREATE FUNCTION detach_table(schema_name text, table_name text) RETURNS void
@@ -362,6 +464,9 @@ BEGIN
     LOOP
         IF found.parts <> '{}' THEN
             PERFORM terrace.attach_table(found.nspname, found.relname);
+        END IF;
+        IF terrace.is_top() THEN
+            PERFORM terrace.note_partitions(to_regclass(format('%I.%I', found.nspname, found.relname)));
         END IF;
         -- What it held before it became a part of a synchronised table.
         FOREACH part IN ARRAY found.parts LOOP
@@ -497,6 +602,10 @@ BEGIN
     LOOP
         DELETE FROM terrace.sync_table s WHERE s.nspname = gone.nspname AND s.relname = gone.relname;
     END LOOP;
+    IF terrace.is_top() THEN
+        DELETE FROM terrace.partition p USING pg_event_trigger_dropped_objects() d
+        WHERE d.object_type = 'table' AND p.nspname = d.schema_name AND p.relname = d.object_name;
+    END IF;
 END $$;
 
 CREATE TRIGGER follow AFTER INSERT OR UPDATE OR DELETE ON sync_table
@@ -507,7 +616,7 @@ DO $$
 DECLARE
     flowing text;
 BEGIN
-    FOREACH flowing IN ARRAY '{domain,sync_table,sync_schema,comparison,checksum}'::text[] LOOP
+    FOREACH flowing IN ARRAY '{domain,sync_table,sync_schema,partition,comparison,checksum}'::text[] LOOP
         EXECUTE format('CREATE TRIGGER terrace_tag BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON %I '
             'FOR EACH STATEMENT EXECUTE FUNCTION arm_tag()', flowing);
     END LOOP;
@@ -1446,7 +1555,7 @@ GRANT EXECUTE ON FUNCTION report(jsonb), guard_session(), resend(regclass, text[
     begin_comparison(regclass, integer), finish_comparison(comparison),
     resend_ranges(bigint, integer[], text[]), range_condition(comparison, integer),
     key_expression(regclass, text) TO terrace_reader;
-GRANT SELECT ON domain, sync_table, sync_schema, comparison, checksum, domains, tables, status, node_status, lag, topology, event,
+GRANT SELECT ON domain, sync_table, sync_schema, partition, comparison, checksum, domains, tables, status, node_status, lag, topology, event,
     events, delivery, conflict, conflicts, own_checksum, own_comparisons, comparisons, progress TO PUBLIC;
 
 -- Last, as they would fire for the tables of this file.

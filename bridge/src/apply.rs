@@ -43,6 +43,7 @@ use crate::queue::{Queue, QueueError, Reader};
 use crate::record::{CommitInfo, Kind, Record};
 use crate::status::Shared;
 use crate::upstream::pinned_settings;
+pub use plan::other_place;
 use plan::{Expect, Planner, Step};
 
 /// A batch takes no more transactions than this …

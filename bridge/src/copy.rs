@@ -105,11 +105,18 @@ pub async fn initial_copy(shared: &Arc<Shared>, source: &ConnInfo) -> anyhow::Re
     };
     tracing::info!(position = %lsn, source = %source.endpoint(), "initial copy starts");
     let mut reader = snapshot_session(source, &snapshot).await?;
-    let tables = synchronised_tables(&mut reader, &node.domain).await?;
+    let mut tables = synchronised_tables(&mut reader, &node.domain).await?;
     hold(&mut reader, &tables).await?;
     let mut local = local_session(shared).await?;
-    let prepared =
-        prepare_schema(shared, source, &snapshot, &mut reader, &mut local, &tables).await?;
+    let prepared = prepare_schema(
+        shared,
+        source,
+        &snapshot,
+        &mut reader,
+        &mut local,
+        &mut tables,
+    )
+    .await?;
     Copying::new(shared, source, &snapshot, tables)
         .run()
         .await?;
@@ -224,15 +231,22 @@ async fn prepare_schema(
     snapshot: &str,
     reader: &mut Client,
     local: &mut Client,
-    tables: &[Table],
+    tables: &mut [Table],
 ) -> anyhow::Result<Prepared> {
     let ours = read_marker(shared);
     // Not TRUNCATE: what follows these lists takes its triggers from the tables then.
     let empty = TERRACE_TABLES.map(|name| format!("DELETE FROM terrace.{name}"));
     local.simple(&empty.join("; ")).await?;
+    // The list of partitions says where their rows go; to be emptied it must not look at them.
+    local.simple("TRUNCATE terrace.partition").await?;
+    copy_table(reader, local, Table::whole("terrace", "partition")).await?;
+    for table in tables.iter_mut() {
+        table.find_place(local).await?;
+    }
+    let tables = &*tables;
     let (mut present, mut missing, mut rows_of) = (Vec::new(), Vec::new(), Vec::new());
     for table in tables {
-        let name = table.qualified();
+        let name = table.here();
         let rows = local
             .query(
                 "SELECT relkind::text FROM pg_catalog.pg_class WHERE oid = to_regclass($1)",
@@ -253,7 +267,7 @@ async fn prepare_schema(
         rows_of.push(format!("{only}{name}"));
     }
     for (table, rows) in present.iter().zip(&rows_of) {
-        let name = table.qualified();
+        let name = table.here();
         let full = local
             .simple(&format!("SELECT 1 FROM {rows} LIMIT 1"))
             .await?;
@@ -295,7 +309,8 @@ async fn prepare_schema(
         marker.push_str(FROM_PARENT);
     }
     write_atomically(&shared.config.node.data_dir, MARKER, marker.as_bytes())?;
-    let others: Vec<String> = others.iter().map(|table| table.qualified()).collect();
+    let mut others: Vec<String> = others.iter().map(|table| table.qualified()).collect();
+    others.extend(parts_elsewhere(local).await?);
     if !missing.is_empty() {
         let pre = dump(source, snapshot, reader, "pre-data", &others).await?;
         let done = restore(local, &pre).await;
@@ -313,6 +328,18 @@ async fn prepare_schema(
         marker,
         without: unfinished.then_some(others),
     })
+}
+
+/// Partitioned partitions at the top that are none here, as this server is partitioned in its own way.
+async fn parts_elsewhere(local: &mut Client) -> anyhow::Result<Vec<String>> {
+    let sql = "SELECT DISTINCT up FROM terrace.partition p, pg_catalog.unnest(p.ancestors) up \
+               WHERE pg_catalog.to_regclass(up) IS NULL \
+                 AND terrace.has_own_layout(p.ancestors[pg_catalog.cardinality(p.ancestors)])";
+    let rows = local
+        .query(sql, &[])
+        .await
+        .context("read terrace.partition")?;
+    Ok(rows.into_iter().flatten().flatten().collect())
 }
 
 /// An event that somebody reads is worth more than a copy that is not made.

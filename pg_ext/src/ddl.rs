@@ -211,6 +211,14 @@ enum When {
     Outside,
 }
 
+fn put_name(out: &mut String, (schema, name): &statement::Name) {
+    out.push('[');
+    put_json(out, schema);
+    out.push(',');
+    put_json(out, name);
+    out.push(']');
+}
+
 /// A statement that travels.
 struct Ddl {
     sql: String,
@@ -223,6 +231,8 @@ struct Ddl {
     index: Option<String>,
     /// Where none of these is, and none is to be, it is left out.
     about: Vec<statement::Name>,
+    /// The whole of which it makes or takes a partition.
+    part_of: Option<statement::Name>,
     /// What is in this table then is told too.
     refill: Option<pg_sys::Oid>,
     /// The part of the transaction that it runs in.
@@ -259,6 +269,7 @@ impl Ddl {
                 settings: settings(),
                 index: None,
                 about: statement::about(node, tag),
+                part_of: statement::part_of(node, tag),
                 refill: None,
                 part: pg_sys::GetCurrentSubTransactionId(),
             };
@@ -313,17 +324,20 @@ impl Ddl {
         message.push_str(&format!(
             ",\"superuser\":{superuser},\"settings\":{{{settings}}},\"outside\":{outside},\"about\":["
         ));
-        for (index, (schema, name)) in self.about.iter().enumerate() {
-            message.push_str(if index > 0 { ",[" } else { "[" });
-            put_json(&mut message, schema);
-            message.push(',');
-            put_json(&mut message, name);
-            message.push(']');
+        for (index, name) in self.about.iter().enumerate() {
+            if index > 0 {
+                message.push(',');
+            }
+            put_name(&mut message, name);
         }
         message.push(']');
         if let Some(index) = &self.index {
             message.push_str(",\"index\":");
             put_json(&mut message, index);
+        }
+        if let Some(whole) = &self.part_of {
+            message.push_str(",\"part_of\":");
+            put_name(&mut message, whole);
         }
         message.push('}');
         write_sealed(PREFIX, &message);

@@ -91,6 +91,8 @@ struct Relation {
     definition: Bytes,
     namespace: String,
     name: String,
+    /// Where its rows are here, if it is a partition at the top and none here.
+    place: Option<String>,
     columns: Vec<Column>,
     looked_up: bool,
     routed: bool,
@@ -103,12 +105,16 @@ struct Relation {
 }
 
 impl Relation {
+    /// The table here.
     fn qualified(&self) -> String {
-        format!(
-            "{}.{}",
-            quote_ident(&self.namespace),
-            quote_ident(&self.name)
-        )
+        let own = || {
+            format!(
+                "{}.{}",
+                quote_ident(&self.namespace),
+                quote_ident(&self.name)
+            )
+        };
+        self.place.clone().unwrap_or_else(own)
     }
 
     /// For statements that would touch inheriting tables as well.
@@ -117,6 +123,7 @@ impl Relation {
         format!("{only}{}", self.qualified())
     }
 
+    /// Its name at the top, for people.
     fn table(&self) -> String {
         format!("{}.{}", self.namespace, self.name)
     }
@@ -281,6 +288,7 @@ impl Planner {
             definition,
             namespace: relation.namespace.to_owned(),
             name: relation.name.to_owned(),
+            place: None,
             columns,
             looked_up: false,
             routed: self.is_routed(relation.namespace, relation.name),
@@ -314,6 +322,7 @@ impl Planner {
             relation.looked_up = true;
             return Ok(());
         }
+        relation.place = other_place(client, &relation.namespace, &relation.name).await?;
         let sql = "SELECT a.attname, a.attgenerated <> '', \
                  EXISTS (SELECT FROM pg_index i WHERE i.indrelid = a.attrelid AND i.indisprimary \
                          AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])), \
@@ -460,19 +469,25 @@ impl Planner {
         if sealing || !relation.routed && relids.len() == 1 {
             return Ok(Planned::Nothing);
         }
+        let mut cleared = Vec::new();
         let (sql, values, expect) = match message {
             Message::Insert { new, .. } => insert(relation, new, payload)?,
             Message::Update { old, new, .. } => update(relation, old, new, payload)?,
             Message::Delete { old, .. } => delete(relation, old, payload)?,
             Message::Truncate { options, relids } => {
-                let tables: Vec<String> = relids
+                let routed = relids
                     .iter()
                     .filter_map(|relid| self.relations.get(relid))
-                    .filter(|relation| relation.routed)
-                    .map(Relation::rows)
-                    .collect();
+                    .filter(|relation| relation.routed);
+                let (elsewhere, here): (Vec<_>, Vec<_>) =
+                    routed.partition(|relation| relation.place.is_some());
+                cleared.extend(elsewhere.into_iter().map(clear_partition));
+                let tables: Vec<String> = here.into_iter().map(Relation::rows).collect();
                 if tables.is_empty() {
-                    return Ok(Planned::Nothing);
+                    return Ok(match cleared.is_empty() {
+                        true => Planned::Nothing,
+                        false => Planned::Steps(cleared),
+                    });
                 }
                 let restart = if options & TRUNCATE_RESTART_IDENTITY != 0 {
                     " RESTART IDENTITY"
@@ -487,7 +502,8 @@ impl Planner {
         if sql.is_empty() {
             return Ok(Planned::Nothing);
         }
-        Ok(Planned::Steps(vec![self.step(sql, values, expect)]))
+        cleared.push(self.step(sql, values, expect));
+        Ok(Planned::Steps(cleared))
     }
 
     /// Whether a schema record says what is known already.
@@ -660,6 +676,34 @@ fn shape(relation: &Relation, primaries: usize) -> Option<Shape> {
         columns,
         keys,
     })
+}
+
+/// The table here that holds the rows of a partition of the top, if that is not one of its name.
+pub async fn other_place(
+    client: &mut Client,
+    namespace: &str,
+    name: &str,
+) -> anyhow::Result<Option<String>> {
+    let sql = "SELECT place FROM terrace.place_of($1, $2) place \
+               WHERE place <> pg_catalog.format('%I.%I', $1, $2)";
+    let rows = client
+        .query(sql, &[Some(namespace), Some(name)])
+        .await
+        .context("look for the table that holds the rows of a partition")?;
+    Ok(rows
+        .into_iter()
+        .next()
+        .and_then(|row| row.into_iter().next()?))
+}
+
+/// TRUNCATE of a partition that is none here.
+fn clear_partition(relation: &Relation) -> Step {
+    let values = texts([relation.namespace.clone(), relation.name.clone()]);
+    unnamed(
+        "SELECT terrace.clear_partition($1, $2)".into(),
+        values,
+        Expect::Done,
+    )
 }
 
 /// A statement that is not prepared.

@@ -15,6 +15,7 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use super::Session;
+use super::plan::other_place;
 use crate::client::{Client, quote_ident};
 use crate::open::local_client;
 use crate::pgoutput::{Datum, Tuple};
@@ -47,6 +48,9 @@ pub struct Ddl {
     #[serde(default)]
     index: Option<String>,
     about: Vec<(String, String)>,
+    /// The table that it makes a partition for, or takes one from.
+    #[serde(default)]
+    part_of: Option<(String, String)>,
 }
 
 /// Content of a `terrace.rows` message (`pg_ext/src/fill.rs`), but for the rows.
@@ -234,6 +238,20 @@ impl Session<'_> {
 
     /// Whether all that a statement changes is missing here, and nothing of it is to be here.
     async fn is_foreign(&mut self, ddl: &Ddl) -> anyhow::Result<bool> {
+        if let Some((namespace, name)) = &ddl.part_of {
+            // It may be a partition itself, and none here.
+            let sql = "SELECT terrace.has_own_layout(coalesce( \
+                           (SELECT p.ancestors[pg_catalog.cardinality(p.ancestors)] FROM terrace.partition p \
+                            WHERE whole = ANY (p.ancestors) LIMIT 1), whole)) \
+                       FROM pg_catalog.format('%I.%I', $1::text, $2::text) whole";
+            let rows = self
+                .client
+                .query(sql, &[Some(namespace), Some(name)])
+                .await?;
+            if rows.first().and_then(|row| row.first()?.as_deref()) == Some("t") {
+                return Ok(true);
+            }
+        }
         for (namespace, name) in &ddl.about {
             let rows = self
                 .client
@@ -309,7 +327,9 @@ impl Session<'_> {
         if !self.planner.is_routed(namespace, name) {
             return Ok(());
         }
-        let table = format!("{}.{}", quote_ident(namespace), quote_ident(name));
+        let elsewhere = other_place(&mut self.client, namespace, name).await?;
+        let own = || format!("{}.{}", quote_ident(namespace), quote_ident(name));
+        let table = elsewhere.clone().unwrap_or_else(own);
         let known = self
             .client
             .query(
@@ -332,9 +352,15 @@ impl Session<'_> {
             );
         };
         if let Some(condition) = &rows.clear {
-            let only = if plain { "ONLY " } else { "" };
-            let sql = format!("DELETE FROM {only}{table} WHERE {condition}");
-            self.client.simple(&sql).await?;
+            if elsewhere.is_some() {
+                let sql = "SELECT terrace.clear_partition($1, $2, $3)";
+                let which = [Some(namespace.as_str()), Some(name), Some(condition)];
+                self.client.query(sql, &which).await?;
+            } else {
+                let only = if plain { "ONLY " } else { "" };
+                let sql = format!("DELETE FROM {only}{table} WHERE {condition}");
+                self.client.simple(&sql).await?;
+            }
         }
         if empty {
             return Ok(());

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context, bail};
 use tokio::task::JoinSet;
 
-use crate::apply::COMPRESS_FAST;
+use crate::apply::{COMPRESS_FAST, other_place};
 use crate::client::{Client, PgError, SessionOptions, quote_ident, quote_literal};
 use crate::conninfo::ConnInfo;
 use crate::status::Shared;
@@ -44,6 +44,8 @@ pub(super) struct Table {
     bytes: u64,
     /// It is a heap that we may read all of.
     divisible: bool,
+    /// Where its rows go here, if it is a partition at the source and none here.
+    place: Option<String>,
 }
 
 /// Some pages of a table, the last one left out if there is one; or all of it.
@@ -66,7 +68,19 @@ impl Table {
             pages: 0,
             bytes: 0,
             divisible: false,
+            place: None,
         }
+    }
+
+    /// Looks where its rows go.
+    pub async fn find_place(&mut self, local: &mut Client) -> anyhow::Result<()> {
+        self.place = other_place(local, &self.namespace, &self.name).await?;
+        Ok(())
+    }
+
+    /// The table here, as SQL names it.
+    pub fn here(&self) -> String {
+        self.place.clone().unwrap_or_else(|| self.qualified())
     }
 
     pub fn qualified(&self) -> String {
@@ -124,7 +138,8 @@ impl Part {
                 format!("COPY (SELECT {columns} FROM ONLY {table} WHERE {condition}) TO STDOUT")
             }
         };
-        (read, format!("COPY {table}{list} FROM STDIN"))
+        let here = self.table.here();
+        (read, format!("COPY {here}{list} FROM STDIN"))
     }
 }
 
@@ -198,6 +213,7 @@ pub(super) async fn synchronised_tables(
             pages: number(pages),
             bytes: number(bytes),
             divisible: divisible.as_deref() == Some("t"),
+            place: None,
         });
     }
     Ok(tables)

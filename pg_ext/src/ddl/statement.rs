@@ -241,6 +241,40 @@ pub unsafe fn about(node: *mut pg_sys::Node, tag: NodeTag) -> Vec<Name> {
     }
 }
 
+/// The partitioned table that a statement makes a partition for, or takes one from.
+///
+/// # Safety
+/// See the module.
+pub unsafe fn part_of(node: *mut pg_sys::Node, tag: NodeTag) -> Option<Name> {
+    // SAFETY: see the module; the tag says what the node is, and a command's kind what it is about.
+    unsafe {
+        let parent = match tag {
+            NodeTag::T_CreateStmt => {
+                let create = &*node.cast::<pg_sys::CreateStmt>();
+                let parents = elements::<pg_sys::RangeVar>(create.inhRelations);
+                (!create.partbound.is_null()).then(|| parents.first().copied())??
+            }
+            NodeTag::T_AlterTableStmt => {
+                let alter = &*node.cast::<pg_sys::AlterTableStmt>();
+                elements::<pg_sys::AlterTableCmd>(alter.cmds)
+                    .into_iter()
+                    .any(|command| {
+                        [
+                            AlterTableType::AT_AttachPartition,
+                            AlterTableType::AT_DetachPartition,
+                            AlterTableType::AT_DetachPartitionFinalize,
+                        ]
+                        .contains(&(*command).subtype)
+                    })
+                    .then_some(alter.relation)?
+            }
+            _ => return None,
+        };
+        let table = look_up(parent);
+        (table != pg_sys::InvalidOid).then(|| (schema_of(table), text(pg_sys::get_rel_name(table))))
+    }
+}
+
 unsafe fn schema_of(relation: pg_sys::Oid) -> String {
     // SAFETY: a relation that exists.
     unsafe {

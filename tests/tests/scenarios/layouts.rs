@@ -86,6 +86,99 @@ fn a_table_may_be_partitioned_below() {
     }
 }
 
+// By range and list there, by year or not at all here; partitions there had to have tables of
+// their names here.
+#[test]
+fn a_table_may_be_partitioned_in_another_way_below() {
+    let schema = "
+        CREATE TABLE sale (id int, day date, v text, PRIMARY KEY (id, day)) PARTITION BY RANGE (day);
+        CREATE TABLE sale_25a PARTITION OF sale FOR VALUES FROM ('2025-01-01') TO ('2025-07-01');
+        CREATE TABLE sale_25b PARTITION OF sale FOR VALUES FROM ('2025-07-01') TO ('2026-01-01');
+        CREATE TABLE sale_26 PARTITION OF sale FOR VALUES FROM ('2026-01-01') TO ('2027-01-01') PARTITION BY RANGE (id);
+        CREATE TABLE sale_26_few PARTITION OF sale_26 FOR VALUES FROM (MINVALUE) TO (1030);
+        CREATE TABLE sale_26_rest PARTITION OF sale_26 DEFAULT;
+        CREATE TABLE visit (day date, v text) PARTITION BY LIST (v);
+        CREATE TABLE visit_a PARTITION OF visit FOR VALUES IN ('a', 'it''s');
+        CREATE TABLE visit_rest PARTITION OF visit DEFAULT;
+        CREATE TABLE spot (id int PRIMARY KEY, v text) PARTITION BY HASH (id);
+        CREATE TABLE spot_0 PARTITION OF spot FOR VALUES WITH (MODULUS 2, REMAINDER 0);
+        CREATE TABLE spot_1 PARTITION OF spot FOR VALUES WITH (MODULUS 2, REMAINDER 1);
+        SELECT terrace.add_table('sale'), terrace.add_table('visit'), terrace.add_table('spot')";
+    let below = "
+        CREATE TABLE sale (id int, day date, v text, PRIMARY KEY (id, day)) PARTITION BY RANGE (day);
+        CREATE TABLE sale_old PARTITION OF sale FOR VALUES FROM (MINVALUE) TO ('2026-01-01');
+        CREATE TABLE sale_new PARTITION OF sale FOR VALUES FROM ('2026-01-01') TO (MAXVALUE);
+        CREATE TABLE visit (day date, v text);
+        CREATE TABLE spot (id int PRIMARY KEY, v text)";
+    let changes = "
+        INSERT INTO sale SELECT {n} + g, '2025-06-20'::date + g, 'new' FROM generate_series(1, 20) g;
+        INSERT INTO sale SELECT {n} + g, '2025-12-20'::date + g, 'new' FROM generate_series(21, 40) g;
+        INSERT INTO visit SELECT '2026-01-01'::date + {n} + g / 2, chr(97 + g % 3) FROM generate_series(1, 30) g;
+        INSERT INTO spot SELECT {n} + g, 'x' FROM generate_series(1, 100) g;
+        UPDATE sale SET day = '2026-02-02' WHERE id = {n} + 1;
+        UPDATE sale SET day = '2025-02-02', v = 'back' WHERE id IN ({n} + 1, {n} + 39);
+        UPDATE sale SET v = 'sold' WHERE day > '2026-01-05' AND id % 2 = 0;
+        UPDATE sale SET id = id + 100, day = '2025-08-03' WHERE id = {n} + 2;
+        DELETE FROM sale WHERE id IN ({n} + 3, {n} + 38);
+        UPDATE visit SET v = 'it''s' WHERE day = '2026-01-03'::date + {n};
+        UPDATE visit SET v = 'a' WHERE ctid = (SELECT min(ctid) FROM visit_rest) AND tableoid = 'visit_rest'::regclass;
+        DELETE FROM visit_a WHERE ctid = (SELECT max(ctid) FROM visit_a);
+        BEGIN; TRUNCATE visit_a; INSERT INTO visit VALUES ('2026-01-01', 'a'), ('2026-01-01', 'it''s'), ('2026-01-01', 'a'); COMMIT;
+        TRUNCATE sale_25a, sale_26_rest;
+        INSERT INTO sale SELECT {n} + g, '2025-03-20', 'again' FROM generate_series(1, 5) g;
+        UPDATE spot SET v = 'y', id = id + 500 WHERE id % 7 = 0;
+        DELETE FROM spot WHERE id % 5 = 0";
+    let tables = ["sale", "visit", "spot"];
+    let tree = flows(schema, [below, ""], changes, &tables);
+    for node in &tree.nodes {
+        let parts = "SELECT string_agg(relname, ' ' ORDER BY relname) FROM pg_class \
+                     WHERE relkind IN ('r', 'p') AND relname ~ '^(sale|visit|spot)'";
+        let shown = node.server.value(parts);
+        assert_eq!(
+            shown, "sale sale_new sale_old spot visit",
+            "{}",
+            node.server.name
+        );
+    }
+
+    // Partitions come with rows and without, and go with theirs; there their DDL is nothing here.
+    tree.top.sql("ALTER DATABASE app SET session_preload_libraries = 'terrace'; ALTER DATABASE app SET terrace.ddl = on");
+    for sql in [
+        "CREATE TABLE sale_27 PARTITION OF sale FOR VALUES FROM ('2027-01-01') TO ('2028-01-01')",
+        "INSERT INTO sale SELECT g, '2027-01-01'::date + g, 'late' FROM generate_series(1, 50) g",
+        "CREATE TABLE sale_28 (LIKE sale INCLUDING ALL)",
+        "INSERT INTO sale_28 SELECT g, '2028-01-01'::date + g, 'before' FROM generate_series(1, 50) g",
+        "ALTER TABLE sale ATTACH PARTITION sale_28 FOR VALUES FROM ('2028-01-01') TO ('2029-01-01')",
+        "UPDATE sale SET v = 'after' WHERE day > '2028-01-20'",
+        "ALTER TABLE sale DETACH PARTITION sale_25b",
+        "DROP TABLE sale_26, visit_a",
+        "ALTER TABLE sale ADD COLUMN w int DEFAULT 7",
+        "INSERT INTO sale VALUES (1, '2025-03-03', 'wide', 8)",
+    ] {
+        tree.top.sql(sql);
+    }
+    tree.wait_for_equal(&tables);
+    tree.wait_streaming();
+    let counts = "SELECT count(*) > 100 AND bool_and(day NOT BETWEEN '2025-07-01' AND '2026-12-31') FROM sale";
+    assert_eq!(tree.nodes[1].server.value(counts), "t");
+    let output = tree.nodes[1]
+        .bridge
+        .command("compare", &["--table", "sale"]);
+    let output = output.expect("run compare");
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stdout)
+    );
+    // Which rows a hash is of is told by object ids of the top alone.
+    tree.top.sql("TRUNCATE spot_0");
+    let reason = "SELECT coalesce(max(reason), '') FROM terrace.lag WHERE state = 'stalled'";
+    wait_until("it stalls", || {
+        let said = tree.nodes[0].server.value(reason);
+        said.contains("partition \"public.spot_0\" is not known here")
+    });
+}
+
 // One that was to be emptied for a copy could not be: PostgreSQL refuses TRUNCATE ONLY of it;
 // and rows that it had were not seen, and those of the copy came on top.
 #[test]
