@@ -37,6 +37,8 @@ const WRITERS: i64 = 4;
 const PERIOD: Duration = Duration::from_millis(4);
 /// Between two looks at a server.
 const LOOK: Duration = Duration::from_millis(1);
+/// Of the log of each bridge when a round is far slower than it should be.
+const LINES: usize = 40;
 /// Default of `failover.takeover_after`, and what is allowed beyond it.
 const SILENCE_GOAL: f64 = 3.0 + 2.0;
 
@@ -268,9 +270,25 @@ impl Scene {
             all(&mut below, |client| shows(client, mark))
         })?;
         let elapsed = start.elapsed().as_secs_f64();
+        if elapsed > 1.3 * blow.goals()[1] {
+            self.explain(domain);
+        }
         blow.mend(&mut self.tree, &master)?;
         self.settle()?;
         Ok(elapsed)
+    }
+
+    /// What the servers of a domain have logged of late.
+    fn explain(&self, domain: &str) {
+        for node in self.tree.domain(domain) {
+            let log = node.bridge.logged();
+            let told = log.lines().filter(|line| !line.contains("connection peer"));
+            let lines: Vec<&str> = told.collect();
+            let name = &node.server.name;
+            for line in &lines[lines.len().saturating_sub(LINES)..] {
+                println!("      {name}: {line}");
+            }
+        }
     }
 
     /// The longest time in which a server of the last level showed nothing new.

@@ -36,7 +36,7 @@ use crate::status::{Role, Shared, State};
 use crate::wire::put;
 pub use history::timeline_history;
 use history::{adopt_timeline, check_members, same_timeline};
-use slot::{depose, named_session, slot_exists, start_when_free, verify_slot, why_not_started};
+use slot::{named_session, slot_exists, start_when_free, verify_slot, why_not_started};
 
 /// Name of the publication at the top.
 pub const PUBLICATION: &str = "terrace";
@@ -365,11 +365,7 @@ impl<'a> Link<'a> {
         if bridge {
             client.copy_both(&start).await?;
         } else {
-            if let Some(holder) = target.depose {
-                depose(target, holder).await?;
-            }
-            if let Err(error) = start_when_free(&mut client, &start, target.depose.is_some()).await
-            {
+            if let Err(error) = start_when_free(&mut client, &start, target).await {
                 return Err(why_not_started(target, error).await);
             }
             acknowledged = verify_slot(target, end).await?;

@@ -208,14 +208,16 @@ impl Observer {
         }
     }
 
-    /// Ends it; what it saw and must not see fails the test.
-    pub fn stop(mut self) {
+    /// Ends it; what it saw and must not see fails the test. How often it has read.
+    pub fn stop(mut self) -> usize {
         self.stop.store(true, Ordering::Relaxed);
         let joined = self.thread.take().map(JoinHandle::join);
         if let Some(Err(panic)) = joined {
             std::panic::resume_unwind(panic);
         }
-        assert!(self.reads.load(Ordering::Relaxed) > 10, "hardly any reads");
+        let reads = self.reads.load(Ordering::Relaxed);
+        assert!(reads > 10, "hardly any reads");
+        reads
     }
 }
 

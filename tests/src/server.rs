@@ -307,6 +307,27 @@ impl Server {
         Ok(server)
     }
 
+    /// Puts an empty server with the extension in the place of this one, whose disk is lost.
+    pub fn replace(&mut self) -> Result<()> {
+        let data = self.directory.join("data");
+        let files = ["postgresql.conf", "pg_hba.conf"].map(|name| data.join(name));
+        let kept = files
+            .iter()
+            .map(fs::read_to_string)
+            .collect::<Result<Vec<_>, _>>()?;
+        fs::remove_dir_all(&data)?;
+        let mut copy = command("cp", user(), Signal::SIGTERM);
+        copy.arg("-a")
+            .arg(template(false, true)?)
+            .arg(&data)
+            .current_dir("/");
+        run(copy, "copy the template cluster")?;
+        for (file, text) in files.iter().zip(kept) {
+            fs::write(file, text)?;
+        }
+        self.restart()
+    }
+
     /// Gives this stopped server a replication slot of another, as it is there now.
     pub fn take_slot(&self, from: &Server, slot: &str) -> Result<()> {
         let path = |server: &Server| server.directory.join("data/pg_replslot").join(slot);

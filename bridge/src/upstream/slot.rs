@@ -11,6 +11,8 @@ use crate::lsn::Lsn;
 
 /// Pause between tries to take a slot whose holder has been told to end.
 const DEPOSE_STEP: Duration = Duration::from_millis(50);
+/// So many tries; it is told to end at each fourth.
+const DEPOSE_STEPS: u32 = 20;
 
 /// Which session "replication slot … is active for PID n" names: the last number in it,
 /// whatever the language. 0, which none has, without one.
@@ -23,7 +25,7 @@ pub(super) fn named_session(message: &str) -> Session {
 
 /// Ends the walsender that holds the slot, unless another one does by now. Sessions of one
 /// role may end each other.
-pub(super) async fn depose(target: &Target, holder: Session) -> Result<(), LinkEnd> {
+async fn depose(target: &Target, holder: Session) -> Result<(), PgError> {
     let mut client = Client::connect(&target.conninfo, &SessionOptions::default()).await?;
     let sql = "SELECT pg_catalog.pg_terminate_backend(active_pid) \
                FROM pg_catalog.pg_replication_slots \
@@ -35,20 +37,28 @@ pub(super) async fn depose(target: &Target, holder: Session) -> Result<(), LinkE
     Ok(())
 }
 
-/// Starts; a walsender that has been told to end lets its slot go a moment later.
+/// Starts, when the holder of the slot that is to be deposed, if there is one, has ended.
+///
+/// A walsender that is told to end says so to its client first. Where that takes nothing any more
+/// it waits for it, and ends when it is told again.
 pub(super) async fn start_when_free(
     client: &mut Client,
     start: &str,
-    deposed: bool,
+    target: &Target,
 ) -> Result<(), PgError> {
-    let mut tries = if deposed { 20 } else { 1 };
-    loop {
-        tries -= 1;
+    let Some(holder) = target.depose else {
+        return client.copy_both(start).await;
+    };
+    for step in 0..DEPOSE_STEPS {
+        if step % 4 == 0 {
+            depose(target, holder).await?;
+        }
         match client.copy_both(start).await {
-            Err(error) if error.code() == Some("55006") && tries > 0 => sleep(DEPOSE_STEP).await,
+            Err(error) if error.code() == Some("55006") => sleep(DEPOSE_STEP).await,
             result => return result,
         }
     }
+    client.copy_both(start).await
 }
 
 /// A slot that is gone, or was invalidated to keep the disk from filling, does not come

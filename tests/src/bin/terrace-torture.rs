@@ -34,6 +34,10 @@ enum Fault {
     Pause(String),
     Top,
     Cut(String, String),
+    /// Answers get lost, questions do not.
+    Deaf(String, String),
+    /// To this one, as its domain's operator would ask.
+    Switchover(String),
     Slow(String),
     Disk(String),
 }
@@ -103,7 +107,7 @@ fn torture(time: Duration, seed: u64) -> Result<()> {
         tree.top.value(sql) == "t",
         "not every server has replayed all"
     );
-    observers.into_iter().for_each(Observer::stop);
+    let reads: usize = observers.into_iter().map(Observer::stop).sum();
     for node in &tree.nodes {
         let name = &node.server.name;
         anyhow::ensure!(node.server.value(GAPLESS) == "t", "numbers on {name}");
@@ -118,11 +122,13 @@ fn torture(time: Duration, seed: u64) -> Result<()> {
         .map(|row| format!("{} {}", row[1], row[0]))
         .collect();
     println!(
-        "{count} faults; {} transfers, {} numbers, {} wide rows; equal on all seven servers {:.1} s \
-         after the last fault; events: {}",
+        "{count} faults; {} transfers, {} numbers, {} wide rows; {reads} reads below, each of one sum, \
+         without a gap, and none behind the one before; at the end every row of {} equal on all seven \
+         servers, {:.1} s after the last fault, and no conflicts; events: {}",
         done[0],
         done[1],
         done[2],
+        TABLES.join(", "),
         healed.as_secs_f32(),
         events.join(", ")
     );
@@ -144,7 +150,8 @@ fn choose(tree: &Tree, random: &mut Random, undo: &[Undo]) -> Option<Fault> {
     let broken = |name: &str| {
         undo.iter().any(|undo| match &undo.what {
             Fault::Top => name == "top",
-            Fault::Cut(a, b) => a == name || b == name,
+            Fault::Cut(a, b) | Fault::Deaf(a, b) => a == name || b == name,
+            Fault::Switchover(_) => false,
             Fault::Bridge(n)
             | Fault::Postgres(n)
             | Fault::Both(n)
@@ -158,7 +165,7 @@ fn choose(tree: &Tree, random: &mut Random, undo: &[Undo]) -> Option<Fault> {
     if broken(&name) {
         return None;
     }
-    Some(match random.below(10) {
+    Some(match random.below(12) {
         0 | 1 => Fault::Bridge(name),
         2 => Fault::Postgres(name),
         3 => Fault::Both(name),
@@ -171,8 +178,12 @@ fn choose(tree: &Tree, random: &mut Random, undo: &[Undo]) -> Option<Fault> {
                 .filter(|(from, _)| *from == name)
                 .collect();
             let (from, to) = others[random.below(others.len())].clone();
-            Fault::Cut(from, to)
+            match random.below(3) {
+                0 => Fault::Deaf(from, to),
+                _ => Fault::Cut(from, to),
+            }
         }
+        10 | 11 => Fault::Switchover(name),
         8 => Fault::Slow(name),
         // What is lost must be held by somebody: nothing else may be broken.
         9 if undo.is_empty() => Fault::Disk(name),
@@ -191,6 +202,14 @@ fn cause(tree: &mut Tree, fault: &Fault) -> Result<()> {
         Fault::Pause(name) => tree.node(name).bridge.pause(),
         Fault::Top => tree.top.kill9(),
         Fault::Cut(from, to) => tree.between(&[from], &[to], Proxy::cut),
+        Fault::Deaf(from, to) => tree.between(&[from], &[to], Proxy::cut_answers),
+        Fault::Switchover(name) => {
+            let domain = name.rsplit_once('-').map_or("", |(domain, _)| domain);
+            // Refused where it cannot be; nothing must come of that.
+            tree.node(name)
+                .bridge
+                .command("switchover", &["--domain", domain, "--to", name])?;
+        }
         Fault::Slow(name) => slow(tree, name, Duration::from_millis(200)),
         Fault::Disk(name) => {
             let node = tree.node(name);
@@ -220,7 +239,10 @@ fn mend(tree: &mut Tree, fault: &Fault) -> Result<()> {
         }
         Fault::Pause(name) => tree.node(name).bridge.resume(),
         Fault::Top => tree.top.restart()?,
-        Fault::Cut(from, to) => tree.between(&[from], &[to], Proxy::heal),
+        Fault::Cut(from, to) | Fault::Deaf(from, to) => {
+            tree.between(&[from], &[to], Proxy::heal);
+        }
+        Fault::Switchover(_) => {}
         Fault::Slow(name) => slow(tree, name, Duration::ZERO),
     }
     Ok(())

@@ -201,7 +201,15 @@ fn a_disk_that_is_lost_after_an_acknowledgement_loses_nothing() {
     let counting = count_up(&tree.top);
     counting.go_on(100);
     let master = tree.with_role("region", "master");
-    // Queue and database, while acknowledgements flow.
+    // Just after what was written last has been acknowledged, while more flows.
+    let written = tree.top.value("SELECT pg_current_wal_lsn()");
+    let acknowledged = format!(
+        "SELECT confirmed_flush_lsn >= '{written}' FROM pg_replication_slots WHERE slot_name = 'terrace_region'"
+    );
+    wait_until("it is acknowledged", || {
+        tree.top.value(&acknowledged) == "t"
+    });
+    // Queue and database.
     let node = tree.node(&master);
     node.bridge.kill9();
     node.server.kill9();
@@ -210,9 +218,7 @@ fn a_disk_that_is_lost_after_an_acknowledgement_loses_nothing() {
     tree.rows_arrive("branch-1", Duration::from_secs(8));
     // A new server takes the old one's name.
     let node = tree.node(&master);
-    node.server.restart().expect("start the server");
-    node.server
-        .sql("SET session_replication_role = replica; TRUNCATE steps, trail, terrace.progress, terrace.status");
+    node.server.replace().expect("start a new server");
     node.bridge.restart().expect("start the bridge");
     tree.wait_streaming();
     tree.all_is_well(counting);

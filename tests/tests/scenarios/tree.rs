@@ -172,7 +172,7 @@ fn whatever_is_killed_nothing_is_lost_or_doubled() {
     counting.stop();
     moving.stop();
     tree.wait_for_equal(&["account", "steps", "trail"]);
-    observers.into_iter().for_each(Observer::stop);
+    observers.into_iter().map(Observer::stop).for_each(drop);
     tree.assert_gapless();
     // Exactly where each was, and not by copying anew.
     let copied = "SELECT count(*) FROM terrace.events WHERE kind IN ('copied', 'resync', 'gap')";
