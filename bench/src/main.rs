@@ -33,6 +33,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow};
 use report::Report;
 use terrace_tests::process::end_all;
+use terrace_tests::scratch;
 use workload::{Plan, Workload};
 use world::Stage;
 
@@ -70,7 +71,7 @@ fn main() -> ExitCode {
     }
     let handler = || {
         end_all();
-        world::remove_scratch();
+        scratch::remove_all();
         std::process::exit(130);
     };
     match ctrlc::set_handler(handler)

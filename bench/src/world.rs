@@ -1,7 +1,6 @@
 //! One top, and below it both sides in the same shape.
 
-use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
@@ -26,8 +25,6 @@ const SETTINGS: [(&str, &str); 6] = [
     ("wal_retrieve_retry_interval", "100ms"),
     ("jit", "off"),
 ];
-
-static SCRATCH: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
 /// Servers in the two levels below the top.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -75,9 +72,6 @@ pub struct World {
 /// Boots a top alone.
 pub fn plant() -> Result<Tree> {
     let mut tree = Tree::plant("")?;
-    let path = tree.scratch.path().to_owned();
-    let mut paths = SCRATCH.lock().unwrap_or_else(PoisonError::into_inner);
-    paths.push(path);
     settle(&mut tree.top)?;
     if let Some(library) = std::env::var_os("TERRACE_LIBRARY") {
         load_from(&tree.top, Path::new(&library))?;
@@ -97,14 +91,6 @@ fn load_from(server: &Server, library: &Path) -> Result<()> {
         copy.display()
     ));
     Ok(())
-}
-
-/// Removes what an interrupted run would leave behind.
-pub fn remove_scratch() {
-    let paths = SCRATCH.lock().unwrap_or_else(PoisonError::into_inner);
-    for path in paths.iter() {
-        let _ = std::fs::remove_dir_all(path);
-    }
 }
 
 /// Gives the settings to a server that the harness has started with its own.

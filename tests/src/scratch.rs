@@ -3,8 +3,18 @@
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
+
+static MADE: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// Removes all that were made, for a program that is interrupted.
+pub fn remove_all() {
+    for path in MADE.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+        let _ = std::fs::remove_dir_all(path);
+    }
+}
 
 /// A temporary directory: removed at the end, kept when the test has failed.
 pub struct Scratch {
@@ -20,9 +30,10 @@ impl Scratch {
             .permissions(std::fs::Permissions::from_mode(0o755))
             .tempdir()
             .context("make a scratch directory")?;
-        Ok(Scratch {
-            path: directory.keep(),
-        })
+        let path = directory.keep();
+        let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
+        made.push(path.clone());
+        Ok(Scratch { path })
     }
 
     /// Where it is.

@@ -2,15 +2,13 @@
 //!
 //! `ONCE=1` ends after the check; otherwise the tree stays until Ctrl-C.
 
-use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
-use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use terrace_tests::process::end_all;
 use terrace_tests::server::program;
-use terrace_tests::{Server, Tree, wait_until};
+use terrace_tests::{Server, Tree, scratch, wait_until};
 
 const TABLES: [&str; 4] = [
     "pgbench_accounts",
@@ -22,16 +20,12 @@ const DOMAINS: [(&str, Option<&str>, usize); 2] =
     [("region", None, 3), ("branch", Some("region"), 3)];
 const COPY_LIMIT: Duration = Duration::from_secs(120);
 
-static SCRATCH: Mutex<Option<PathBuf>> = Mutex::new(None);
-
 fn main() -> ExitCode {
     let once = std::env::var("ONCE").is_ok_and(|value| value == "1");
     let handler = move || {
         eprintln!("\nending the tree");
         end_all();
-        if let Ok(Some(path)) = SCRATCH.lock().as_deref() {
-            let _ = std::fs::remove_dir_all(path);
-        }
+        scratch::remove_all();
         std::process::exit(if once { 130 } else { 0 });
     };
     if let Err(error) = ctrlc::set_handler(handler) {
@@ -50,10 +44,6 @@ fn main() -> ExitCode {
 fn demo(once: bool) -> Result<()> {
     println!("booting 7 servers");
     let mut tree = Tree::plant("")?;
-    let path = tree.scratch.path().to_owned();
-    *SCRATCH
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner) = Some(path.clone());
     tree.boot(&DOMAINS)?;
     let result = run(&mut tree);
     if let Err(error) = &result {
@@ -81,7 +71,7 @@ fn demo(once: bool) -> Result<()> {
     if !once {
         println!(
             "\nstays up until Ctrl-C; everything is in {}",
-            path.display()
+            tree.scratch.path().display()
         );
         loop {
             std::thread::park();
