@@ -37,6 +37,8 @@ const WRITERS: i64 = 4;
 const PERIOD: Duration = Duration::from_millis(4);
 /// Between two looks at a server.
 const LOOK: Duration = Duration::from_millis(1);
+/// Between two blows.
+const REST: Duration = Duration::from_secs(5);
 /// Of the log of each bridge when a round is far slower than it should be.
 const LINES: usize = 40;
 /// Default of `failover.takeover_after`, and what is allowed beyond it.
@@ -275,6 +277,8 @@ impl Scene {
         }
         blow.mend(&mut self.tree, &master)?;
         self.settle()?;
+        // Who deposes often does so at growing intervals; these are to be deaths of their own.
+        std::thread::sleep(REST);
         Ok(elapsed)
     }
 

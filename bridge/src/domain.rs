@@ -63,7 +63,7 @@ pub const MISSED: Duration = Duration::from_secs(30);
 const MAX_DEPOSE_PAUSE: Duration = Duration::from_secs(60);
 /// Who has deposed nobody for so long, though it might have, begins with the shortest pause
 /// again. Seeing a master is not enough: one that comes and goes is deposed ever more rarely.
-const CALM: Duration = Duration::from_secs(30);
+const CALM: Duration = Duration::from_secs(10);
 
 /// What to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
