@@ -40,12 +40,13 @@ CREATE TABLE sync_schema (
     nspname text PRIMARY KEY
 );
 
--- Partitions of synchronised tables that hold rows at the top: of what, the nearest first, and which
--- rows those are; not of one by hash, whose condition holds in its own database alone.
+-- Partitions of synchronised tables at the top: of what, the nearest first; and which rows those with
+-- rows of their own have, but for one by hash, whose condition holds in its own database alone.
 CREATE TABLE partition (
     nspname text NOT NULL,
     relname text NOT NULL,
     ancestors text[] NOT NULL,
+    stored boolean NOT NULL,
     condition text,
     PRIMARY KEY (nspname, relname)
 );
@@ -278,17 +279,20 @@ CREATE FUNCTION note_partitions(root regclass) RETURNS void
                (SELECT array_agg(up.name ORDER BY a.step)
                 FROM pg_partition_ancestors(named.oid) WITH ORDINALITY a(relid, step) JOIN named up ON up.oid = a.relid
                 WHERE a.relid <> named.oid) AS ancestors,
-               nullif(regexp_replace(d, '.*satisfies_hash_partition.*', ''), '') AS condition
-        FROM named JOIN pg_partition_tree(root) t ON t.relid = named.oid AND t.isleaf AND t.level > 0,
+               t.isleaf AS stored,
+               CASE WHEN t.isleaf THEN nullif(regexp_replace(d, '.*satisfies_hash_partition.*', ''), '') END AS condition
+        FROM named JOIN pg_partition_tree(root) t ON t.relid = named.oid AND t.level > 0,
              coalesce(pg_get_partition_constraintdef(named.oid), 'true') d
     ), gone AS (
         DELETE FROM terrace.partition p USING named
         WHERE named.oid = root AND named.name = ANY (p.ancestors)
           AND NOT EXISTS (SELECT FROM present WHERE present.nspname = p.nspname AND present.relname = p.relname)
     )
-    INSERT INTO terrace.partition AS p SELECT nspname, relname, ancestors, condition FROM present
-    ON CONFLICT (nspname, relname) DO UPDATE SET ancestors = EXCLUDED.ancestors, condition = EXCLUDED.condition
-    WHERE p.ancestors <> EXCLUDED.ancestors OR p.condition IS DISTINCT FROM EXCLUDED.condition
+    INSERT INTO terrace.partition AS p SELECT nspname, relname, ancestors, stored, condition FROM present
+    ON CONFLICT (nspname, relname) DO UPDATE
+    SET ancestors = EXCLUDED.ancestors, stored = EXCLUDED.stored, condition = EXCLUDED.condition
+    WHERE p.ancestors <> EXCLUDED.ancestors OR p.stored <> EXCLUDED.stored
+       OR p.condition IS DISTINCT FROM EXCLUDED.condition
 $$;
 
 -- Whether a table that is partitioned at the top is another way here, or not at all: it has no
@@ -301,7 +305,7 @@ CREATE FUNCTION has_own_layout(root text) RETURNS boolean
         LEFT JOIN pg_partition_tree(c.oid) t ON t.isleaf AND t.relid <> c.oid
         LEFT JOIN pg_class tc ON tc.oid = t.relid
         LEFT JOIN pg_namespace tn ON tn.oid = tc.relnamespace
-        LEFT JOIN terrace.partition p ON p.nspname = tn.nspname AND p.relname = tc.relname
+        LEFT JOIN terrace.partition p ON p.nspname = tn.nspname AND p.relname = tc.relname AND p.stored
         WHERE c.oid = to_regclass(root)
         GROUP BY c.relkind), false)
 $$;
@@ -332,18 +336,24 @@ BEGIN
         RAISE EXCEPTION 'which rows of "%" were those of partition "%.%" is not known here', place, schema_name, table_name
             USING ERRCODE = 'feature_not_supported',
                   DETAIL = 'It is a partition by hash, and this server is partitioned in another way.',
-                  HINT = 'Leave the transaction out with terrace-bridge skip, and send the table again with terrace-bridge resync --table.';
+                  HINT = 'Copy this server anew with terrace-bridge resync.';
     END IF;
     PERFORM terrace.run_as((SELECT r.rolname FROM pg_class c JOIN pg_roles r ON r.oid = c.relowner
                             WHERE c.oid = place::regclass)::text,
                            format('DELETE FROM %s WHERE (%s) AND (%s)', place, which, of_partition));
 END $$;
 
--- What is a partition no more takes its rows with it.
+-- What is a partition no more takes its rows with it; not if it only has another name, nor if all of
+-- the table is synchronised no more.
 CREATE FUNCTION follow_partition() RETURNS trigger
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF current_setting('session_replication_role') <> 'replica' OR OLD.condition IS NULL
+       OR EXISTS (SELECT FROM terrace.partition p
+                  WHERE p.ancestors = OLD.ancestors AND p.condition = OLD.condition
+                    AND (p.nspname, p.relname) <> (OLD.nspname, OLD.relname))
+       OR NOT EXISTS (SELECT FROM terrace.sync_table t
+                      WHERE format('%I.%I', t.nspname, t.relname) = ANY (OLD.ancestors))
        OR NOT terrace.has_own_layout(OLD.ancestors[cardinality(OLD.ancestors)]) THEN
         RETURN OLD;
     END IF;
@@ -412,12 +422,24 @@ BEGIN
     IF terrace.in_publication(rel) THEN
         EXECUTE format('ALTER PUBLICATION terrace DROP TABLE ONLY %s', rel);
     END IF;
+    IF terrace.is_top() AND current_setting('session_replication_role') <> 'replica' THEN
+        DELETE FROM terrace.partition p WHERE format('%I.%I', schema_name, table_name) = ANY (p.ancestors);
+    END IF;
     FOR part IN SELECT p FROM terrace.parts_of(rel) p WHERE terrace.setting_of(p) IS NULL LOOP
         EXECUTE format('DROP TRIGGER IF EXISTS terrace_tag ON %s', part);
         EXECUTE format('DROP TRIGGER IF EXISTS terrace_protect ON %s', part);
         EXECUTE format('REVOKE SELECT ON %s FROM terrace_reader', part);
     END LOOP;
 END $$;
+
+-- After the list has come anew.
+CREATE FUNCTION detach_unlisted() RETURNS void
+    LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
+    SELECT terrace.detach_table(n.nspname, c.relname)
+    FROM (SELECT DISTINCT tgrelid FROM pg_trigger WHERE tgname IN ('terrace_tag', 'terrace_protect')) t
+    JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE n.nspname <> 'terrace' AND terrace.setting_of(c.oid) IS NULL
+$$;
 
 -- Rows that a server below may lack: somebody receives, or is copying.
 CREATE FUNCTION is_received() RETURNS boolean
@@ -454,7 +476,13 @@ BEGIN
         SELECT DISTINCT s.nspname, s.relname, ARRAY(
             SELECT p FROM terrace.parts_of(c.oid) p
             WHERE NOT EXISTS (SELECT FROM pg_trigger t
-                              WHERE t.tgrelid = p AND t.tgname = 'terrace_tag')) AS parts
+                              WHERE t.tgrelid = p AND t.tgname = 'terrace_tag')) AS parts,
+            -- One that was detached before, say, has the trigger.
+            ARRAY(SELECT p FROM terrace.stored_parts_of(c.oid) p JOIN pg_class pc ON pc.oid = p
+                  JOIN pg_namespace pn ON pn.oid = pc.relnamespace
+                  WHERE NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = p AND t.tgname = 'terrace_tag')
+                     OR p <> c.oid AND NOT EXISTS (SELECT FROM terrace.partition known
+                                                   WHERE known.nspname = pn.nspname AND known.relname = pc.relname)) AS new
         FROM pg_event_trigger_ddl_commands() made
         CROSS JOIN LATERAL (SELECT made.objid UNION SELECT relid FROM pg_partition_ancestors(made.objid)) up
         JOIN pg_class c ON c.oid = up.objid AND c.relkind IN ('r', 'p')
@@ -469,9 +497,8 @@ BEGIN
             PERFORM terrace.note_partitions(to_regclass(format('%I.%I', found.nspname, found.relname)));
         END IF;
         -- What it held before it became a part of a synchronised table.
-        FOREACH part IN ARRAY found.parts LOOP
-            IF terrace.is_top() AND terrace.is_received()
-               AND (SELECT relkind = 'r' FROM pg_class WHERE oid = part) THEN
+        FOREACH part IN ARRAY found.new LOOP
+            IF terrace.is_top() AND terrace.is_received() THEN
                 PERFORM terrace.fill(part);
             END IF;
         END LOOP;
@@ -1304,6 +1331,10 @@ BEGIN
             CONTINUE;
         END;
         first := false;
+        -- This server may have had another name.
+        IF terrace.is_own_report(n) THEN
+            DELETE FROM terrace.status s WHERE s.self AND s.node <> n ->> 'node';
+        END IF;
         heard := clock_timestamp() - make_interval(secs => greatest((n ->> 'age_ms')::float8, 0) / 1000);
         INSERT INTO terrace.status AS s
         VALUES (n ->> 'node', n ->> 'instance', n ->> 'domain', heard,

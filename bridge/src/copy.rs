@@ -129,6 +129,10 @@ pub async fn initial_copy(shared: &Arc<Shared>, source: &ConnInfo) -> anyhow::Re
     for name in TERRACE_TABLES {
         copy_table(&mut reader, &mut local, Table::whole("terrace", name)).await?;
     }
+    local
+        .simple("SELECT terrace.detach_unlisted()")
+        .await
+        .context("let go of tables that are synchronised no more")?;
     if !bridge {
         let marker = format!("{}slot {slot} {lsn}\n", prepared.marker);
         write_atomically(&node.data_dir, MARKER, marker.as_bytes())?;
@@ -234,11 +238,11 @@ async fn prepare_schema(
     tables: &mut [Table],
 ) -> anyhow::Result<Prepared> {
     let ours = read_marker(shared);
-    // Not TRUNCATE: what follows these lists takes its triggers from the tables then.
-    let empty = TERRACE_TABLES.map(|name| format!("DELETE FROM terrace.{name}"));
-    local.simple(&empty.join("; ")).await?;
-    // The list of partitions says where their rows go; to be emptied it must not look at them.
-    local.simple("TRUNCATE terrace.partition").await?;
+    // Not DELETE: until the lists are here again, nobody else is to write to the tables.
+    let empty = TERRACE_TABLES.map(|name| format!("terrace.{name}"));
+    let empty = format!("TRUNCATE {}, terrace.partition", empty.join(", "));
+    local.simple(&empty).await?;
+    // This list says where rows go.
     copy_table(reader, local, Table::whole("terrace", "partition")).await?;
     for table in tables.iter_mut() {
         table.find_place(local).await?;
@@ -330,11 +334,10 @@ async fn prepare_schema(
     })
 }
 
-/// Partitioned partitions at the top that are none here, as this server is partitioned in its own way.
+/// What is partitioned at the top, and in its own way here, with the parts that are partitioned there.
 async fn parts_elsewhere(local: &mut Client) -> anyhow::Result<Vec<String>> {
     let sql = "SELECT DISTINCT up FROM terrace.partition p, pg_catalog.unnest(p.ancestors) up \
-               WHERE pg_catalog.to_regclass(up) IS NULL \
-                 AND terrace.has_own_layout(p.ancestors[pg_catalog.cardinality(p.ancestors)])";
+               WHERE terrace.has_own_layout(p.ancestors[pg_catalog.cardinality(p.ancestors)])";
     let rows = local
         .query(sql, &[])
         .await

@@ -389,6 +389,15 @@ impl Planner {
                 );
             }
         }
+        if let Some(place) = &relation.place
+            && relation.identity != b'f'
+        {
+            let keys = relation.columns.iter().filter(|column| column.key);
+            let keys: Vec<&str> = keys.map(|column| column.name.as_str()).collect();
+            if !keys.is_empty() {
+                must_tell_rows_apart(client, place, &keys, &table).await?;
+            }
+        }
         relation.looked_up = true;
         // A key column that is not replicated is not in this list.
         let primaries = locals.values().filter(|local| local.primary).count();
@@ -452,6 +461,15 @@ impl Planner {
         if let Some(relid) = unknown.first().copied() {
             self.unknown = unknown;
             return Ok(Planned::Lookup(relid));
+        }
+        let relation = &self.relations[&relids[0]];
+        if relation.namespace == "terrace" && relation.name == "partition" {
+            // Rows of a table may be elsewhere from now on.
+            let others = self
+                .relations
+                .values_mut()
+                .filter(|r| r.namespace != "terrace");
+            others.for_each(|other| (other.looked_up, other.shape) = (false, None));
         }
         let relation = &self.relations[&relids[0]];
         if relation.namespace == "terrace" && relation.name == "sync_table" {
@@ -694,6 +712,32 @@ pub async fn other_place(
         .into_iter()
         .next()
         .and_then(|row| row.into_iter().next()?))
+}
+
+/// A key of a partition alone may be that of several rows of the whole.
+async fn must_tell_rows_apart(
+    client: &mut Client,
+    place: &str,
+    keys: &[&str],
+    table: &str,
+) -> anyhow::Result<()> {
+    let sql = "SELECT 1 FROM pg_catalog.pg_index i \
+               WHERE i.indrelid = pg_catalog.to_regclass($1) AND i.indisunique AND i.indisvalid \
+                 AND i.indpred IS NULL AND i.indexprs IS NULL \
+                 AND NOT EXISTS (SELECT FROM pg_catalog.unnest((i.indkey::int2[])[0:i.indnkeyatts - 1]) n \
+                     JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = n \
+                     WHERE a.attname <> ALL (pg_catalog.string_to_array($2, E'\\x01')))";
+    let unique = client
+        .query(sql, &[Some(place), Some(&keys.join("\u{1}"))])
+        .await?;
+    if unique.is_empty() {
+        bail!(
+            "rows of partition \"{table}\" go to {place} here, which has no unique index on the key that it \
+             has at the top, ({}); make one",
+            keys.join(", ")
+        );
+    }
+    Ok(())
 }
 
 /// TRUNCATE of a partition that is none here.

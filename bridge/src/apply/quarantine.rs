@@ -29,7 +29,9 @@ pub(super) struct Change {
 impl Session<'_> {
     /// Makes one change, or puts it aside when that is wanted and the database refuses it.
     pub(super) async fn change(&mut self, payload: &Bytes, lsn: Lsn) -> anyhow::Result<()> {
-        if !self.shared.config.apply.quarantines() {
+        // Only rows are put aside; DDL may end the transaction and begin another one.
+        let is_message = payload.first() == Some(&b'M');
+        if is_message || !self.shared.config.apply.quarantines() {
             return self.careful_change(payload).await;
         }
         self.client.simple("SAVEPOINT change").await?;

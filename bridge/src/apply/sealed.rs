@@ -189,8 +189,8 @@ impl Session<'_> {
             );
         }
         if ddl.outside {
-            // The transaction holds nothing else.
-            self.client.simple("ROLLBACK").await?;
+            // The transaction holds nothing else but what the extension notes of it.
+            self.client.simple("COMMIT").await?;
             if self.is_made(ddl).await? {
                 self.client.simple("BEGIN").await?;
                 return Ok(());
@@ -242,8 +242,8 @@ impl Session<'_> {
             // It may be a partition itself, and none here.
             let sql = "SELECT terrace.has_own_layout(coalesce( \
                            (SELECT p.ancestors[pg_catalog.cardinality(p.ancestors)] FROM terrace.partition p \
-                            WHERE whole = ANY (p.ancestors) LIMIT 1), whole)) \
-                       FROM pg_catalog.format('%I.%I', $1::text, $2::text) whole";
+                            WHERE p.nspname = $1 AND p.relname = $2), \
+                           pg_catalog.format('%I.%I', $1::text, $2::text)))";
             let rows = self
                 .client
                 .query(sql, &[Some(namespace), Some(name)])

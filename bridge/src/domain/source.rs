@@ -57,7 +57,7 @@ pub fn copy_source(waited: Duration, own: &Told, peers: &[Peer], limit: Duration
 pub fn copies_first(own: &Told, peers: &[Peer], limit: Duration) -> bool {
     let live = peers.iter().filter(|peer| peer.sight.is_live(limit));
     live.filter_map(|peer| peer.told.as_ref())
-        .all(|told| !told.opening && !told.copying && (!told.has_data || key(told) < key(own)))
+        .all(|told| !told.copying && (!told.has_data || key(told) < key(own)))
 }
 
 /// Which server of the parent domain to attach to: the present one while it is
