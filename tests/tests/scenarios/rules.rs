@@ -184,6 +184,26 @@ fn who_has_only_started_may_have_what_is_missing() {
     assert_eq!(tree.top.value(copies), "3", "nobody copies anew");
 }
 
+// Rule G: it has one slave and the parent, and that slave has all others.
+#[test]
+fn a_master_that_most_cannot_reach_makes_room() {
+    let tree = Tree::plant(STEPS).expect("boot the top").with_links();
+    let tree = tree.grow_on(&[("region", None, 4)]);
+    let counting = count_up(&tree.top);
+    counting.go_on(50);
+    let master = tree.settled_master("region");
+    let slaves = others(&tree, "region", &master);
+    tree.between(&[&master], &[&slaves[1], &slaves[2]], Proxy::cut);
+    assert_eq!(tree.successor("region", &master), slaves[0]);
+    for slave in &slaves {
+        tree.rows_arrive(slave, Duration::from_secs(5));
+    }
+    tree.rows_arrive(&master, Duration::from_secs(5));
+    tree.heal();
+    assert_eq!(tree.settled_master("region"), slaves[0]);
+    tree.all_is_well(counting);
+}
+
 #[test]
 fn a_slave_that_cannot_reach_its_master_follows_a_sibling() {
     let tree = Tree::plant(STEPS).expect("boot the top").with_links();
