@@ -46,21 +46,27 @@ fn the_initial_copy_runs_under_load() {
 fn an_interrupted_copy_starts_again() {
     let schema = "CREATE TABLE heavy (id int PRIMARY KEY, txt text);
          INSERT INTO heavy SELECT i, repeat(md5(i::text), 10) FROM generate_series(1, 200000) i;
-         SELECT terrace.add_table('heavy');";
+         CREATE TABLE light AS SELECT g AS a FROM generate_series(1, 10) g;
+         SELECT terrace.add_table('heavy'), terrace.add_table('light');";
     let mut tree = Tree::plant(schema).expect("boot the top");
     tree.boot(&[("region", None, 1)]).expect("boot the servers");
     tree.start_bridges().expect("start the bridges");
     let server = &tree.nodes[0].server;
-    wait_until("rows are being written", || {
-        let sql = "SELECT coalesce(sum(tuples_processed), 0) > 0 FROM pg_stat_progress_copy";
-        server.value(sql) == "t"
-    });
+    // What is there already would come twice: no key keeps it out.
+    wait_until(
+        "one table is there, and rows of the other are being written",
+        || {
+            let sql = "SELECT to_regclass('light') IS NOT NULL \
+                   AND (SELECT coalesce(sum(tuples_processed), 0) > 0 FROM pg_stat_progress_copy)";
+            server.value(sql) == "t" && server.value("SELECT count(*) FROM light") == "10"
+        },
+    );
     tree.nodes[0].bridge.kill9();
     let progress = "SELECT count(*) FROM terrace.progress";
     assert_eq!(tree.nodes[0].server.value(progress), "0", "cut short");
     tree.start_bridges().expect("start the bridges");
     tree.wait_streaming();
-    tree.wait_for_equal(&["heavy"]);
+    tree.wait_for_equal(&["heavy", "light"]);
 }
 
 // It had to be made by hand before anything was copied, by a site with nobody there.
