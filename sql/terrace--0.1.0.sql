@@ -492,8 +492,7 @@ BEGIN
     LOOP
         IF found.parts <> '{}' THEN
             PERFORM terrace.attach_table(found.nspname, found.relname);
-        END IF;
-        IF terrace.is_top() THEN
+        ELSIF terrace.is_top() THEN
             PERFORM terrace.note_partitions(to_regclass(format('%I.%I', found.nspname, found.relname)));
         END IF;
         -- What it held before it became a part of a synchronised table.

@@ -724,6 +724,11 @@ pub fn quote_ident(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
+/// A table as SQL names it.
+pub fn quote_table(namespace: &str, name: &str) -> String {
+    format!("{}.{}", quote_ident(namespace), quote_ident(name))
+}
+
 /// An SQL literal, quoted.
 pub fn quote_literal(text: &str) -> String {
     let quoted = text.replace('\'', "''");

@@ -242,7 +242,7 @@ impl ConnInfo {
             && let Some(bundle) = crate::tls::system_roots()
         {
             env.retain(|(name, _)| name != "PGSSLROOTCERT");
-            env.push(("PGSSLROOTCERT".into(), bundle));
+            env.push(("PGSSLROOTCERT".into(), bundle.display().to_string()));
         }
         env.extend(
             self.password()
@@ -398,6 +398,28 @@ fn password_of_line(line: &str, wanted: &[&str; 4]) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn older_programs_are_given_the_systems_roots_as_a_file() {
+        let root = |text: &str| {
+            let env = ConnInfo::parse(text).unwrap().libpq_env();
+            let mut root = env.into_iter().filter(|(name, _)| name == "PGSSLROOTCERT");
+            let found = root.next();
+            assert_eq!(root.next(), None);
+            found.map(|(_, path)| path)
+        };
+        let system = crate::tls::system_roots().map(|path| path.display().to_string());
+        let verified = "host=a user=b dbname=c sslmode=verify-full";
+        // A system without such a file leaves it as it is.
+        let named = system.clone().or(Some("system".to_owned()));
+        assert_eq!(root(&format!("{verified} sslrootcert=system")), named);
+        assert_eq!(root(verified), system);
+        assert_eq!(
+            root(&format!("{verified} sslrootcert=/x")),
+            Some("/x".into())
+        );
+        assert_eq!(root("host=a user=b dbname=c"), None);
+    }
 
     #[test]
     fn pairs_and_uris_are_read_as_libpq_does() {

@@ -248,90 +248,102 @@ async fn prepare_schema(
         table.find_place(local).await?;
     }
     let tables = &*tables;
-    let (mut present, mut missing, mut rows_of) = (Vec::new(), Vec::new(), Vec::new());
+    let mut found = Vec::new();
     for table in tables {
-        let name = table.here();
-        let rows = local
-            .query(
-                "SELECT relkind::text FROM pg_catalog.pg_class WHERE oid = to_regclass($1)",
-                &[Some(&name)],
-            )
-            .await?;
-        let Some(kind) = rows.first().and_then(|row| row.first()) else {
-            missing.push(table);
-            continue;
-        };
-        present.push(table);
-        // A table that is partitioned here has no rows but in its partitions.
-        let only = if kind.as_deref() == Some("p") {
-            ""
-        } else {
-            "ONLY "
-        };
-        rows_of.push(format!("{only}{name}"));
+        found.push((table, rows_here(local, table).await?));
     }
-    for (table, rows) in present.iter().zip(&rows_of) {
-        let name = table.here();
-        let full = local
-            .simple(&format!("SELECT 1 FROM {rows} LIMIT 1"))
-            .await?;
-        if !full.is_empty() && ours.is_empty() {
-            bail!(
-                "table {name} already has rows on this server; empty it with TRUNCATE to let the \
-                 initial copy fill it"
-            );
-        }
-    }
-    if !present.is_empty() && !ours.is_empty() {
-        local
-            .simple(&format!("TRUNCATE {}", rows_of.join(", ")))
-            .await
-            .context("empty the tables of an interrupted copy")?;
-    }
-    if !missing.is_empty() && !present.is_empty() && ours.is_empty() {
-        bail!(
-            "table {} is missing on this server while others are there; create it as it is at the \
-             top, or drop the others to let the initial copy make all",
-            missing[0].qualified()
-        );
-    }
+    make_room(local, &ours, &found).await?;
+    let is_missing = |(_, rows): &Found<'_>| rows.is_none();
     let known = |table: &Table| {
         let made = format!("{MADE}{}", table.qualified());
         ours.lines().any(|line| line == ALL_MADE || line == made)
     };
-    let is_missing = |table: &Table| missing.iter().any(|one| std::ptr::eq(*one, table));
-    let (made, others): (Vec<&Table>, Vec<&Table>) = tables
+    let (made, others): (Vec<Found<'_>>, Vec<Found<'_>>) = found
         .iter()
-        .partition(|table| is_missing(table) || known(table));
+        .cloned()
+        .partition(|found| is_missing(found) || known(found.0));
+    let [made, mut others] = [made, others].map(|some| {
+        let names = some.iter().map(|(table, _)| table.qualified());
+        names.collect::<Vec<String>>()
+    });
     let mut marker = match (made.is_empty(), others.is_empty()) {
         (false, true) => format!("{ALL_MADE}\n"),
-        _ => made.iter().fold(ROWS_OURS.to_owned(), |marker, table| {
-            format!("{marker}{MADE}{}\n", table.qualified())
+        _ => made.iter().fold(ROWS_OURS.to_owned(), |marker, name| {
+            format!("{marker}{MADE}{name}\n")
         }),
     };
     if ours.contains(FROM_PARENT) {
         marker.push_str(FROM_PARENT);
     }
     write_atomically(&shared.config.node.data_dir, MARKER, marker.as_bytes())?;
-    let mut others: Vec<String> = others.iter().map(|table| table.qualified()).collect();
     others.extend(parts_elsewhere(local).await?);
-    if !missing.is_empty() {
+    if found.iter().any(is_missing) {
         let pre = dump(source, snapshot, reader, "pre-data", &others).await?;
         let done = restore(local, &pre).await;
         tell_left_out(shared, &done.context("create the tables")?);
     }
     // They are made as one transaction: where there is one of them, all are.
-    let names: Vec<String> = made.iter().map(|table| table.qualified()).collect();
     let sql = "SELECT 1 FROM pg_catalog.unnest(pg_catalog.string_to_array($1, E'\\x01')) t \
                WHERE EXISTS (SELECT FROM pg_catalog.pg_index WHERE indrelid = to_regclass(t)) \
                   OR EXISTS (SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = to_regclass(t) \
                              AND NOT tgisinternal AND tgname NOT LIKE 'terrace\\_%')";
-    let indexed = local.query(sql, &[Some(&names.join("\u{1}"))]).await?;
+    let indexed = local.query(sql, &[Some(&made.join("\u{1}"))]).await?;
     let unfinished = !made.is_empty() && indexed.is_empty();
     Ok(Prepared {
         marker,
         without: unfinished.then_some(others),
     })
+}
+
+/// A table of the source, and where its rows are read here, if there is one.
+type Found<'a> = (&'a Table, Option<String>);
+
+async fn rows_here(local: &mut Client, table: &Table) -> anyhow::Result<Option<String>> {
+    let name = table.here();
+    let sql = "SELECT relkind::text FROM pg_catalog.pg_class WHERE oid = to_regclass($1)";
+    let rows = local.query(sql, &[Some(&name)]).await?;
+    // A table that is partitioned here has no rows but in its partitions.
+    Ok(rows.first().map(|row| match row[0].as_deref() {
+        Some("p") => name,
+        _ => format!("ONLY {name}"),
+    }))
+}
+
+/// Empties what our own interrupted copy left; what is somebody's is refused.
+async fn make_room(local: &mut Client, ours: &str, found: &[Found<'_>]) -> anyhow::Result<()> {
+    let present: Vec<&String> = found.iter().filter_map(|(_, rows)| rows.as_ref()).collect();
+    if present.is_empty() {
+        return Ok(());
+    }
+    if !ours.is_empty() {
+        let names: Vec<&str> = present.iter().map(|rows| rows.as_str()).collect();
+        local
+            .simple(&format!("TRUNCATE {}", names.join(", ")))
+            .await
+            .context("empty the tables of an interrupted copy")?;
+        return Ok(());
+    }
+    for (table, rows) in found {
+        let Some(rows) = rows else { continue };
+        let full = local
+            .simple(&format!("SELECT 1 FROM {rows} LIMIT 1"))
+            .await?;
+        if !full.is_empty() {
+            bail!(
+                "table {} already has rows on this server; empty it with TRUNCATE to let the \
+                 initial copy fill it",
+                table.here()
+            );
+        }
+    }
+    if let Some((missing, _)) = found.iter().find(|(_, rows)| rows.is_none()) {
+        bail!(
+            "table {} is missing on this server while others are there; create it as it is at the \
+             top, or drop the others to let the initial copy make all",
+            missing.qualified()
+        );
+    }
+    Ok(())
 }
 
 /// What is partitioned at the top, and in its own way here, with the parts that are partitioned there.

@@ -10,11 +10,10 @@
 //! The rules, in the order in which they are asked:
 //!
 //! 1. *A master stays* unless another master is in sight that comes before it (what was told
-//!    before it led tells of the one that made room), its
-//!    own database or disk is broken, the parent is out of its reach or a majority of
+//!    before it led tells of the one that made room), its own database or disk is broken, the parent is out of its reach or a majority of
 //!    the domain has been for a while, and a slave that has no such trouble is in sight,
-//!    or it hands over (switchover). One that hands over and cannot let the slot go, for its disk hangs, is deposed by
-//!    the one that it has asked to take over.
+//!    or it hands over (switchover). One that hands over and cannot let the slot go, for its
+//!    disk hangs, is deposed by the one that it has asked to take over.
 //! 2. *A master in sight is followed*, through a sibling when it no longer keeps
 //!    what follows our end. If nobody keeps that, the data is copied anew; a server
 //!    that does not answer is given time to say otherwise.
@@ -280,19 +279,16 @@ impl Decider {
             return self.follow(now, &view, master);
         }
         let since = *self.masterless_since.get_or_insert(now);
-        if view.is_left_behind(now - since) {
-            if let Some(peer) = view.longest_that_serves(own.told.flush) {
-                return view.go_to(&peer.name);
-            }
-            if self.is_missed(now, &view) {
-                return Decision::CopyAnew;
-            }
-        } else {
-            self.unserved_since = None;
-        }
         if let Some(sibling) = view.sibling_with_master(now - since) {
-            self.busy = None;
+            (self.busy, self.unserved_since) = (None, None);
             return view.go_to(&sibling.name);
+        }
+        if !view.is_master_seen(now - since) {
+            self.unserved_since = None;
+        } else if let Some(peer) = view.longest_that_serves(own.told.flush) {
+            return view.go_to(&peer.name);
+        } else if self.is_missed(now, &view) {
+            return Decision::CopyAnew;
         }
         self.without_master(now, since, &view)
     }

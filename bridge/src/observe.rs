@@ -21,7 +21,7 @@ use crate::conninfo::ConnInfo;
 use crate::domain::{Peer, Sight, Told};
 use crate::lsn::{Identity, Lsn};
 use crate::matching::Windows;
-use crate::upstream::{BRIDGE_PARAMETER, session};
+use crate::upstream::{BRIDGE_PARAMETER, is_standby, session};
 
 /// How long a server may take to answer …
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
@@ -314,11 +314,7 @@ impl Observer {
             if server.peer {
                 return Err(PgError::Protocol("the peer is no bridge".into()));
             }
-            let rows = client
-                .simple("SELECT pg_catalog.pg_is_in_recovery()")
-                .await?;
-            let answer = rows.first().and_then(|row| row.first()?.as_deref());
-            let standby = answer == Some("t");
+            let standby = is_standby(client).await?;
             self.note(&server.name, |seen| {
                 *seen = Seen {
                     tried: true,

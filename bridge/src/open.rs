@@ -54,13 +54,10 @@ pub async fn open_or_copy(
     let mut pause = Duration::from_millis(100);
     let started = Instant::now();
     loop {
-        let progress = local_progress(shared).await;
-        if matches!(progress, Ok(None)) {
-            shared.set_empty();
-        }
-        let attempt = match progress {
+        let attempt = match local_progress(shared).await {
             Ok(Some((identity, lsn))) => return resume(shared, &dir, opened, identity, lsn),
             Ok(None) => {
+                shared.set_empty();
                 // Of data that is none any more. Were it still there after a crash at the end of
                 // the copy, it would be gone on with.
                 if opened.take().is_some() {

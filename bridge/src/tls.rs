@@ -4,7 +4,7 @@
 //! the configured roots, `verify-full` only a certificate for the host; weaker
 //! modes encrypt without knowing to whom, as libpq's do.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustls::client::WebPkiServerVerifier;
@@ -21,22 +21,9 @@ use sha2::{Digest, Sha256, Sha384, Sha512};
 
 use crate::conninfo::{ConnInfo, SslMode};
 
-/// Where systems keep the roots that they trust, as one file.
-const BUNDLES: [&str; 4] = [
-    "/etc/ssl/certs/ca-certificates.crt",
-    "/etc/pki/tls/certs/ca-bundle.crt",
-    "/etc/ssl/ca-bundle.pem",
-    "/etc/ssl/cert.pem",
-];
-
 /// The system's roots as a file, for programs that do not find them by themselves.
-pub fn system_roots() -> Option<String> {
-    let named = std::env::var("SSL_CERT_FILE").ok();
-    let known = BUNDLES.iter().map(|path| (*path).to_owned());
-    named
-        .into_iter()
-        .chain(known)
-        .find(|path| Path::new(path).is_file())
+pub fn system_roots() -> Option<PathBuf> {
+    openssl_probe::probe().cert_file
 }
 
 /// What went wrong, naming the file.

@@ -206,6 +206,15 @@ pub async fn session(
     Client::connect(conninfo, &options).await
 }
 
+/// Whether a Postgres is not known to be none.
+pub async fn is_standby(client: &mut Client) -> Result<bool, PgError> {
+    let rows = client
+        .simple("SELECT pg_catalog.pg_is_in_recovery()")
+        .await?;
+    let answer = rows.first().and_then(|row| row.first()?.as_deref());
+    Ok(answer != Some("f"))
+}
+
 /// Opens a replication session and asks whose history it tells.
 ///
 /// A standby is refused, although newer ones decode: in the middle of the session it may
@@ -216,14 +225,8 @@ pub async fn connect(
 ) -> Result<(Client, Identity), PgError> {
     let mut client = session(conninfo, application, true).await?;
     // Asked first: one that is no standby now will be none while the session lasts.
-    if !client.extension_accepted(BRIDGE_PARAMETER) {
-        let rows = client
-            .simple("SELECT pg_catalog.pg_is_in_recovery()")
-            .await?;
-        let answer = rows.first().and_then(|row| row.first()?.as_deref());
-        if answer != Some("f") {
-            return Err(PgError::Standby);
-        }
+    if !client.extension_accepted(BRIDGE_PARAMETER) && is_standby(&mut client).await? {
+        return Err(PgError::Standby);
     }
     let rows = client.simple("IDENTIFY_SYSTEM").await?;
     let field = |column: usize| {

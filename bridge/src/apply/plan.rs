@@ -12,7 +12,7 @@ use bytes::Bytes;
 
 use super::fold::{Fold, NotFoldable, Shape, ShapeColumn};
 use super::sealed::{SealedOrder, Seals};
-use crate::client::{Client, quote_ident};
+use crate::client::{Client, quote_ident, quote_table};
 use crate::pgoutput::{self, Datum, Message, OldKind, TRUNCATE_RESTART_IDENTITY, Tuple};
 use crate::record::Record;
 
@@ -107,13 +107,7 @@ struct Relation {
 impl Relation {
     /// The table here.
     fn qualified(&self) -> String {
-        let own = || {
-            format!(
-                "{}.{}",
-                quote_ident(&self.namespace),
-                quote_ident(&self.name)
-            )
-        };
+        let own = || quote_table(&self.namespace, &self.name);
         self.place.clone().unwrap_or_else(own)
     }
 
@@ -463,17 +457,9 @@ impl Planner {
             return Ok(Planned::Lookup(relid));
         }
         let relation = &self.relations[&relids[0]];
-        if relation.namespace == "terrace" && relation.name == "partition" {
-            // Rows of a table may be elsewhere from now on.
-            let others = self
-                .relations
-                .values_mut()
-                .filter(|r| r.namespace != "terrace");
-            others.for_each(|other| (other.looked_up, other.shape) = (false, None));
-        }
-        let relation = &self.relations[&relids[0]];
-        if relation.namespace == "terrace" && relation.name == "sync_table" {
-            self.routing_changed = true;
+        let list = Some(relation.name.as_str()).filter(|_| relation.namespace == "terrace");
+        if matches!(list, Some("sync_table" | "partition")) {
+            self.routing_changed |= list == Some("sync_table");
             // Whatever follows in this transaction may go elsewhere.
             let others = self
                 .relations

@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 
 use super::Session;
 use super::plan::other_place;
-use crate::client::{Client, quote_ident};
+use crate::client::{Client, quote_ident, quote_table};
 use crate::open::local_client;
 use crate::pgoutput::{Datum, Tuple};
 use crate::record::{Kind, Record};
@@ -328,7 +328,7 @@ impl Session<'_> {
             return Ok(());
         }
         let elsewhere = other_place(&mut self.client, namespace, name).await?;
-        let own = || format!("{}.{}", quote_ident(namespace), quote_ident(name));
+        let own = || quote_table(namespace, name);
         let table = elsewhere.clone().unwrap_or_else(own);
         let known = self
             .client

@@ -18,7 +18,7 @@ use anyhow::{Context, bail};
 use tokio::task::JoinSet;
 
 use crate::apply::{COMPRESS_FAST, other_place};
-use crate::client::{Client, PgError, SessionOptions, quote_ident, quote_literal};
+use crate::client::{Client, PgError, SessionOptions, quote_literal, quote_table};
 use crate::conninfo::ConnInfo;
 use crate::status::Shared;
 use crate::upstream::pinned_settings;
@@ -84,11 +84,7 @@ impl Table {
     }
 
     pub fn qualified(&self) -> String {
-        format!(
-            "{}.{}",
-            quote_ident(&self.namespace),
-            quote_ident(&self.name)
-        )
+        quote_table(&self.namespace, &self.name)
     }
 
     fn is_large(&self) -> bool {

@@ -184,17 +184,16 @@ impl<'a> View<'a> {
         told.path.contains(&self.own.told.node)
     }
 
-    /// Keeps what follows our end.
+    /// A sibling that follows a master, and keeps what follows our end.
     pub fn sibling_with_master(&self, masterless: Duration) -> Option<&'a Peer> {
         self.siblings_with_master(masterless)
             .filter(|peer| Self::told(peer).first <= self.own.told.flush)
             .min_by_key(|peer| (Self::told(peer).path.len(), &peer.name))
     }
 
-    /// Siblings see a master, and none of them keeps what follows our end.
-    pub fn is_left_behind(&self, masterless: Duration) -> bool {
+    /// Whether any sibling follows a master.
+    pub fn is_master_seen(&self, masterless: Duration) -> bool {
         self.siblings_with_master(masterless).next().is_some()
-            && self.sibling_with_master(masterless).is_none()
     }
 
     /// What was told before the master went out of our sight says nothing of now.

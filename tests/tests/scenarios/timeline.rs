@@ -60,6 +60,17 @@ impl Story {
         }
     }
 
+    /// What is written at this top now comes down; the last number of it.
+    fn flows_from(&self, top: &Server) -> i64 {
+        let counting = count_up(top);
+        counting.go_on(30);
+        counting.stop();
+        let last = top.value("SELECT max(n) FROM steps");
+        let last = last.parse().expect("number");
+        self.wait_for(last);
+        last
+    }
+
     /// The top is gone; the standby takes its place, with the slot as the top had it.
     fn promote(&mut self) {
         self.standby.restart().expect("start the standby");
@@ -95,11 +106,7 @@ fn a_standby_that_has_more_is_followed() {
     story.promote();
     story.bridges[0].restart().expect("start the bridge");
     story.wait_for(last.parse().expect("number"));
-    let counting = count_up(&story.standby);
-    counting.go_on(30);
-    counting.stop();
-    let last = story.standby.value("SELECT max(n) FROM steps");
-    story.wait_for(last.parse().expect("number"));
+    story.flows_from(&story.standby);
     let told = "SELECT count(*) FROM terrace.progress WHERE split_part(identity, '/', 2) = '2'";
     for server in [&story.region, &story.site] {
         wait_until("the database says so", || server.value(told) == "1");
@@ -117,11 +124,7 @@ fn a_standby_without_the_slot_ties_nobody_to_itself() {
         said.contains("\"terrace_region\" does not exist") && said.contains("resync")
     });
     story.top.restart().expect("start the top");
-    let counting = count_up(&story.top);
-    counting.go_on(30);
-    counting.stop();
-    let last = story.top.value("SELECT max(n) FROM steps");
-    story.wait_for(last.parse().expect("number"));
+    story.flows_from(&story.top);
     let timeline = "SELECT split_part(identity, '/', 2) FROM terrace.progress";
     assert_eq!(story.region.value(timeline), "1");
 }
@@ -136,15 +139,7 @@ fn a_standby_that_has_less_is_not_followed_and_nothing_is_served() {
         .standby
         .take_slot(&story.top, SLOT)
         .expect("copy the slot");
-    let counting = count_up(&story.top);
-    counting.go_on(30);
-    counting.stop();
-    let last: i64 = story
-        .top
-        .value("SELECT max(n) FROM steps")
-        .parse()
-        .expect("number");
-    story.wait_for(last);
+    let last = story.flows_from(&story.top);
     story.top.kill9();
     story.promote();
     wait_until("it says that it has diverged", || {
