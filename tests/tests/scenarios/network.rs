@@ -347,6 +347,21 @@ fn the_top_may_be_reached_over_tls() {
     wait_for_rows(&tree.top, &server);
     let encrypted = "SELECT bool_and(ssl) FROM pg_stat_replication JOIN pg_stat_ssl USING (pid)";
     assert_eq!(tree.top.value(encrypted), "t");
+
+    // "allow" begins in plain text, and goes on with TLS where that is refused.
+    let rules = tree.top.socket_dir().join("data/pg_hba.conf");
+    let text = fs::read_to_string(&rules).expect("read");
+    fs::write(&rules, text.replace("\nhost ", "\nhostssl ")).expect("write");
+    tree.top.sql("SELECT pg_reload_conf()");
+    bridge.stop();
+    let allowing = tree.top.conninfo() + " sslmode=allow";
+    bridge
+        .configure(&options(&server, "region", &[allowing]))
+        .expect("configure");
+    bridge.restart().expect("start");
+    tree.top.sql("INSERT INTO t VALUES (3, 'allowed')");
+    wait_for_rows(&tree.top, &server);
+    assert_eq!(tree.top.value(encrypted), "t");
 }
 
 #[test]

@@ -25,6 +25,7 @@ fn check_names_what_is_wrong() {
     };
     let top = start("top", &top_options);
     top.sql("SELECT terrace.create_domain('region')");
+    top.sql("CREATE ROLE plain LOGIN REPLICATION PASSWORD 'terrace'");
     let replica = ServerOptions {
         settings: "wal_level = replica".into(),
         ..top_options
@@ -81,6 +82,11 @@ fn check_names_what_is_wrong() {
             "wrong parent password",
             with(&|o| o.parents = vec![wrong(&o.parents[0])]),
             &["password"],
+        ),
+        (
+            "a role that may not read",
+            with(&|o| o.parents = vec![o.parents[0].replace("user=terrace", "user=plain")]),
+            &["\"plain\" may not read", "GRANT terrace_reader"],
         ),
         (
             "nobody there",
