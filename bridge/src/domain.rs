@@ -9,8 +9,8 @@
 //!
 //! The rules, in the order in which they are asked:
 //!
-//! 1. *A master stays* unless another master is in sight that comes before it (what was told
-//!    before it led tells of the one that made room), its own database or disk is broken, the parent is out of its reach or a majority of
+//! 1. *A master stays* unless another master is in sight that comes before it, and says so again a
+//!    moment later: one that was deposed finds that out. Or its own database or disk is broken, the parent is out of its reach or a majority of
 //!    the domain has been for a while, and a slave that has no such trouble is in sight,
 //!    or it hands over (switchover). One that hands over and cannot let the slot go, for its
 //!    disk hangs, is deposed by the one that it has asked to take over.
@@ -114,8 +114,8 @@ pub struct Decider {
     takeover_after: Duration,
     members: usize,
     masterless_since: Option<Now>,
-    /// Since when we are master.
-    leads_since: Option<Now>,
+    /// Since when, to us as master, another one that goes first has been in sight.
+    rival_since: Option<Now>,
     /// Since when we, as master, reach no majority of the domain.
     outnumbered_since: Option<Now>,
     /// Who is in the way at the parent, and since when.
@@ -154,7 +154,7 @@ impl Decider {
             takeover_after,
             members,
             masterless_since: None,
-            leads_since: None,
+            rival_since: None,
             outnumbered_since: None,
             busy: None,
             lacking: None,
@@ -264,7 +264,7 @@ impl Decider {
             self.masterless_since = None;
             return self.as_master(now, &view);
         }
-        (self.leads_since, self.outnumbered_since) = (None, None);
+        (self.rival_since, self.outnumbered_since) = (None, None);
         let is_done = |to: String| view.master().is_some_and(|master| master.name == to);
         if self.yields_to().is_some_and(is_done) {
             // Should it die the next moment, this is no reason to wait.
@@ -298,13 +298,7 @@ impl Decider {
             return hand_over(&to, "it is asked to");
         }
         let own = &view.own.told;
-        let since = *self.leads_since.get_or_insert(now);
-        let is_rival =
-            |peer: &&Peer| peer.age < now - since && View::told(peer).role == Role::Master;
-        if let Some(rival) = view.live_peers().find(is_rival)
-            && goes_before(View::told(rival), own)
-        {
-            let name = &rival.name;
+        if let Some(name) = self.rival(now, view) {
             return Decision::Leave(format!("{name} is master as well and goes first"));
         }
         let alone = self.is_outnumbered(now, view);
@@ -329,6 +323,20 @@ impl Decider {
             ),
             None => Decision::Stay,
         }
+    }
+
+    /// Another master that goes first and has told so again since it came in sight.
+    fn rival(&mut self, now: Now, view: &View<'_>) -> Option<String> {
+        let goes_first = |peer: &&Peer| {
+            let told = View::told(peer);
+            told.role == Role::Master && goes_before(told, &view.own.told)
+        };
+        let Some(rival) = view.live_peers().find(goes_first) else {
+            self.rival_since = None;
+            return None;
+        };
+        let seen_for = now - *self.rival_since.get_or_insert(now);
+        (seen_for >= UNSEEN && rival.age < seen_for).then(|| rival.name.clone())
     }
 
     /// Whether a majority of the domain has been out of reach for so long that it is no hiccup.

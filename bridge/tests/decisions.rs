@@ -91,6 +91,24 @@ fn a_master_that_most_cannot_reach_hands_over_to_one_that_they_can() {
     }
 }
 
+// A deposed master that comes back into sight says for a moment what it was.
+#[test]
+fn a_master_leaves_for_another_one_that_goes_on_saying_so() {
+    for (says_again, leaves) in [(false, false), (true, true)] {
+        let mut decider = Decider::new(TAKEOVER_AFTER, 3);
+        let mut decide = |at: u64, age: u64| {
+            let mut rival = peer(told("two", Role::Master, 100));
+            rival.age = Duration::from_millis(age);
+            decider.decide(Duration::from_millis(at), &own(100, Link::Parent), &[rival])
+        };
+        assert_eq!(decide(10_000, 0), Decision::Stay);
+        assert_eq!(decide(10_900, 100), Decision::Stay);
+        let age = if says_again { 100 } else { 1_200 };
+        let left = matches!(decide(11_200, age), Decision::Leave(_));
+        assert_eq!(left, leaves);
+    }
+}
+
 // An old master that is cut off from the parent hands over, and its session there goes on
 // holding the slot; whoever else has become master meanwhile is no such holder.
 #[test]
