@@ -179,6 +179,8 @@ struct Session<'a> {
     planner: Planner,
     /// Read but not yet begun with.
     ahead: VecDeque<Record>,
+    /// Folded already, to be applied next.
+    folded: Option<setwise::Pile>,
     /// Transactions that go in order before the next look whether all can go set-wise.
     in_order: usize,
     /// End of the batch that is under way.
@@ -242,6 +244,7 @@ impl<'a> Session<'a> {
             client,
             planner,
             ahead: VecDeque::new(),
+            folded: None,
             in_order: MAX_TRANSACTIONS,
             attempted: committed,
             committed,
@@ -317,6 +320,7 @@ impl<'a> Session<'a> {
     /// Starts again after the last commit.
     fn rewind(&mut self) -> anyhow::Result<()> {
         self.ahead.clear();
+        self.folded = None;
         self.expected.clear();
         self.unflushed = 0;
         self.planner.forget_relations();
@@ -371,19 +375,54 @@ impl<'a> Session<'a> {
                         frontend::query("BEGIN", self.client.buffer()).context("BEGIN")?;
                         self.expected.push_back(Expect::Simple);
                     }
-                    self.send_changes(&record, &mut batch).await?;
-                    if record.kind == Kind::Commit {
+                    if record.kind == Kind::Part {
+                        let parts = self.parts(record)?;
+                        self.changes(&parts, &mut batch).await?;
+                    } else {
+                        self.changes(std::slice::from_ref(&record), &mut batch)
+                            .await?;
                         // A large transaction is sent before it may be shown, but
                         // committed only then.
                         if !self.gate_allows(&record) {
                             self.wait_for_gate(record.lsn).await?;
                         }
                         batch.take_in(&record)?;
+                        self.attempted = batch.end;
                     }
                 }
             }
         }
         self.finish_fast(open, batch).await
+    }
+
+    /// A part of a large transaction with those that follow it and are there.
+    fn parts(&mut self, first: Record) -> Result<Vec<Record>, Failed> {
+        let mut bytes = first.bytes.len();
+        let mut parts = vec![first];
+        while bytes < MAX_BYTES
+            && let Some(next) = self.peek()?
+            && next.kind == Kind::Part
+        {
+            bytes += next.bytes.len();
+            parts.extend(self.ahead.pop_front());
+        }
+        Ok(parts)
+    }
+
+    /// Sends the changes of records that follow each other: set-wise, if that can be done
+    /// and is worthwhile.
+    async fn changes(&mut self, records: &[Record], batch: &mut Batch) -> Result<(), Failed> {
+        if let Some(statements) = self.fold(records, batch).await? {
+            self.drain(batch).await?;
+            tracing::debug!(statements = statements.len(), "a part went set-wise");
+            self.send_sets(statements)?;
+            // The answers are not waited for: what comes next is folded meanwhile.
+            return Ok(self.client.flush().await?);
+        }
+        for record in records {
+            self.send_changes(record, batch).await?;
+        }
+        Ok(())
     }
 
     async fn send_changes(&mut self, record: &Record, batch: &mut Batch) -> Result<(), Failed> {
@@ -496,7 +535,7 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    async fn finish_fast(&mut self, open: bool, mut batch: Batch) -> Result<(), Failed> {
+    async fn finish_fast(&mut self, open: bool, batch: Batch) -> Result<(), Failed> {
         let quiet = batch.transactions == 0;
         if quiet && self.progress_written.elapsed() < WATERMARK_EVERY {
             // Shown at once; written with the next transaction or later.
@@ -508,13 +547,24 @@ impl<'a> Session<'a> {
             frontend::query("BEGIN", self.client.buffer()).context("BEGIN")?;
             self.expected.push_back(Expect::Simple);
         }
+        self.close(&batch)?;
+        self.conclude(batch).await
+    }
+
+    /// Sends what a local transaction ends with, but for its COMMIT.
+    fn close(&mut self, batch: &Batch) -> Result<(), Failed> {
         self.attempted = batch.end;
-        for step in self.closing_steps(&batch) {
+        for step in self.closing_steps(batch) {
             self.send(&step)?;
         }
         frontend::sync(self.client.buffer());
         // The answer to Sync is what ends a simple query.
         self.expected.push_back(Expect::Simple);
+        Ok(())
+    }
+
+    /// Commits, if everything did what it should.
+    async fn conclude(&mut self, mut batch: Batch) -> Result<(), Failed> {
         self.answers(&mut batch).await?;
         for (table, count) in std::mem::take(&mut batch.missing_deletes) {
             self.bump(&table, "delete_missing", count).await?;

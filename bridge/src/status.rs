@@ -9,6 +9,7 @@ mod kinds;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
+use std::sync::atomic::AtomicI64;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -151,6 +152,9 @@ pub struct Shared {
     pub flushed: watch::Sender<Lsn>,
     /// The queue; `None` before there is data.
     pub queue: watch::Sender<Option<OpenQueue>>,
+    /// The top's own clock when it last sent something, in microseconds since 2000-01-01 UTC:
+    /// against the time of a commit it tells how far behind that is, whatever the clock here says.
+    pub top_clock: AtomicI64,
     /// A report should go out soon.
     pub changed: Notify,
     /// ParameterStatus values of the local Postgres, empty until first seen.
@@ -171,6 +175,7 @@ impl Shared {
             upstream_replayed: watch::Sender::new(Lsn::ZERO),
             flushed: watch::Sender::new(Lsn::ZERO),
             queue: watch::Sender::new(None),
+            top_clock: AtomicI64::new(0),
             changed: Notify::new(),
             server_parameters: Mutex::default(),
             inner: Mutex::default(),

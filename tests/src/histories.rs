@@ -3,7 +3,8 @@
 //!
 //! A history is what happens to one table. The bridges are stopped meanwhile, so that it
 //! piles up; a statement that goes alone ends each pile, so that each history is folded by
-//! itself or not at all. The server that applies in order has a trigger on each table,
+//! itself or not at all; every third one is a single transaction, which is folded in parts.
+//! The server that applies in order has a trigger on each table,
 //! enabled for replicas, which says no to folding. Below, tables may have their columns in
 //! another order and one more.
 
@@ -20,6 +21,10 @@ const KEYS: usize = 10;
 pub const TREE: u64 = 200;
 /// Transactions of a history: always enough to be worth folding.
 const TRANSACTIONS: (usize, usize) = (30, 80);
+
+/// Around a step of a history that is a single transaction.
+const IN_BEGIN: &str = "SAVEPOINT step; SET CONSTRAINTS ALL DEFERRED;";
+const IN_END: &str = "SET CONSTRAINTS ALL IMMEDIATE; RELEASE step";
 
 const TYPES: &str = "
     CREATE EXTENSION IF NOT EXISTS btree_gist;
@@ -379,19 +384,41 @@ impl History {
     }
 
     fn live(&mut self, top: &mut Client, random: &mut Random) {
+        let at_once = self.seed.is_multiple_of(3);
+        let (begin, end, back) = match at_once {
+            true => (IN_BEGIN, IN_END, "ROLLBACK TO step"),
+            false => ("BEGIN;", "COMMIT", "ROLLBACK"),
+        };
+        let mut run = |sql: String, back: &str| match top.batch_execute(&sql) {
+            Ok(()) => self.transactions.push(sql),
+            // A constraint may refuse some: then they are no history.
+            Err(_) => top.batch_execute(back).expect("rollback"),
+        };
+        if at_once {
+            run("BEGIN".into(), "");
+        }
         let (few, many) = TRANSACTIONS;
-        for _ in 0..few + random.below(many - few) {
-            let mut sql = String::from("BEGIN;");
+        let steps = few + random.below(many - few);
+        for _ in 0..if at_once { 3 * steps } else { steps } {
+            let mut sql = String::from(begin);
             for _ in 0..=random.below(4) {
                 sql += &self.table.statement(random);
                 sql.push(';');
             }
-            sql += "COMMIT";
-            // A constraint may refuse some: then they are no history.
-            match top.batch_execute(&sql) {
-                Ok(()) => self.transactions.push(sql),
-                Err(_) => top.batch_execute("ROLLBACK").expect("rollback"),
+            if at_once && random.one_in(30) {
+                // It is described anew, which ends a part.
+                let fill = 50 + random.below(50);
+                let _ = write!(
+                    sql,
+                    "ALTER TABLE {} SET (fillfactor = {fill});",
+                    self.table.name
+                );
             }
+            sql += end;
+            run(sql, back);
+        }
+        if at_once {
+            run("COMMIT".into(), "");
         }
     }
 
@@ -427,6 +454,8 @@ pub struct Tried {
     pub transactions: usize,
     /// Of them those that were folded.
     pub folded: usize,
+    /// Parts of larger ones that were folded.
+    pub parts: usize,
 }
 
 /// Runs so many histories, from `seed` on, on a tree of their own; panics, with the history,
@@ -461,10 +490,18 @@ pub fn run(seed: u64, count: u64) -> Tried {
     let [folding, in_order] = &tree.nodes[..] else {
         panic!("two servers");
     };
-    tried.folded = folded(&folding.bridge.logged());
-    assert_eq!(folded(&in_order.bridge.logged()), 0, "one goes in order");
+    let (log, other) = (folding.bridge.logged(), in_order.bridge.logged());
+    (tried.folded, tried.parts) = (folded(&log), log.matches(PART).count());
+    assert_eq!(
+        folded(&other) + other.matches(PART).count(),
+        0,
+        "one goes in order"
+    );
     tried
 }
+
+/// What a bridge's log says of a part that was folded.
+const PART: &str = "went set-wise";
 
 /// Transactions that a bridge's log says were applied set-wise.
 fn folded(log: &str) -> usize {

@@ -48,14 +48,22 @@ pub struct ShapeColumn {
 #[derive(Debug, PartialEq, Eq)]
 pub struct NotFoldable;
 
-/// One statement: text arrays in binary form, and how many rows it must touch.
+/// One statement, and how many rows it must touch.
 pub struct Statement {
     /// Text, the same for the same table and columns.
     pub sql: String,
-    /// One array a parameter.
-    pub arrays: Vec<Bytes>,
+    /// The rows that it takes.
+    pub data: Data,
     /// Rows.
     pub rows: u64,
+}
+
+/// Rows on their way into a statement.
+pub enum Data {
+    /// A column a parameter, each a text array in binary form.
+    Arrays(Vec<Bytes>),
+    /// What COPY reads, as whole CopyData messages.
+    Copy(Bytes),
 }
 
 /// State of a row after the changes so far, against that before the batch. Its values
@@ -360,7 +368,7 @@ impl Shape {
                 self.same_key()
             )
         };
-        statement(sql, &self.keys, rows)
+        statement(sql, rows, |rows| arrays(rows, &self.keys))
     }
 
     fn update(&self, sent: &[bool], rows: &[&[Datum<'_>]]) -> Option<Statement> {
@@ -384,7 +392,7 @@ impl Shape {
                 self.same_key()
             )
         };
-        statement(sql, &all, rows)
+        statement(sql, rows, |rows| arrays(rows, &all))
     }
 
     fn insert(&self, rows: &[&[Datum<'_>]]) -> Option<Statement> {
@@ -394,14 +402,9 @@ impl Shape {
         let sql = || {
             let name = |index: &usize| self.columns[*index].name.as_str();
             let names: Vec<&str> = written.iter().map(name).collect();
-            format!(
-                "INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE SELECT * FROM {}",
-                self.table,
-                names.join(", "),
-                self.source(&written)
-            )
+            format!("COPY {} ({}) FROM STDIN", self.table, names.join(", "))
         };
-        statement(sql, &written, rows)
+        statement(sql, rows, |rows| Data::Copy(copy_data(rows, &written)))
     }
 
     fn same_key(&self) -> String {
@@ -410,43 +413,88 @@ impl Shape {
         terms.join(" AND ")
     }
 
-    /// The rows as a table `u` of columns `c…` of the right types.
+    /// The rows as a table `u` of columns `c…` of the right types. Functions in a select list
+    /// go in step, and unlike those in FROM without a detour over a tuple store.
     fn source(&self, columns: &[usize]) -> String {
-        let (mut casts, mut arrays, mut names) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut casts, mut arrays) = (Vec::new(), Vec::new());
         for (place, index) in columns.iter().enumerate() {
-            casts.push(format!(
-                "c{index}::{} AS c{index}",
-                self.columns[*index].type_name
-            ));
+            let type_name = &self.columns[*index].type_name;
+            casts.push(format!("c{index}::{type_name} AS c{index}"));
+            let place = place + 1;
             arrays.push(format!(
-                "pg_catalog.unnest(${}::pg_catalog.text[])",
-                place + 1
+                "pg_catalog.unnest(${place}::pg_catalog.text[]) AS c{index}"
             ));
-            names.push(format!("c{index}"));
         }
         format!(
-            "(SELECT {} FROM ROWS FROM ({}) AS x ({})) AS u",
+            "(SELECT {} FROM (SELECT {}) AS x) AS u",
             casts.join(", "),
-            arrays.join(", "),
-            names.join(", ")
+            arrays.join(", ")
         )
     }
 }
 
 fn statement(
     sql: impl FnOnce() -> String,
-    columns: &[usize],
     rows: &[&[Datum<'_>]],
+    data: impl FnOnce(&[&[Datum<'_>]]) -> Data,
 ) -> Option<Statement> {
-    if rows.is_empty() {
-        return None;
-    }
-    let array = |column: &usize| text_array(rows, *column);
-    Some(Statement {
+    (!rows.is_empty()).then(|| Statement {
         sql: sql(),
-        arrays: columns.iter().map(array).collect(),
+        data: data(rows),
         rows: rows.len() as u64,
     })
+}
+
+fn arrays(rows: &[&[Datum<'_>]], columns: &[usize]) -> Data {
+    let array = |column: &usize| text_array(rows, *column);
+    Data::Arrays(columns.iter().map(array).collect())
+}
+
+/// Rows in COPY's text format.
+fn copy_data(rows: &[&[Datum<'_>]], columns: &[usize]) -> Bytes {
+    /// A message ends with the row that passes this.
+    const MESSAGE: usize = 64 << 10;
+    let mut out = BytesMut::new();
+    let mut rows = rows.iter().peekable();
+    while rows.peek().is_some() {
+        let start = out.len();
+        out.put_slice(b"d\0\0\0\0");
+        while out.len() - start < MESSAGE
+            && let Some(row) = rows.next()
+        {
+            for (place, column) in columns.iter().enumerate() {
+                if place > 0 {
+                    out.put_u8(b'\t');
+                }
+                match row[*column] {
+                    Datum::Text(text) => put_escaped(&mut out, text),
+                    Datum::Null | Datum::Unchanged => out.put_slice(b"\\N"),
+                }
+            }
+            out.put_u8(b'\n');
+        }
+        let len = (out.len() - start - 1) as u32;
+        out[start + 1..start + 5].copy_from_slice(&len.to_be_bytes());
+    }
+    out.freeze()
+}
+
+/// What means something to COPY gets a backslash before it.
+fn put_escaped(out: &mut BytesMut, text: &[u8]) {
+    let is_special = |byte: &u8| matches!(byte, b'\\' | b'\t' | b'\n' | b'\r');
+    // Whole chunks are looked at without a branch, and few hold anything.
+    for chunk in text.chunks(32) {
+        if !chunk.iter().fold(false, |any, byte| any | is_special(byte)) {
+            out.put_slice(chunk);
+            continue;
+        }
+        for byte in chunk {
+            if is_special(byte) {
+                out.put_u8(b'\\');
+            }
+            out.put_u8(*byte);
+        }
+    }
 }
 
 /// A column as a `text[]` in its binary form (`array_recv`).
@@ -537,17 +585,14 @@ mod tests {
         let delete = |id| message(b'D', &[(b'K', [id, "-"])]);
         let moved = |from, to| message(b'U', &[(b'K', [from, "-"]), (b'N', to)]);
         let one = |kind: &str| Ok(vec![(kind.to_owned(), 1)]);
-        assert_eq!(
-            fold(&[insert(["1", "a"]), update(["1", "b"])]),
-            one("INSERT")
-        );
+        assert_eq!(fold(&[insert(["1", "a"]), update(["1", "b"])]), one("COPY"));
         assert_eq!(
             fold(&[update(["1", "a"]), update(["1", "="])]),
             one("UPDATE")
         );
         assert_eq!(fold(&[update(["1", "a"]), delete("1")]), one("DELETE"));
         assert_eq!(fold(&[insert(["1", "a"]), delete("1")]), Ok(vec![]));
-        let replaced = Ok(vec![("DELETE".to_owned(), 1), ("INSERT".to_owned(), 1)]);
+        let replaced = Ok(vec![("DELETE".to_owned(), 1), ("COPY".to_owned(), 1)]);
         assert_eq!(fold(&[delete("1"), insert(["1", "a"])]), replaced);
         assert_eq!(
             fold(&[moved("1", ["2", "a"]), moved("2", ["1", "b"])]),

@@ -11,7 +11,7 @@ use anyhow::{Context, bail};
 use bytes::Bytes;
 
 use super::fold::{Fold, NotFoldable, Shape, ShapeColumn};
-use super::sealed::{SealedOrder, Seals};
+use super::sealed::{SealedOrder, Seals, is_order};
 use crate::client::{Client, quote_ident, quote_table};
 use crate::pgoutput::{self, Datum, Message, OldKind, TRUNCATE_RESTART_IDENTITY, Tuple};
 use crate::record::Record;
@@ -448,7 +448,7 @@ impl Planner {
                 .relations
                 .get(relid)
                 .context("change of an undefined relation")?;
-            if !relation.looked_up && (relation.routed || self.routing_changed) {
+            if self.is_unknown(relation) {
                 unknown.push(*relid);
             }
         }
@@ -525,14 +525,24 @@ impl Planner {
     }
 
     /// Adds a message to a fold.
-    pub fn fold_into<'a>(&self, fold: &mut Fold<'a>, payload: &'a [u8]) -> anyhow::Result<Folded> {
+    pub fn fold_into<'a>(
+        &mut self,
+        fold: &mut Fold<'a>,
+        payload: &'a [u8],
+    ) -> anyhow::Result<Folded> {
         let message = pgoutput::decode(payload)?;
         let relid = match &message {
             Message::Insert { relid, .. }
             | Message::Update { relid, .. }
             | Message::Delete { relid, .. } => *relid,
-            Message::Begin { .. } | Message::Commit { .. } => return Ok(Folded::Added),
-            Message::Logical { prefix, .. } if *prefix != SEND_PREFIX => return Ok(Folded::Added),
+            Message::Begin { .. } => {
+                self.seals.clear();
+                return Ok(Folded::Added);
+            }
+            Message::Commit { .. } => return Ok(Folded::Added),
+            Message::Logical { prefix, .. } if *prefix != SEND_PREFIX && !is_order(prefix) => {
+                return Ok(Folded::Added);
+            }
             _ => return Ok(Folded::Not),
         };
         let relation = self
@@ -540,16 +550,22 @@ impl Planner {
             .get(&relid)
             .context("change of an undefined relation")?;
         Ok(match &relation.shape {
-            _ if !relation.routed => Folded::Added,
             // What it says of the routing must be seen.
             _ if relation.namespace == "terrace" => Folded::Not,
-            _ if !relation.looked_up => Folded::Lookup(relid),
+            _ if self.is_unknown(relation) => Folded::Lookup(relid),
+            _ if !relation.routed => Folded::Added,
             None => Folded::Not,
             Some(shape) => match fold.add(relid, shape, &message) {
                 Ok(()) => Folded::Added,
                 Err(NotFoldable) => Folded::Not,
             },
         })
+    }
+
+    /// Whether a table must be looked up first. One that goes elsewhere need not be, unless
+    /// this transaction may have changed that.
+    fn is_unknown(&self, relation: &Relation) -> bool {
+        !relation.looked_up && (relation.routed || self.routing_changed)
     }
 
     /// Name of the prepared statement of this text, and whether it is to be prepared.
@@ -675,7 +691,8 @@ fn shape(relation: &Relation, primaries: usize) -> Option<Shape> {
             generated: local.generated,
         });
     }
-    (keys.len() == primaries).then(|| Shape {
+    let is_written = columns.iter().any(|column| !column.generated);
+    (is_written && keys.len() == primaries).then(|| Shape {
         table: relation.qualified(),
         columns,
         keys,

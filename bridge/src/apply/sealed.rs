@@ -66,6 +66,11 @@ pub struct Rows {
     message: Bytes,
 }
 
+/// Whether a message of this prefix is obeyed when it is sealed.
+pub fn is_order(prefix: &str) -> bool {
+    prefix == DDL_PREFIX || prefix == ROWS_PREFIX
+}
+
 /// What the transaction under way has said so far.
 #[derive(Default)]
 pub struct Seals {
@@ -100,7 +105,7 @@ impl Seals {
 
     /// The order in a message. One that nothing announces is nobody's.
     pub fn open(&mut self, prefix: &str, content: Bytes) -> anyhow::Result<Option<SealedOrder>> {
-        if prefix != DDL_PREFIX && prefix != ROWS_PREFIX {
+        if !is_order(prefix) {
             return Ok(None);
         }
         let digest = Sha256::new()

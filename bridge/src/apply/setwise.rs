@@ -1,39 +1,76 @@
 //! The set-wise way: what has piled up is folded ([`super::fold`]) and written with
 //! few statements. Taken by itself when there is enough and all of it can be folded;
-//! otherwise the same records go the way in order.
+//! otherwise the same records go the way in order. A large transaction is folded in
+//! parts, each of which goes its own way: within one local transaction the one after the
+//! other comes to the same as all in order.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use postgres_protocol::message::frontend;
+use tokio::time::sleep;
 
-use super::fold::{Fold, Statement};
+use super::fold::{Data, Fold, Statement};
 use super::plan::Folded;
 use super::sealed::goes_alone;
 use super::{Batch, Expect, Failed, MAX_BYTES, MAX_TRANSACTIONS, Session};
 use crate::client::bind_binary;
 use crate::record::{Kind, Record};
 
-/// Fewer transactions are sooner done in order.
-const WORTHWHILE: usize = 20;
+/// Fewer transactions are not waited for: they go in order before the next look.
+const FEW: usize = 20;
+/// Fewer messages are sooner done in order. A transaction of one change is three.
+const WORTHWHILE: usize = 60;
+
+/// A backlog gathers for no longer than this …
+const GATHERING: Duration = Duration::from_millis(200);
+/// … and something must have come when it is looked at again.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// Whole transactions, and the statements that have their net effect.
+pub(super) struct Pile {
+    records: Vec<Record>,
+    statements: Vec<Statement>,
+}
+
+/// Whole transactions that are taken together.
+#[derive(Default)]
+struct Heap {
+    records: Vec<Record>,
+    bytes: usize,
+}
+
+impl Heap {
+    fn push(&mut self, record: Record) {
+        self.bytes += record.bytes.len();
+        self.records.push(record);
+    }
+
+    fn is_full(&self) -> bool {
+        self.records.len() >= MAX_TRANSACTIONS || self.bytes >= MAX_BYTES
+    }
+}
+
+/// What came of folding.
+enum Attempt {
+    Folded(Vec<Statement>),
+    /// First these relations must be looked up.
+    Unknown(BTreeSet<u32>),
+    /// It is not worthwhile, or something stands in the way.
+    Not,
+}
 
 impl Session<'_> {
     /// Applies what has piled up, if that can be done set-wise. False when nothing
     /// was done: then the records wait to be taken in order.
     pub(super) async fn set_wise_batch(&mut self) -> Result<bool, Failed> {
-        let records = self.pile()?;
-        let folded = match records.len() >= WORTHWHILE {
-            true => self.fold(&records).await?,
-            false => None,
-        };
-        // What stood in the way may be over soon, or all of it may be of its kind.
-        self.in_order = match records.len() < WORTHWHILE {
-            true => WORTHWHILE,
-            false => MAX_TRANSACTIONS,
-        };
-        let Some(statements) = folded else {
-            // In front of what has been looked at already.
-            for record in records.into_iter().rev() {
-                self.ahead.push_front(record);
-            }
+        let Some(Pile {
+            records,
+            statements,
+        }) = self.folded_pile().await?
+        else {
             return Ok(false);
         };
         let mut batch = Batch::default();
@@ -42,27 +79,101 @@ impl Session<'_> {
         }
         frontend::query("BEGIN", self.client.buffer()).context("BEGIN")?;
         self.expected.push_back(Expect::Simple);
-        for statement in statements {
-            self.send_set(statement)?;
-        }
-        self.finish_fast(true, batch).await?;
+        self.send_sets(statements)?;
+        self.close(&batch)?;
+        self.client.flush().await?;
+        // Postgres is at work meanwhile.
+        self.fold_ahead()?;
+        self.conclude(batch).await?;
         tracing::debug!(transactions = records.len(), "applied set-wise");
         Ok(true)
     }
 
+    async fn folded_pile(&mut self) -> Result<Option<Pile>, Failed> {
+        if let Some(pile) = self.folded.take() {
+            return Ok(Some(pile));
+        }
+        let mut heap = Heap::default();
+        self.pile(&mut heap)?;
+        self.gather(&mut heap).await?;
+        let folded = self.fold(&heap.records, &mut Batch::default()).await?;
+        // What stood in the way may be over soon, or all of it may be of its kind.
+        self.in_order = match heap.records.len() < FEW {
+            true => FEW,
+            false => MAX_TRANSACTIONS,
+        };
+        Ok(self.keep_or_put_back(heap, folded))
+    }
+
+    /// Lets a backlog gather while more of it comes: the larger a pile, the less each
+    /// transaction of it costs. It gets no older by that than by a tenth.
+    async fn gather(&mut self, heap: &mut Heap) -> Result<(), Failed> {
+        let Some(last) = heap.records.last() else {
+            return Ok(());
+        };
+        let committed = last.commit().context("commit")?.commit_time;
+        let behind = self
+            .shared
+            .top_clock
+            .load(Relaxed)
+            .saturating_sub(committed);
+        let age = Duration::from_micros(behind.max(0).unsigned_abs());
+        let (start, limit) = (Instant::now(), GATHERING.min(age / 10));
+        while start.elapsed() + LOOK < limit && !heap.is_full() && self.peek()?.is_none() {
+            let before = heap.records.len();
+            sleep(LOOK).await;
+            self.pile(heap)?;
+            if heap.records.len() == before {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Folds the next pile already, if it is full and nothing need be asked for that. What is
+    /// not full gathers meanwhile.
+    fn fold_ahead(&mut self) -> Result<(), Failed> {
+        let mut heap = Heap::default();
+        self.pile(&mut heap)?;
+        let folded = match heap.is_full() {
+            true => self.try_fold(&heap.records)?,
+            false => Attempt::Not,
+        };
+        let folded = match folded {
+            Attempt::Folded(statements) => Some(statements),
+            Attempt::Unknown(_) | Attempt::Not => None,
+        };
+        self.folded = self.keep_or_put_back(heap, folded);
+        Ok(())
+    }
+
+    /// What is not folded is next again, in front of what has been looked at already.
+    fn keep_or_put_back(&mut self, heap: Heap, folded: Option<Vec<Statement>>) -> Option<Pile> {
+        let records = heap.records;
+        let Some(statements) = folded else {
+            for record in records.into_iter().rev() {
+                self.ahead.push_front(record);
+            }
+            return None;
+        };
+        Some(Pile {
+            records,
+            statements,
+        })
+    }
+
     /// Whole small transactions that are there and may be shown.
-    fn pile(&mut self) -> Result<Vec<Record>, Failed> {
+    fn pile(&mut self, heap: &mut Heap) -> Result<(), Failed> {
         let gate = *self.shared.upstream_replayed.borrow();
-        let (mut records, mut bytes) = (Vec::new(), 0);
-        while records.len() < MAX_TRANSACTIONS && bytes < MAX_BYTES {
+        while !heap.is_full() {
             let Some(record) = self.peek()? else { break };
             match record.kind {
                 Kind::Commit if goes_alone(record) => break,
-                Kind::Commit if record.lsn <= gate => bytes += record.bytes.len(),
+                Kind::Commit if record.lsn <= gate => {}
                 // One that says something new ends the pile, for what is in it came before.
                 Kind::Schema => {
                     if !self.planner.knows(&self.ahead[0]) {
-                        if !records.is_empty() {
+                        if !heap.records.is_empty() {
                             break;
                         }
                         self.planner.define(&self.ahead[0])?;
@@ -72,29 +183,63 @@ impl Session<'_> {
                 }
                 _ => break,
             }
-            records.extend(self.ahead.pop_front());
+            self.ahead
+                .pop_front()
+                .into_iter()
+                .for_each(|record| heap.push(record));
         }
-        Ok(records)
+        Ok(())
     }
 
-    /// `None` when something stands in the way.
-    async fn fold(&mut self, records: &[Record]) -> Result<Option<Vec<Statement>>, Failed> {
-        let mut fold = Fold::default();
-        for frame in records.iter().flat_map(Record::frames) {
-            let payload = frame.context("frame")?.payload;
-            let mut folded = self.planner.fold_into(&mut fold, payload)?;
-            if let Folded::Lookup(relid) = folded {
-                // The catalog must be asked first; nothing is under way.
+    /// `None` when it is not worthwhile or something stands in the way.
+    pub(super) async fn fold(
+        &mut self,
+        records: &[Record],
+        batch: &mut Batch,
+    ) -> Result<Option<Vec<Statement>>, Failed> {
+        let mut attempt = self.try_fold(records)?;
+        if let Attempt::Unknown(relids) = attempt {
+            // The catalog must be asked, for which the pipeline must be empty.
+            self.drain(batch).await?;
+            for relid in relids {
                 if self.planner.lookup(&mut self.client, relid).await.is_err() {
                     return Ok(None);
                 }
-                folded = self.planner.fold_into(&mut fold, payload)?;
             }
-            if !matches!(folded, Folded::Added) {
-                return Ok(None);
+            attempt = self.try_fold(records)?;
+        }
+        Ok(match attempt {
+            Attempt::Folded(statements) => Some(statements),
+            Attempt::Unknown(_) | Attempt::Not => None,
+        })
+    }
+
+    fn try_fold(&mut self, records: &[Record]) -> anyhow::Result<Attempt> {
+        let frames = || records.iter().flat_map(Record::frames);
+        if frames().take(WORTHWHILE).count() < WORTHWHILE {
+            return Ok(Attempt::Not);
+        }
+        let (mut fold, mut unknown) = (Fold::default(), BTreeSet::new());
+        for frame in frames() {
+            let payload = frame.context("frame")?.payload;
+            match self.planner.fold_into(&mut fold, payload)? {
+                Folded::Added => {}
+                Folded::Lookup(relid) => drop(unknown.insert(relid)),
+                // What is not known yet may be what is missing.
+                Folded::Not if !unknown.is_empty() => break,
+                Folded::Not => return Ok(Attempt::Not),
             }
         }
-        Ok(Some(fold.statements()))
+        Ok(match unknown.is_empty() {
+            true => Attempt::Folded(fold.statements()),
+            false => Attempt::Unknown(unknown),
+        })
+    }
+
+    pub(super) fn send_sets(&mut self, statements: Vec<Statement>) -> Result<(), Failed> {
+        statements
+            .into_iter()
+            .try_for_each(|set| self.send_set(set))
     }
 
     fn send_set(&mut self, statement: Statement) -> Result<(), Failed> {
@@ -104,8 +249,19 @@ impl Session<'_> {
             if parse {
                 frontend::parse(&name, &statement.sql, [], out)?;
             }
-            bind_binary(out, &name, statement.arrays.iter())?;
-            frontend::execute("", 0, out)
+            match statement.data {
+                Data::Arrays(arrays) => {
+                    bind_binary(out, &name, arrays.iter())?;
+                    frontend::execute("", 0, out)
+                }
+                Data::Copy(messages) => {
+                    bind_binary(out, &name, std::iter::empty())?;
+                    frontend::execute("", 0, out)?;
+                    out.extend_from_slice(&messages);
+                    frontend::copy_done(out);
+                    Ok(())
+                }
+            }
         })();
         encoded.context("encode a statement")?;
         self.expected.push_back(Expect::Rows(statement.rows));

@@ -1,6 +1,7 @@
 //! The stream itself: records to bridges, pgoutput to stock clients.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
@@ -191,11 +192,14 @@ impl Sender<'_> {
 
     fn tell_replayed(&mut self) {
         self.told_replayed = *self.relay.shared.replayed.borrow();
-        let (replayed, time) = (self.told_replayed, self.relay.shared.top_time());
+        let shared = &self.relay.shared;
+        let (replayed, time) = (self.told_replayed, shared.top_time());
+        let clock = shared.top_clock.load(Relaxed);
         wire::put(self.framed.out(), b'd', |out| {
             out.put_u8(b'P');
             out.put_u64(replayed.0);
             out.put_i64(time);
+            out.put_i64(clock);
         });
     }
 

@@ -26,11 +26,13 @@ fn main() -> ExitCode {
         let tried = run(seed + first, histories);
         all.transactions += tried.transactions;
         all.folded += tried.folded;
+        all.parts += tried.parts;
         println!(
-            "{} histories equal; {} transactions, {} of them folded; {:.0} s",
+            "{} histories equal; {} transactions, {} of them and {} parts of larger ones folded; {:.0} s",
             first + histories,
             all.transactions,
             all.folded,
+            all.parts,
             start.elapsed().as_secs_f64()
         );
     }

@@ -119,8 +119,12 @@ fn whatever_piles_up_the_rows_are_those_of_the_top() {
 fn random_histories_come_to_the_same_set_wise_and_in_order() {
     let tried = histories::run(1, 60);
     let (all, folded) = (tried.transactions, tried.folded);
-    println!("{folded} of {all} transactions were folded");
-    assert!(folded > all / 6, "{folded} of {all} were folded");
+    println!(
+        "{folded} of {all} transactions were folded, and {} parts of others",
+        tried.parts
+    );
+    assert!(folded > all / 9, "{folded} of {all} were folded");
+    assert!(tried.parts > 8, "{} parts were folded", tried.parts);
 }
 
 #[test]
@@ -154,4 +158,24 @@ fn a_table_that_is_routed_elsewhere_in_the_middle_of_a_pile_stops_there() {
         let log = node.bridge.logged();
         assert!(log.contains("applied set-wise"), "it was not tried");
     }
+}
+
+#[test]
+fn ddl_in_the_middle_of_a_large_transaction_is_run_there() {
+    let schema = "CREATE TABLE t (id int PRIMARY KEY, v text); SELECT terrace.add_table('t')";
+    let mut tree = Tree::grow(schema, &[("region", None, 1)]);
+    let part = |log: &str| log.contains("a part went set-wise");
+    tree.nodes[0].bridge.stop();
+    tree.top.sql(
+        "BEGIN; INSERT INTO t SELECT g, repeat('x', 100) FROM generate_series(1, 20000) g;
+         SELECT terrace.replicate_ddl('ALTER TABLE t ADD COLUMN c int');
+         UPDATE t SET c = id % 7; DELETE FROM t WHERE id % 100 = 0; COMMIT",
+    );
+    tree.start_bridges_on_a_pile();
+    tree.wait_streaming();
+    tree.wait_for_equal(&["t"]);
+    tree.top
+        .sql("BEGIN; UPDATE t SET c = c + 1; UPDATE t SET v = NULL WHERE c = 3; COMMIT");
+    tree.wait_for_equal(&["t"]);
+    assert!(part(&tree.nodes[0].bridge.logged()), "nothing was folded");
 }
