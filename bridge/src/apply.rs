@@ -50,6 +50,9 @@ use plan::{Expect, Planner, Step};
 const MAX_TRANSACTIONS: usize = 5_000;
 /// … or than begin within as many bytes of records.
 const MAX_BYTES: usize = 4 << 20;
+/// Of a large transaction so many bytes go together: one part is folded while Postgres
+/// works on the one before.
+const PARTS_BYTES: usize = 1 << 20;
 /// Answers are read at the latest when so many bytes of requests are unanswered.
 const PIPELINE_BYTES: usize = 64 << 10;
 /// Progress is written for watermarks alone at most this often.
@@ -399,7 +402,7 @@ impl<'a> Session<'a> {
     fn parts(&mut self, first: Record) -> Result<Vec<Record>, Failed> {
         let mut bytes = first.bytes.len();
         let mut parts = vec![first];
-        while bytes < MAX_BYTES
+        while bytes < PARTS_BYTES
             && let Some(next) = self.peek()?
             && next.kind == Kind::Part
         {
