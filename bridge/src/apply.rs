@@ -10,19 +10,22 @@
 //!
 //! Three ways through a batch. What has piled up goes set-wise, folded to its net
 //! effect ([`setwise`]); what is little, or cannot be folded, goes in order as one
-//! pipeline. Either looks only at whether each statement did what it should; if one
-//! did not, all is rolled back and the careful way ([`careful`]) does one transaction
+//! pipeline ([`in_order`]). Either looks only at whether each statement did what it should; if
+//! one did not, all is rolled back; what was folded is tried in order, and after that the careful way ([`careful`]) does one transaction
 //! and one statement at a time.
 
 mod careful;
 mod fold;
+mod in_order;
 mod plan;
 mod quarantine;
+mod relation;
 mod room;
 mod sealed;
 mod sequences;
 mod setwise;
 mod skip;
+mod statement;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -35,26 +38,22 @@ use postgres_protocol::message::frontend;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::client::{Client, DbError, PgError, SessionOptions, affected, bind};
+use crate::client::{Client, PgError, SessionOptions};
 use crate::clock::{PG_EPOCH_MICROS, timestamp};
 use crate::conninfo::ConnInfo;
 use crate::lsn::{Identity, Lsn};
 use crate::queue::{Queue, QueueError, Reader};
-use crate::record::{CommitInfo, Kind, Record};
+use crate::record::{CommitInfo, Record};
 use crate::status::Shared;
 use crate::upstream::pinned_settings;
-pub use plan::other_place;
-use plan::{Expect, Planner, Step};
+use plan::Planner;
+pub use relation::other_place;
+use statement::{Expect, Step};
 
 /// A batch takes no more transactions than this …
 const MAX_TRANSACTIONS: usize = 5_000;
 /// … or than begin within as many bytes of records.
 const MAX_BYTES: usize = 4 << 20;
-/// Of a large transaction so many bytes go together: one part is folded while Postgres
-/// works on the one before.
-const PARTS_BYTES: usize = 1 << 20;
-/// Answers are read at the latest when so many bytes of requests are unanswered.
-const PIPELINE_BYTES: usize = 64 << 10;
 /// Progress is written for watermarks alone at most this often.
 const WATERMARK_EVERY: Duration = Duration::from_secs(1);
 
@@ -184,6 +183,12 @@ struct Session<'a> {
     ahead: VecDeque<Record>,
     /// Folded already, to be applied next.
     folded: Option<setwise::Pile>,
+    /// The last pile that was large enough could be folded.
+    folds: bool,
+    /// The local transaction under way has statements of a fold.
+    sent_sets: bool,
+    /// Up to here nothing is folded: it has been tried.
+    plain_until: Lsn,
     /// Transactions that go in order before the next look whether all can go set-wise.
     in_order: usize,
     /// End of the batch that is under way.
@@ -209,6 +214,8 @@ impl<'a> Session<'a> {
         let own = [
             ("session_replication_role", "replica"),
             ("synchronous_commit", "off"),
+            // What functions of indexes and constraints have to say comes to nobody.
+            ("client_min_messages", "error"),
             // What a statement of the top makes in pg_temp is never found first.
             ("search_path", "pg_catalog, pg_temp"),
         ];
@@ -248,6 +255,9 @@ impl<'a> Session<'a> {
             planner,
             ahead: VecDeque::new(),
             folded: None,
+            folds: true,
+            sent_sets: false,
+            plain_until: Lsn::ZERO,
             in_order: MAX_TRANSACTIONS,
             attempted: committed,
             committed,
@@ -271,13 +281,26 @@ impl<'a> Session<'a> {
             match applied {
                 Ok(()) => self.shared.set_apply_problem(None),
                 Err(Failed::Fatal(error)) => return Err(error),
-                Err(Failed::Unexpected(problem)) => {
-                    tracing::info!(problem, from = %self.committed, "applying with care");
-                    self.careful().await?;
-                    self.shared.set_apply_problem(None);
-                }
+                Err(Failed::Unexpected(problem)) => self.try_another_way(&problem).await?,
             }
         }
+    }
+
+    /// What was folded is tried in order: one row that is missing is no matter there. What
+    /// did not go in order is done with care.
+    async fn try_another_way(&mut self, problem: &str) -> anyhow::Result<()> {
+        let until = self.attempted.max(Lsn(self.committed.0 + 1));
+        let folded = self.sent_sets && problem != BY_ITSELF;
+        self.leave_behind().await?;
+        if folded && self.plain_until < until {
+            tracing::info!(problem, from = %self.committed, "applying in order");
+            self.plain_until = until;
+            return Ok(());
+        }
+        tracing::info!(problem, from = %self.committed, "applying with care");
+        self.careful(until).await?;
+        self.shared.set_apply_problem(None);
+        Ok(())
     }
 
     // ----- reading ----------------------------------------------------------
@@ -324,234 +347,13 @@ impl<'a> Session<'a> {
     fn rewind(&mut self) -> anyhow::Result<()> {
         self.ahead.clear();
         self.folded = None;
+        self.sent_sets = false;
         self.expected.clear();
         self.unflushed = 0;
         self.planner.forget_relations();
         self.planner.forget_statements();
         self.reader = self.queue.reader(self.committed)?;
         Ok(())
-    }
-
-    // ----- the fast way -----------------------------------------------------
-
-    async fn fast_batch(&mut self) -> Result<(), Failed> {
-        let mut batch = Batch::default();
-        let mut open = false;
-        loop {
-            if batch.transactions > 0 || batch.end > self.committed {
-                // Something is complete: take only what is there and may be shown.
-                let full = batch.transactions >= self.in_order
-                    || batch.bytes >= MAX_BYTES
-                    || self.planner.routing_changed();
-                let gate = *self.shared.upstream_replayed.borrow();
-                let notified = batch.notified.clone();
-                match self.peek()? {
-                    _ if full => break,
-                    None => break,
-                    Some(record) if record.kind == Kind::Part => break,
-                    Some(record) if record.lsn > gate => break,
-                    Some(record) if sealed::goes_alone(record) => break,
-                    Some(record) if repeats_notify(record, &notified) => break,
-                    Some(_) => {}
-                }
-            }
-            let record = self.next_record().await?;
-            batch.bytes += record.bytes.len();
-            match record.kind {
-                Kind::Schema => self.planner.define(&record)?,
-                Kind::Mark => {}
-                Kind::Watermark => {
-                    if !self.gate_allows(&record) {
-                        self.wait_for_gate(record.lsn).await?;
-                    }
-                    batch.end = record.lsn;
-                }
-                Kind::Part | Kind::Commit => {
-                    if record.kind == Kind::Commit && !self.gate_allows(&record) && !open {
-                        self.wait_for_gate(record.lsn).await?;
-                    }
-                    if sealed::goes_alone(&record) {
-                        return Err(Failed::Unexpected(BY_ITSELF.into()));
-                    }
-                    if !open {
-                        open = true;
-                        frontend::query("BEGIN", self.client.buffer()).context("BEGIN")?;
-                        self.expected.push_back(Expect::Simple);
-                    }
-                    if record.kind == Kind::Part {
-                        let parts = self.parts(record)?;
-                        self.changes(&parts, &mut batch).await?;
-                    } else {
-                        self.changes(std::slice::from_ref(&record), &mut batch)
-                            .await?;
-                        // A large transaction is sent before it may be shown, but
-                        // committed only then.
-                        if !self.gate_allows(&record) {
-                            self.wait_for_gate(record.lsn).await?;
-                        }
-                        batch.take_in(&record)?;
-                        self.attempted = batch.end;
-                    }
-                }
-            }
-        }
-        self.finish_fast(open, batch).await
-    }
-
-    /// A part of a large transaction with those that follow it and are there.
-    fn parts(&mut self, first: Record) -> Result<Vec<Record>, Failed> {
-        let mut bytes = first.bytes.len();
-        let mut parts = vec![first];
-        while bytes < PARTS_BYTES
-            && let Some(next) = self.peek()?
-            && next.kind == Kind::Part
-        {
-            bytes += next.bytes.len();
-            parts.extend(self.ahead.pop_front());
-        }
-        Ok(parts)
-    }
-
-    /// Sends the changes of records that follow each other: set-wise, if that can be done
-    /// and is worthwhile.
-    async fn changes(&mut self, records: &[Record], batch: &mut Batch) -> Result<(), Failed> {
-        if let Some(statements) = self.fold(records, batch).await? {
-            self.drain(batch).await?;
-            tracing::debug!(statements = statements.len(), "a part went set-wise");
-            self.send_sets(statements)?;
-            // The answers are not waited for: what comes next is folded meanwhile.
-            return Ok(self.client.flush().await?);
-        }
-        for record in records {
-            self.send_changes(record, batch).await?;
-        }
-        Ok(())
-    }
-
-    async fn send_changes(&mut self, record: &Record, batch: &mut Batch) -> Result<(), Failed> {
-        for frame in record.frames() {
-            let payload = record.bytes.slice_ref(frame.context("frame")?.payload);
-            let steps = match self.planner.plan(&payload) {
-                Ok(plan::Planned::Steps(steps)) => steps,
-                Ok(plan::Planned::Nothing) => continue,
-                Ok(plan::Planned::Order(_)) => {
-                    return Err(Failed::Unexpected(BY_ITSELF.into()));
-                }
-                // The catalog must be asked, for which the pipeline must be empty.
-                Ok(plan::Planned::Lookup(relid)) => {
-                    self.drain(batch).await?;
-                    self.planner
-                        .lookup(&mut self.client, relid)
-                        .await
-                        .map_err(unexpected)?;
-                    match self.planner.plan(&payload)? {
-                        plan::Planned::Steps(steps) => steps,
-                        _ => continue,
-                    }
-                }
-                Err(error) => return Err(Failed::Unexpected(format!("{error:#}"))),
-            };
-            for step in steps {
-                if let Step {
-                    notify: Some(content),
-                    ..
-                } = &step
-                {
-                    batch.notified.insert(content.clone());
-                }
-                self.send(&step)?;
-            }
-            if self.unflushed > PIPELINE_BYTES {
-                self.drain(batch).await?;
-            }
-        }
-        Ok(())
-    }
-
-    fn send(&mut self, step: &Step) -> Result<(), Failed> {
-        let out = self.client.buffer();
-        let before = out.len();
-        let encoded = (|| {
-            if step.parse {
-                frontend::parse(&step.name, &step.sql, [], out)?;
-            }
-            bind(
-                out,
-                &step.name,
-                step.values.iter().map(|value| value.as_deref()),
-            )?;
-            frontend::execute("", 0, out)
-        })();
-        encoded.context("encode a statement")?;
-        self.unflushed += self.client.buffer().len() - before;
-        self.expected.push_back(step.expect.clone());
-        Ok(())
-    }
-
-    /// Sends what is buffered and reads every answer that is due.
-    async fn drain(&mut self, batch: &mut Batch) -> Result<(), Failed> {
-        frontend::flush(self.client.buffer());
-        self.answers(batch).await
-    }
-
-    async fn answers(&mut self, batch: &mut Batch) -> Result<(), Failed> {
-        self.client.flush().await?;
-        self.unflushed = 0;
-        while let Some(expect) = self.expected.front() {
-            let message = self.client.message().await?;
-            match message.kind {
-                b'C' => {
-                    let count = affected(&message.body);
-                    match expect {
-                        Expect::Simple | Expect::Done => {}
-                        Expect::One if count == 1 => {}
-                        Expect::One => {
-                            return Err(Failed::Unexpected("a row to update is missing".into()));
-                        }
-                        Expect::Rows(rows) if count == *rows => {}
-                        Expect::Rows(rows) => {
-                            let text = format!("{count} rows changed in place of {rows}");
-                            return Err(Failed::Unexpected(text));
-                        }
-                        Expect::Delete(table) if count == 0 => {
-                            count_missing(&mut batch.missing_deletes, table);
-                        }
-                        Expect::Delete(_) => {}
-                    }
-                    if !matches!(expect, Expect::Simple) {
-                        self.expected.pop_front();
-                    }
-                }
-                // A simple query is answered by Z as well.
-                b'Z' => {
-                    if matches!(expect, Expect::Simple) {
-                        self.expected.pop_front();
-                    }
-                }
-                b'E' => {
-                    let error = DbError::parse(&message.body);
-                    return Err(Failed::Unexpected(error.to_string()));
-                }
-                _ => {}
-            }
-        }
-        Ok(())
-    }
-
-    async fn finish_fast(&mut self, open: bool, batch: Batch) -> Result<(), Failed> {
-        let quiet = batch.transactions == 0;
-        if quiet && self.progress_written.elapsed() < WATERMARK_EVERY {
-            // Shown at once; written with the next transaction or later.
-            self.committed = batch.end;
-            self.announce(&batch);
-            return Ok(());
-        }
-        if !open {
-            frontend::query("BEGIN", self.client.buffer()).context("BEGIN")?;
-            self.expected.push_back(Expect::Simple);
-        }
-        self.close(&batch)?;
-        self.conclude(batch).await
     }
 
     /// Sends what a local transaction ends with, but for its COMMIT.
@@ -573,6 +375,7 @@ impl<'a> Session<'a> {
             self.bump(&table, "delete_missing", count).await?;
         }
         self.client.simple("COMMIT").await?;
+        self.sent_sets = false;
         self.progress_written = Instant::now();
         self.committed = batch.end;
         self.announce(&batch);
@@ -593,7 +396,7 @@ impl<'a> Session<'a> {
             self.queue.identity().to_string(),
         ];
         let sql = "UPDATE terrace.progress SET lsn = $1, commit_time = $2, identity = $3";
-        plan::unnamed(sql.into(), plan::texts(values), Expect::One)
+        statement::unnamed(sql.into(), statement::texts(values), Expect::One)
     }
 
     /// What a local transaction ends with.
@@ -616,7 +419,7 @@ impl<'a> Session<'a> {
         let node = &self.shared.config.node;
         let values = [node.name.clone(), node.domain.clone(), delivered];
         let sql = "SELECT terrace.note_delivery($1, $2, $3::pg_catalog.jsonb)";
-        plan::unnamed(sql.into(), plan::texts(values), Expect::Done)
+        statement::unnamed(sql.into(), statement::texts(values), Expect::Done)
     }
 
     async fn bump(&mut self, table: &str, kind: &str, count: u64) -> Result<(), Failed> {
@@ -662,21 +465,6 @@ fn fatal(failed: Failed) -> anyhow::Error {
         Failed::Fatal(error) => error,
         Failed::Unexpected(problem) => anyhow::anyhow!(problem),
     }
-}
-
-fn count_missing(counts: &mut Vec<(String, u64)>, table: &str) {
-    match counts.iter_mut().find(|(name, _)| name == table) {
-        Some((_, count)) => *count += 1,
-        None => counts.push((table.to_owned(), 1)),
-    }
-}
-
-/// Postgres folds equal notifications of one transaction into one.
-fn repeats_notify(record: &Record, notified: &std::collections::HashSet<Bytes>) -> bool {
-    !notified.is_empty()
-        && record.frames().flatten().any(|frame| {
-            plan::notify_content(frame.payload).is_some_and(|content| notified.contains(content))
-        })
 }
 
 /// Marks what this session writes, and keeps a second bridge out.

@@ -431,6 +431,11 @@ impl Client {
         Ok(self.framed.flush().await?)
     }
 
+    /// The same where the server may answer at length before it has taken all of them.
+    pub async fn send_all(&mut self) -> Result<()> {
+        Ok(self.framed.send_all().await?)
+    }
+
     /// The next message, but for notices and the like.
     pub async fn message(&mut self) -> Result<Message> {
         loop {

@@ -37,6 +37,7 @@
 mod source;
 mod view;
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 pub use source::{Source, choose_parent, copies_first, copy_source};
@@ -114,8 +115,8 @@ pub struct Decider {
     takeover_after: Duration,
     members: usize,
     masterless_since: Option<Now>,
-    /// Since when, to us as master, another one that goes first has been in sight.
-    rival_since: Option<Now>,
+    /// Since when, to us as master, others that go first have been in sight.
+    rivals: BTreeMap<String, Now>,
     /// Since when we, as master, reach no majority of the domain.
     outnumbered_since: Option<Now>,
     /// Who is in the way at the parent, and since when.
@@ -154,7 +155,7 @@ impl Decider {
             takeover_after,
             members,
             masterless_since: None,
-            rival_since: None,
+            rivals: BTreeMap::new(),
             outnumbered_since: None,
             busy: None,
             lacking: None,
@@ -264,7 +265,8 @@ impl Decider {
             self.masterless_since = None;
             return self.as_master(now, &view);
         }
-        (self.rival_since, self.outnumbered_since) = (None, None);
+        self.rivals.clear();
+        self.outnumbered_since = None;
         let is_done = |to: String| view.master().is_some_and(|master| master.name == to);
         if self.yields_to().is_some_and(is_done) {
             // Should it die the next moment, this is no reason to wait.
@@ -331,12 +333,20 @@ impl Decider {
             let told = View::told(peer);
             told.role == Role::Master && goes_before(told, &view.own.told)
         };
-        let Some(rival) = view.live_peers().find(goes_first) else {
-            self.rival_since = None;
-            return None;
+        let rivals: Vec<&Peer> = view.live_peers().filter(goes_first).collect();
+        let since = |peer: &&Peer| {
+            let known = self.rivals.get(&peer.name).copied();
+            (peer.name.clone(), known.unwrap_or(now))
         };
-        let seen_for = now - *self.rival_since.get_or_insert(now);
-        (seen_for >= UNSEEN && rival.age < seen_for).then(|| rival.name.clone())
+        self.rivals = rivals.iter().map(since).collect();
+        let says_again = |peer: &&Peer| {
+            let seen_for = now - self.rivals[&peer.name];
+            seen_for >= UNSEEN && peer.age < seen_for
+        };
+        rivals
+            .into_iter()
+            .find(says_again)
+            .map(|peer| peer.name.clone())
     }
 
     /// Whether a majority of the domain has been out of reach for so long that it is no hiccup.

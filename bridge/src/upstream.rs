@@ -515,7 +515,7 @@ impl<'a> Link<'a> {
         match body.get_u8() {
             b'w' if !self.bridge && body.len() >= 24 => {
                 let (start, _, clock) = (Lsn(body.get_u64()), body.get_u64(), body.get_i64());
-                self.clock = self.clock.max(clock);
+                self.clock = clock;
                 if let Some(received) = self.assembler.push(start, &body, writer)? {
                     self.note_received(received.0, received.1);
                 }
@@ -537,7 +537,7 @@ impl<'a> Link<'a> {
             }
             b'P' if self.bridge && body.len() == 24 => {
                 let (replayed, time) = (Lsn(body.get_u64()), body.get_i64());
-                self.clock = self.clock.max(body.get_i64());
+                self.clock = body.get_i64();
                 self.note_received(Lsn::ZERO, time);
                 self.shared.set_upstream_end(replayed);
                 if self.shared.config.apply.wait_for_upstream {

@@ -149,6 +149,15 @@ impl Framed {
         }
     }
 
+    /// Sends what has been put out, and keeps what comes meanwhile: were both ends to send
+    /// only, they would wait for each other for ever.
+    pub async fn send_all(&mut self) -> io::Result<()> {
+        while self.unflushed || self.output.has_remaining() {
+            poll_fn(|cx| self.poll_exchange(cx)).await?;
+        }
+        Ok(())
+    }
+
     /// Whether all is sent; otherwise something has been read.
     fn poll_exchange(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
         while self.output.has_remaining() {

@@ -8,17 +8,15 @@ use bytes::Bytes;
 use postgres_protocol::message::frontend;
 use tokio::time::timeout;
 
-use super::plan::{Expect, Planned, Step};
+use super::plan::Planned;
+use super::statement::{Expect, Step};
 use super::{Batch, Session, fatal};
 use crate::lsn::Lsn;
 use crate::record::Kind;
 
 impl Session<'_> {
-    /// Applies what the fast way could not, one transaction and one statement at
-    /// a time, to the end of the batch that failed.
-    pub(super) async fn careful(&mut self) -> anyhow::Result<()> {
-        let until = self.attempted.max(Lsn(self.committed.0 + 1));
-        // Leave the failed transaction and the rest of its pipeline behind.
+    /// Leaves the failed transaction and the rest of its pipeline behind.
+    pub(super) async fn leave_behind(&mut self) -> anyhow::Result<()> {
         frontend::sync(self.client.buffer());
         self.client.flush().await?;
         let due = self
@@ -32,7 +30,12 @@ impl Session<'_> {
             .context("resynchronise")??;
         self.client.simple("ROLLBACK").await?;
         self.client.simple("DEALLOCATE ALL").await?;
-        self.rewind()?;
+        self.rewind()
+    }
+
+    /// Applies what the other ways could not, one transaction and one statement at
+    /// a time, to the end of the batch that failed.
+    pub(super) async fn careful(&mut self, until: Lsn) -> anyhow::Result<()> {
         while self.committed < until {
             if self.skip_if_told().await? {
                 continue;

@@ -30,6 +30,8 @@ pub struct Shape {
     pub columns: Vec<ShapeColumn>,
     /// Which of them are the primary key, here and at the top.
     pub keys: Vec<usize>,
+    /// No column here is written to but these.
+    pub whole: bool,
 }
 
 /// Column of a [`Shape`].
@@ -78,7 +80,7 @@ enum State {
     Deleted,
     /// Was there, was deleted, and another is there under its key.
     Replaced,
-    /// Was not there and is not.
+    /// Was not there and is not; the values are its key.
     Gone,
 }
 
@@ -141,9 +143,15 @@ impl<'a> Fold<'a> {
         }
     }
 
-    /// Deletes, updates and inserts, table by table.
+    /// Deletes, updates and inserts: tables of the top may be one and the same here, and a
+    /// row go from one to the other.
     pub fn statements(&self) -> Vec<Statement> {
-        self.tables.values().flat_map(Table::statements).collect()
+        let mut statements: Vec<_> = self.tables.values().flat_map(Table::statements).collect();
+        statements.sort_by_key(|(step, _)| *step);
+        statements
+            .into_iter()
+            .map(|(_, statement)| statement)
+            .collect()
     }
 }
 
@@ -277,7 +285,11 @@ impl<'a> Table<'a> {
         if self.shape.keys.iter().all(|key| old[*key] == new[*key]) {
             return self.update(new);
         }
-        // Another key is another row, which must be known whole.
+        // Another key is another row, which must be known whole; what the top does not know
+        // of stays with the row only in order.
+        if !self.shape.whole {
+            return Err(NotFoldable);
+        }
         if let (Some(at), _) = self.find(old)?
             && matches!(
                 self.states[at],
@@ -320,14 +332,14 @@ impl<'a> Table<'a> {
             .unwrap_or(Ordering::Equal)
     }
 
-    fn statements(&self) -> Vec<Statement> {
-        let (mut gone, mut new) = (Vec::new(), Vec::new());
+    fn statements(&self) -> Vec<(Kind, Statement)> {
+        let (mut gone, mut new, mut never) = (Vec::new(), Vec::new(), Vec::new());
         let mut changed: BTreeMap<Vec<bool>, Vec<&[Datum<'a>]>> = BTreeMap::new();
         let mut sent = Vec::new();
         for (at, state) in self.states.iter().enumerate() {
             let row = self.row(at);
             match state {
-                State::Gone => {}
+                State::Gone => never.push(row),
                 State::Inserted => new.push(row),
                 State::Deleted => gone.push(row),
                 State::Replaced => {
@@ -344,18 +356,38 @@ impl<'a> Table<'a> {
                 }
             }
         }
-        for rows in changed.values_mut().chain([&mut gone, &mut new]) {
+        for rows in changed
+            .values_mut()
+            .chain([&mut gone, &mut new, &mut never])
+        {
             // Stable: what has no key keeps the order in which it came.
             rows.sort_by(|a, b| self.order(a, b));
         }
         let mut statements = Vec::new();
-        statements.extend(self.shape.delete(&gone));
+        let mut add = |kind, statement: Option<Statement>| {
+            statements.extend(statement.map(|statement| (kind, statement)));
+        };
+        add(Kind::Delete, self.shape.delete(&gone));
+        // One that is here all the same is to be noticed.
+        let never = self.shape.delete(&never);
+        add(
+            Kind::Delete,
+            never.map(|never| Statement { rows: 0, ..never }),
+        );
         for (sent, rows) in changed {
-            statements.extend(self.shape.update(&sent, &rows));
+            add(Kind::Update, self.shape.update(&sent, &rows));
         }
-        statements.extend(self.shape.insert(&new));
+        add(Kind::Insert, self.shape.insert(&new));
         statements
     }
+}
+
+/// In this order.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Kind {
+    Delete,
+    Update,
+    Insert,
 }
 
 impl Shape {
@@ -527,7 +559,7 @@ fn text_array(rows: &[&[Datum<'_>]], column: usize) -> Bytes {
 mod tests {
     use super::*;
 
-    fn shape() -> Arc<Shape> {
+    fn shape(whole: bool) -> Arc<Shape> {
         let column = |name: &str| ShapeColumn {
             name: name.into(),
             type_name: "integer".into(),
@@ -537,6 +569,7 @@ mod tests {
             table: "t".into(),
             columns: vec![column("id"), column("v")],
             keys: vec![0],
+            whole,
         })
     }
 
@@ -563,10 +596,14 @@ mod tests {
     }
 
     fn fold(messages: &[Bytes]) -> Result<Vec<(String, u64)>, NotFoldable> {
-        let (shape, mut fold) = (shape(), Fold::default());
+        fold_on(&shape(true), messages)
+    }
+
+    fn fold_on(shape: &Arc<Shape>, messages: &[Bytes]) -> Result<Vec<(String, u64)>, NotFoldable> {
+        let mut fold = Fold::default();
         for payload in messages {
             let decoded = crate::pgoutput::decode(payload).unwrap();
-            fold.add(7, &shape, &decoded)?;
+            fold.add(7, shape, &decoded)?;
         }
         let kind = |sql: &str| sql.split(' ').next().unwrap().to_owned();
         Ok(fold
@@ -591,12 +628,15 @@ mod tests {
             one("UPDATE")
         );
         assert_eq!(fold(&[update(["1", "a"]), delete("1")]), one("DELETE"));
-        assert_eq!(fold(&[insert(["1", "a"]), delete("1")]), Ok(vec![]));
+        let nothing = Ok(vec![("DELETE".to_owned(), 0)]);
+        assert_eq!(fold(&[insert(["1", "a"]), delete("1")]), nothing);
         let replaced = Ok(vec![("DELETE".to_owned(), 1), ("COPY".to_owned(), 1)]);
         assert_eq!(fold(&[delete("1"), insert(["1", "a"])]), replaced);
+        let back =
+            [("DELETE", 1), ("DELETE", 0), ("COPY", 1)].map(|(kind, n)| (kind.to_owned(), n));
         assert_eq!(
             fold(&[moved("1", ["2", "a"]), moved("2", ["1", "b"])]),
-            replaced
+            Ok(back.to_vec())
         );
         // What cannot be, or is not known whole, is left to the way in order.
         assert_eq!(fold(&[delete("1"), update(["1", "a"])]), Err(NotFoldable));
@@ -605,6 +645,8 @@ mod tests {
             Err(NotFoldable)
         );
         assert_eq!(fold(&[moved("1", ["2", "="])]), Err(NotFoldable));
+        let more_here = fold_on(&shape(false), &[moved("1", ["2", "a"])]);
+        assert_eq!(more_here, Err(NotFoldable));
         assert_eq!(fold(&[update(["=", "a"])]), Err(NotFoldable));
     }
 }

@@ -5,51 +5,22 @@
 //! the local server's own types read them.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use bytes::Bytes;
 
-use super::fold::{Fold, NotFoldable, Shape, ShapeColumn};
+use super::fold::{Fold, NotFoldable};
+use super::relation::{Column, Relation};
 use super::sealed::{SealedOrder, Seals, is_order};
-use crate::client::{Client, quote_ident, quote_table};
-use crate::pgoutput::{self, Datum, Message, OldKind, TRUNCATE_RESTART_IDENTITY, Tuple};
+use super::statement::{
+    Expect, Step, clear_partition, delete, insert, moves, primary_clause, unnamed, update,
+};
+use crate::client::Client;
+use crate::pgoutput::{self, Datum, Message, TRUNCATE_RESTART_IDENTITY};
 use crate::record::Record;
 
 /// Prefix of messages that [`terrace.send`] writes.
 const SEND_PREFIX: &str = "terrace.send";
-
-/// What a statement's completion must say.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Expect {
-    /// A simple query, or the end of a pipeline: ready for the next.
-    Simple,
-    /// Any number of rows.
-    Done,
-    /// Exactly one row.
-    One,
-    /// Exactly as many rows.
-    Rows(u64),
-    /// One row of this table; none is a conflict that needs no repair.
-    Delete(String),
-}
-
-/// One statement with its values.
-#[derive(Debug)]
-pub struct Step {
-    /// Of the prepared statement.
-    pub name: String,
-    /// Text, for the first use and for the careful way.
-    pub sql: String,
-    /// Whether the statement has not been prepared yet.
-    pub parse: bool,
-    /// Text values.
-    pub values: Vec<Option<Bytes>>,
-    /// What success looks like.
-    pub expect: Expect,
-    /// Content of the notification that this raises.
-    pub notify: Option<Bytes>,
-}
 
 /// What is to be done for a message.
 pub enum Planned {
@@ -73,69 +44,6 @@ pub enum Folded {
     Not,
 }
 
-struct Column {
-    name: String,
-    key: bool,
-    local: Option<LocalColumn>,
-}
-
-#[derive(Clone)]
-struct LocalColumn {
-    generated: bool,
-    primary: bool,
-    comparable: bool,
-    type_name: String,
-}
-
-struct Relation {
-    definition: Bytes,
-    namespace: String,
-    name: String,
-    /// Where its rows are here, if it is a partition at the top and none here.
-    place: Option<String>,
-    columns: Vec<Column>,
-    looked_up: bool,
-    routed: bool,
-    /// Rows of tables that inherit from it are not its own.
-    only: bool,
-    /// `pg_class.relreplident` at the top.
-    identity: u8,
-    /// How to change it set-wise; known once looked up.
-    shape: Option<Arc<Shape>>,
-}
-
-impl Relation {
-    /// The table here.
-    fn qualified(&self) -> String {
-        let own = || quote_table(&self.namespace, &self.name);
-        self.place.clone().unwrap_or_else(own)
-    }
-
-    /// For statements that would touch inheriting tables as well.
-    fn rows(&self) -> String {
-        let only = if self.only { "ONLY " } else { "" };
-        format!("{only}{}", self.qualified())
-    }
-
-    /// Its name at the top, for people.
-    fn table(&self) -> String {
-        format!("{}.{}", self.namespace, self.name)
-    }
-
-    fn has_primary(&self) -> bool {
-        self.columns
-            .iter()
-            .any(|c| c.local.as_ref().is_some_and(|local| local.primary))
-    }
-
-    fn writable(&self) -> impl Iterator<Item = (usize, &Column)> {
-        self.columns
-            .iter()
-            .enumerate()
-            .filter(|(_, c)| c.local.as_ref().is_some_and(|local| !local.generated))
-    }
-}
-
 /// Turns messages into steps; knows the relations and the prepared statements.
 pub struct Planner {
     domain: String,
@@ -151,13 +59,6 @@ pub struct Planner {
     pub(super) seals: Seals,
     /// Every relation that the message planned last must have looked up.
     unknown: Vec<u32>,
-}
-
-fn value(datum: Datum<'_>, payload: &Bytes) -> Option<Bytes> {
-    match datum {
-        Datum::Text(text) => Some(payload.slice_ref(text)),
-        Datum::Null | Datum::Unchanged => None,
-    }
 }
 
 /// Content of the message if it raises a notification.
@@ -302,103 +203,15 @@ impl Planner {
         }
         self.refresh_routing(client).await?;
         for relid in unknown {
-            self.lookup_one(client, relid).await?;
-        }
-        Ok(())
-    }
-
-    async fn lookup_one(&mut self, client: &mut Client, relid: u32) -> anyhow::Result<()> {
-        let relation = self
-            .relations
-            .get_mut(&relid)
-            .context("undefined relation")?;
-        if !relation.routed {
-            relation.looked_up = true;
-            return Ok(());
-        }
-        relation.place = other_place(client, &relation.namespace, &relation.name).await?;
-        let sql = "SELECT a.attname, a.attgenerated <> '', \
-                 EXISTS (SELECT FROM pg_index i WHERE i.indrelid = a.attrelid AND i.indisprimary \
-                         AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])), \
-                 EXISTS (SELECT FROM pg_opclass o JOIN pg_am m ON m.oid = o.opcmethod \
-                         WHERE m.amname = 'btree' AND o.opcdefault \
-                           AND o.opcnamespace = 'pg_catalog'::regnamespace AND o.opcintype = \
-                           CASE WHEN t.typtype = 'e' THEN 'anyenum'::regtype \
-                                WHEN t.typtype = 'd' THEN t.typbasetype \
-                                WHEN t.typcategory = 'A' THEN 'anyarray'::regtype \
-                                WHEN t.typname = 'varchar' THEN 'text'::regtype ELSE t.oid END), \
-                 pg_catalog.format_type(a.atttypid, -1), \
-                 (SELECT c.relkind = 'r' AND NOT c.relhasrules AND NOT EXISTS \
-                      (SELECT FROM pg_trigger g WHERE g.tgrelid = c.oid AND g.tgenabled IN ('R', 'A')) \
-                    AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid \
-                      AND (i.indisunique OR i.indisexclusion) AND NOT i.indisprimary) \
-                  FROM pg_class c WHERE c.oid = a.attrelid), \
-                 a.attidentity = 'a', \
-                 (SELECT c.relkind = 'r' FROM pg_class c WHERE c.oid = a.attrelid) \
-             FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid \
-             WHERE a.attrelid = pg_catalog.to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped";
-        let rows = client.query(sql, &[Some(&relation.qualified())]).await?;
-        if rows.is_empty() {
-            bail!(
-                "table \"{}\" does not exist on this server; create it here with the columns that \
-                 it has at the top",
-                relation.table()
-            );
-        }
-        // Such a column can be written to by DEFAULT alone, and here it is the top's
-        // value that counts.
-        for row in rows.iter().filter(|row| row[6].as_deref() == Some("t")) {
-            let column = quote_ident(row[0].as_deref().unwrap_or_default());
-            let table = relation.qualified();
-            tracing::info!(%table, %column, "identity becomes BY DEFAULT on this server");
-            let sql = format!("ALTER TABLE {table} ALTER COLUMN {column} SET GENERATED BY DEFAULT");
-            client
-                .simple(&sql)
-                .await
-                .context("make the identity column writable")?;
-        }
-        relation.only = rows.iter().all(|row| row[7].as_deref() == Some("t"));
-        let mut plain = true;
-        let locals: HashMap<String, LocalColumn> = rows
-            .into_iter()
-            .filter_map(|row| {
-                let is = |index: usize| row[index].as_deref() == Some("t");
-                let local = LocalColumn {
-                    generated: is(1),
-                    primary: is(2),
-                    comparable: is(3),
-                    type_name: row[4].clone().unwrap_or_default(),
-                };
-                plain &= is(5);
-                Some((row[0].clone()?, local))
-            })
-            .collect();
-        let table = relation.table();
-        for column in &mut relation.columns {
-            column.local = locals.get(&column.name).cloned();
-            if column.local.is_none() {
-                bail!(
-                    "table \"{table}\" has no column \"{}\" on this server",
-                    column.name
-                );
+            let relation = self
+                .relations
+                .get_mut(&relid)
+                .context("undefined relation")?;
+            match relation.routed {
+                true => relation.look_up(client).await?,
+                false => relation.looked_up = true,
             }
         }
-        if let Some(place) = &relation.place
-            && relation.identity != b'f'
-        {
-            let keys = relation.columns.iter().filter(|column| column.key);
-            let keys: Vec<&str> = keys.map(|column| column.name.as_str()).collect();
-            if !keys.is_empty() {
-                must_tell_rows_apart(client, place, &keys, &table).await?;
-            }
-        }
-        relation.looked_up = true;
-        // A key column that is not replicated is not in this list.
-        let primaries = locals.values().filter(|local| local.primary).count();
-        relation.shape = plain
-            .then(|| shape(relation, primaries))
-            .flatten()
-            .map(Arc::new);
         Ok(())
     }
 
@@ -664,107 +477,6 @@ impl Planner {
     }
 }
 
-/// Whether an update gives the row another primary key.
-fn moves(relation: &Relation, old: Tuple<'_>, new: Tuple<'_>) -> bool {
-    let is_primary = |column: &Column| column.local.as_ref().is_some_and(|local| local.primary);
-    let columns = relation.columns.iter().zip(old.iter().zip(new.iter()));
-    columns
-        .filter(|(column, _)| is_primary(column))
-        .any(|(_, (old, new))| new != Datum::Unchanged && old != new)
-}
-
-/// Only a table whose one unique constraint is the primary key, the same here and at
-/// the top, can be changed row by row in any order; one without any can be added to.
-fn shape(relation: &Relation, primaries: usize) -> Option<Shape> {
-    let (mut columns, mut keys) = (Vec::new(), Vec::new());
-    for (index, column) in relation.columns.iter().enumerate() {
-        let local = column.local.as_ref()?;
-        // With REPLICA IDENTITY FULL every column is key at the top.
-        let key = column.key && relation.identity != b'f';
-        if key != local.primary || key && (local.generated || !local.comparable) {
-            return None;
-        }
-        keys.extend(key.then_some(index));
-        columns.push(ShapeColumn {
-            name: quote_ident(&column.name),
-            type_name: local.type_name.clone(),
-            generated: local.generated,
-        });
-    }
-    let is_written = columns.iter().any(|column| !column.generated);
-    (is_written && keys.len() == primaries).then(|| Shape {
-        table: relation.qualified(),
-        columns,
-        keys,
-    })
-}
-
-/// The table here that holds the rows of a partition of the top, if that is not one of its name.
-pub async fn other_place(
-    client: &mut Client,
-    namespace: &str,
-    name: &str,
-) -> anyhow::Result<Option<String>> {
-    let sql = "SELECT place FROM terrace.place_of($1, $2) place \
-               WHERE place <> pg_catalog.format('%I.%I', $1, $2)";
-    let rows = client
-        .query(sql, &[Some(namespace), Some(name)])
-        .await
-        .context("look for the table that holds the rows of a partition")?;
-    Ok(rows
-        .into_iter()
-        .next()
-        .and_then(|row| row.into_iter().next()?))
-}
-
-/// A key of a partition alone may be that of several rows of the whole.
-async fn must_tell_rows_apart(
-    client: &mut Client,
-    place: &str,
-    keys: &[&str],
-    table: &str,
-) -> anyhow::Result<()> {
-    let sql = "SELECT 1 FROM pg_catalog.pg_index i \
-               WHERE i.indrelid = pg_catalog.to_regclass($1) AND i.indisunique AND i.indisvalid \
-                 AND i.indpred IS NULL AND i.indexprs IS NULL \
-                 AND NOT EXISTS (SELECT FROM pg_catalog.unnest((i.indkey::int2[])[0:i.indnkeyatts - 1]) n \
-                     JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = n \
-                     WHERE a.attname <> ALL (pg_catalog.string_to_array($2, E'\\x01')))";
-    let unique = client
-        .query(sql, &[Some(place), Some(&keys.join("\u{1}"))])
-        .await?;
-    if unique.is_empty() {
-        bail!(
-            "rows of partition \"{table}\" go to {place} here, which has no unique index on the key that it \
-             has at the top, ({}); make one",
-            keys.join(", ")
-        );
-    }
-    Ok(())
-}
-
-/// TRUNCATE of a partition that is none here.
-fn clear_partition(relation: &Relation) -> Step {
-    let values = texts([relation.namespace.clone(), relation.name.clone()]);
-    unnamed(
-        "SELECT terrace.clear_partition($1, $2)".into(),
-        values,
-        Expect::Done,
-    )
-}
-
-/// A statement that is not prepared.
-pub(super) fn unnamed(sql: String, values: Vec<Option<Bytes>>, expect: Expect) -> Step {
-    Step {
-        name: String::new(),
-        sql,
-        parse: true,
-        values,
-        expect,
-        notify: None,
-    }
-}
-
 /// The notification that a message asks for, if Postgres would take it.
 fn notify(content: Bytes) -> Option<Step> {
     let message: serde_json::Value = serde_json::from_slice(&content).ok()?;
@@ -784,158 +496,4 @@ fn notify(content: Bytes) -> Option<Step> {
     );
     step.notify = Some(content);
     Some(step)
-}
-
-/// Values of a statement of our own.
-pub(super) fn texts<const N: usize>(values: [String; N]) -> Vec<Option<Bytes>> {
-    values.map(|text| Some(Bytes::from(text))).to_vec()
-}
-
-type Statement = (String, Vec<Option<Bytes>>, Expect);
-
-fn check_width(relation: &Relation, tuple: Tuple<'_>) -> anyhow::Result<()> {
-    if tuple.len() != relation.columns.len() {
-        bail!(
-            "row of table \"{}\" has {} columns",
-            relation.table(),
-            tuple.len()
-        );
-    }
-    Ok(())
-}
-
-fn insert(relation: &Relation, new: Tuple<'_>, payload: &Bytes) -> anyhow::Result<Statement> {
-    check_width(relation, new)?;
-    let datums: Vec<Datum<'_>> = new.iter().collect();
-    let (mut names, mut places, mut values) = (Vec::new(), Vec::new(), Vec::new());
-    for (index, column) in relation.writable() {
-        names.push(quote_ident(&column.name));
-        values.push(value(datums[index], payload));
-        places.push(format!("${}", values.len()));
-    }
-    let sql = format!(
-        "INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE VALUES ({})",
-        relation.qualified(),
-        names.join(", "),
-        places.join(", ")
-    );
-    Ok((sql, values, Expect::Done))
-}
-
-fn update(
-    relation: &Relation,
-    old: Option<(OldKind, Tuple<'_>)>,
-    new: Tuple<'_>,
-    payload: &Bytes,
-) -> anyhow::Result<Statement> {
-    check_width(relation, new)?;
-    let datums: Vec<Datum<'_>> = new.iter().collect();
-    let (mut sets, mut values) = (Vec::new(), Vec::new());
-    for (index, column) in relation.writable() {
-        if datums[index] != Datum::Unchanged {
-            values.push(value(datums[index], payload));
-            sets.push(format!("{} = ${}", quote_ident(&column.name), values.len()));
-        }
-    }
-    if sets.is_empty() {
-        return Ok((String::new(), values, Expect::Done));
-    }
-    let (kind, identity) = old.unwrap_or((OldKind::Key, new));
-    let clause = row_clause(relation, kind, identity, payload, &mut values)?;
-    let sql = format!(
-        "UPDATE {} SET {} WHERE {clause}",
-        relation.rows(),
-        sets.join(", ")
-    );
-    Ok((sql, values, Expect::One))
-}
-
-fn delete(
-    relation: &Relation,
-    (kind, old): (OldKind, Tuple<'_>),
-    payload: &Bytes,
-) -> anyhow::Result<Statement> {
-    let mut values = Vec::new();
-    let clause = row_clause(relation, kind, old, payload, &mut values)?;
-    let sql = format!("DELETE FROM {} WHERE {clause}", relation.rows());
-    Ok((sql, values, Expect::Delete(relation.table())))
-}
-
-/// The condition that holds for exactly the row that `old` describes.
-fn row_clause(
-    relation: &Relation,
-    kind: OldKind,
-    old: Tuple<'_>,
-    payload: &Bytes,
-    values: &mut Vec<Option<Bytes>>,
-) -> anyhow::Result<String> {
-    check_width(relation, old)?;
-    if kind == OldKind::Full {
-        if relation.has_primary() {
-            return Ok(primary_clause(relation, old, payload, values));
-        }
-        // Without a key equal rows are alike: any one of them is the one.
-        let clause = clause(relation, old, payload, values, |_| true);
-        let table = relation.rows();
-        // Partitions count their rows each by itself.
-        let (place, columns) = match relation.only {
-            true => ("ctid", "ctid"),
-            false => ("(tableoid, ctid)", "tableoid, ctid"),
-        };
-        return Ok(format!(
-            "{place} = (SELECT {columns} FROM {table} WHERE {clause} LIMIT 1)"
-        ));
-    }
-    if !relation.columns.iter().any(|column| column.key) {
-        bail!(
-            "table \"{}\" has no replica identity at the top",
-            relation.table()
-        );
-    }
-    Ok(clause(relation, old, payload, values, |column| column.key))
-}
-
-fn primary_clause(
-    relation: &Relation,
-    row: Tuple<'_>,
-    payload: &Bytes,
-    values: &mut Vec<Option<Bytes>>,
-) -> String {
-    clause(relation, row, payload, values, |column| {
-        column.local.as_ref().is_some_and(|local| local.primary)
-    })
-}
-
-fn clause(
-    relation: &Relation,
-    row: Tuple<'_>,
-    payload: &Bytes,
-    values: &mut Vec<Option<Bytes>>,
-    wanted: impl Fn(&Column) -> bool,
-) -> String {
-    let mut terms = Vec::new();
-    for (column, datum) in relation
-        .columns
-        .iter()
-        .zip(row.iter())
-        .filter(|(c, _)| wanted(c))
-    {
-        let name = quote_ident(&column.name);
-        match datum {
-            Datum::Null => terms.push(format!("{name} IS NULL")),
-            // Not sent because not changed: the other columns must do.
-            Datum::Unchanged => {}
-            Datum::Text(_) => {
-                values.push(value(datum, payload));
-                let place = values.len();
-                let comparable = column.local.as_ref().is_none_or(|local| local.comparable);
-                terms.push(if comparable {
-                    format!("{name} = ${place}")
-                } else {
-                    format!("{name}::pg_catalog.text = ${place}::pg_catalog.text")
-                });
-            }
-        }
-    }
-    terms.join(" AND ")
 }

@@ -1,6 +1,6 @@
 //! The set-wise way: what has piled up is folded ([`super::fold`]) and written with
 //! few statements. Taken by itself when there is enough and all of it can be folded;
-//! otherwise the same records go the way in order. A large transaction is folded in
+//! otherwise, and when a statement did not do what it should, the same records go the way in order. A large transaction is folded in
 //! parts, each of which goes its own way: within one local transaction the one after the
 //! other comes to the same as all in order.
 
@@ -17,13 +17,15 @@ use super::plan::Folded;
 use super::sealed::goes_alone;
 use super::{Batch, Expect, Failed, MAX_BYTES, MAX_TRANSACTIONS, Session};
 use crate::client::bind_binary;
-use crate::record::{Kind, Record};
+use crate::record::{Frame, Kind, Record};
 
 /// Fewer transactions are not waited for: they go in order before the next look.
 const FEW: usize = 20;
 /// Fewer messages are sooner done in order. A transaction of one change is three.
 const WORTHWHILE: usize = 60;
 
+/// A larger row goes by itself: with others it might be more than a message may hold.
+const LARGE_ROW: usize = 16 << 20;
 /// A backlog gathers for no longer than this …
 const GATHERING: Duration = Duration::from_millis(200);
 /// … and something must have come when it is looked at again.
@@ -53,6 +55,11 @@ impl Heap {
     }
 }
 
+fn is_worthwhile(records: &[Record]) -> bool {
+    let messages = records.iter().flat_map(Record::frames);
+    messages.take(WORTHWHILE).count() == WORTHWHILE
+}
+
 /// What came of folding.
 enum Attempt {
     Folded(Vec<Statement>),
@@ -66,6 +73,9 @@ impl Session<'_> {
     /// Applies what has piled up, if that can be done set-wise. False when nothing
     /// was done: then the records wait to be taken in order.
     pub(super) async fn set_wise_batch(&mut self) -> Result<bool, Failed> {
+        if self.is_plain() {
+            return Ok(false);
+        }
         let Some(Pile {
             records,
             statements,
@@ -81,7 +91,7 @@ impl Session<'_> {
         self.expected.push_back(Expect::Simple);
         self.send_sets(statements)?;
         self.close(&batch)?;
-        self.client.flush().await?;
+        self.client.send_all().await?;
         // Postgres is at work meanwhile.
         self.fold_ahead()?;
         self.conclude(batch).await?;
@@ -95,8 +105,11 @@ impl Session<'_> {
         }
         let mut heap = Heap::default();
         self.pile(&mut heap)?;
-        self.gather(&mut heap).await?;
+        if self.folds {
+            self.gather(&mut heap).await?;
+        }
         let folded = self.fold(&heap.records, &mut Batch::default()).await?;
+        self.folds = folded.is_some() || self.folds && !is_worthwhile(&heap.records);
         // What stood in the way may be over soon, or all of it may be of its kind.
         self.in_order = match heap.records.len() < FEW {
             true => FEW,
@@ -136,7 +149,7 @@ impl Session<'_> {
         let mut heap = Heap::default();
         self.pile(&mut heap)?;
         let folded = match heap.is_full() {
-            true => self.try_fold(&heap.records)?,
+            true => self.try_fold(&heap.records),
             false => Attempt::Not,
         };
         let folded = match folded {
@@ -197,7 +210,7 @@ impl Session<'_> {
         records: &[Record],
         batch: &mut Batch,
     ) -> Result<Option<Vec<Statement>>, Failed> {
-        let mut attempt = self.try_fold(records)?;
+        let mut attempt = self.try_fold(records);
         if let Attempt::Unknown(relids) = attempt {
             // The catalog must be asked, for which the pipeline must be empty.
             self.drain(batch).await?;
@@ -206,7 +219,7 @@ impl Session<'_> {
                     return Ok(None);
                 }
             }
-            attempt = self.try_fold(records)?;
+            attempt = self.try_fold(records);
         }
         Ok(match attempt {
             Attempt::Folded(statements) => Some(statements),
@@ -214,29 +227,40 @@ impl Session<'_> {
         })
     }
 
-    fn try_fold(&mut self, records: &[Record]) -> anyhow::Result<Attempt> {
-        let frames = || records.iter().flat_map(Record::frames);
-        if frames().take(WORTHWHILE).count() < WORTHWHILE {
-            return Ok(Attempt::Not);
+    /// What cannot be read is left to the way in order as well, which says what it is.
+    fn try_fold(&mut self, records: &[Record]) -> Attempt {
+        if self.is_plain() || !is_worthwhile(records) {
+            return Attempt::Not;
         }
         let (mut fold, mut unknown) = (Fold::default(), BTreeSet::new());
-        for frame in frames() {
-            let payload = frame.context("frame")?.payload;
-            match self.planner.fold_into(&mut fold, payload)? {
-                Folded::Added => {}
-                Folded::Lookup(relid) => drop(unknown.insert(relid)),
+        for frame in records.iter().flat_map(Record::frames) {
+            let Ok(Frame { payload, .. }) = frame else {
+                return Attempt::Not;
+            };
+            if payload.len() > LARGE_ROW {
+                return Attempt::Not;
+            }
+            match self.planner.fold_into(&mut fold, payload) {
+                Ok(Folded::Added) => {}
+                Ok(Folded::Lookup(relid)) => drop(unknown.insert(relid)),
                 // What is not known yet may be what is missing.
-                Folded::Not if !unknown.is_empty() => break,
-                Folded::Not => return Ok(Attempt::Not),
+                Ok(Folded::Not) if !unknown.is_empty() => break,
+                Ok(Folded::Not) | Err(_) => return Attempt::Not,
             }
         }
-        Ok(match unknown.is_empty() {
+        match unknown.is_empty() {
             true => Attempt::Folded(fold.statements()),
             false => Attempt::Unknown(unknown),
-        })
+        }
+    }
+
+    /// Whether what is next has been folded in vain.
+    fn is_plain(&self) -> bool {
+        self.committed < self.plain_until
     }
 
     pub(super) fn send_sets(&mut self, statements: Vec<Statement>) -> Result<(), Failed> {
+        self.sent_sets = true;
         statements
             .into_iter()
             .try_for_each(|set| self.send_set(set))

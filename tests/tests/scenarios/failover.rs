@@ -262,11 +262,21 @@ fn masters_of_both_levels_die_at_once() {
 fn the_parents_position_goes_back_and_nothing_comes_twice() {
     let mut tree = Tree::grow(STEPS, &THREE);
     let counting = count_up(&tree.top);
+    let confirmed =
+        "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = 'terrace_region'";
+    let mut went_back = 0;
     for _ in 0..3 {
         counting.go_on(50);
+        // Nobody moves it on before it has been seen.
+        tree.nodes.iter().for_each(|node| node.bridge.pause());
+        let before = tree.top.value(confirmed);
         tree.top.kill9();
         tree.top.restart().expect("start the top");
+        let is_lower = format!("SELECT ({confirmed}) < '{before}'");
+        went_back += usize::from(tree.top.value(&is_lower) == "t");
+        tree.nodes.iter().for_each(|node| node.bridge.resume());
     }
+    assert!(went_back > 0, "it never went back");
     tree.wait_streaming();
     tree.all_is_well(counting);
 }

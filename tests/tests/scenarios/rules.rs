@@ -500,3 +500,74 @@ fn two_masters_of_a_child_follow_two_servers_above() {
     tree.all_is_well(counting);
     assert_eq!(tree.top.value(GONE), "0");
 }
+
+// What it has more comes to the one that leads from the parent, and then it goes on.
+#[test]
+fn a_slave_that_is_ahead_of_the_promoted_one_waits_for_it() {
+    let bulk = "CREATE TABLE bulk (id int PRIMARY KEY, v text); SELECT terrace.add_table('bulk');";
+    let schema = format!("{STEPS}{bulk}");
+    let mut tree = Tree::plant(&schema).expect("boot the top").with_links();
+    // Two holding it is not enough: the parent still has what the lagging one lacks.
+    tree.settings = "[failover]\nack_members = 3\nack_timeout = \"60s\"".into();
+    let mut tree = tree.grow_on(&REGION);
+    let counting = count_up(&tree.top);
+    counting.go_on(20);
+    let master = tree.settled_master("region");
+    let slaves = others(&tree, "region", &master);
+    let (ahead, behind) = (slaves[0].as_str(), slaves[1].as_str());
+    tree.node(behind).bridge.pause();
+    // So much that it takes a while to send it.
+    for part in 0..10 {
+        tree.top.sql(&format!(
+            "INSERT INTO bulk SELECT {part} * 50000 + g, repeat('x', 99) FROM generate_series(1, 50000) g"
+        ));
+    }
+    counting.go_on(50);
+    let shown = "SELECT coalesce(max(n), 0) FROM steps";
+    let written: i64 = tree.top.value(shown).parse().expect("a number");
+    wait_until("one slave has it all", || {
+        tree.node(ahead)
+            .server
+            .value(shown)
+            .parse::<i64>()
+            .expect("a number")
+            >= written
+    });
+
+    // The one that has it can neither lead nor give.
+    tree.between(&[ahead], &["top", behind], Proxy::cut);
+    tree.node(&master).bridge.kill9();
+    tree.node(behind).bridge.resume();
+    wait_until("the one that lags leads", || {
+        tree.node(behind).bridge.logged().contains("role=master")
+    });
+    tree.between(&[behind], &["top"], Proxy::cut_answers);
+    tree.between(&[ahead], &[behind], Proxy::heal);
+    let follows = format!("streaming upstream={behind} ");
+    let mut least = written;
+    wait_until("the one that is ahead follows it", || {
+        let node = tree.node(ahead);
+        let now = node.server.value(shown).parse().expect("a number");
+        assert!(now >= least, "a row is gone");
+        least = now;
+        node.bridge.logged().contains(&follows)
+    });
+    let progress = "SELECT lsn FROM terrace.progress";
+    let [more, less] = [ahead, behind].map(|name| tree.node(name).server.value(progress));
+    let is_more = format!("SELECT '{more}'::pg_lsn > '{less}'::pg_lsn");
+    assert_eq!(
+        tree.top.value(&is_more),
+        "t",
+        "{more} is not more than {less}"
+    );
+
+    tree.heal();
+    tree.node(&master)
+        .bridge
+        .restart()
+        .expect("start the bridge");
+    tree.wait_streaming();
+    tree.all_is_well(counting);
+    tree.wait_for_equal(&["bulk"]);
+    assert_eq!(tree.top.value(GONE), "0");
+}

@@ -1,0 +1,263 @@
+//! The way in order: a pipeline of single statements, one after the other as the top's
+//! history goes. Parts of a large transaction that can be folded go set-wise among them.
+
+use std::collections::HashSet;
+
+use anyhow::Context;
+use bytes::Bytes;
+use postgres_protocol::message::frontend;
+
+use super::plan::{self, Planned};
+use super::statement::{Expect, Step};
+use super::{BY_ITSELF, Batch, Failed, MAX_BYTES, Session, WATERMARK_EVERY, sealed, unexpected};
+use crate::client::{DbError, affected, bind};
+use crate::record::{Kind, Record};
+
+/// Of a large transaction so many bytes go together: one part is folded while Postgres
+/// works on the one before.
+const PARTS_BYTES: usize = 1 << 20;
+/// Answers are read at the latest when so many bytes of requests are unanswered.
+const PIPELINE_BYTES: usize = 64 << 10;
+
+impl Session<'_> {
+    pub(super) async fn fast_batch(&mut self) -> Result<(), Failed> {
+        let mut batch = Batch::default();
+        let mut open = false;
+        loop {
+            if batch.transactions > 0 || batch.end > self.committed {
+                // Something is complete: take only what is there and may be shown.
+                let full = batch.transactions >= self.in_order
+                    || batch.bytes >= MAX_BYTES
+                    || self.planner.routing_changed();
+                let gate = *self.shared.upstream_replayed.borrow();
+                let notified = batch.notified.clone();
+                match self.peek()? {
+                    _ if full => break,
+                    None => break,
+                    Some(record) if record.kind == Kind::Part => break,
+                    Some(record) if record.lsn > gate => break,
+                    Some(record) if sealed::goes_alone(record) => break,
+                    Some(record) if repeats_notify(record, &notified) => break,
+                    Some(_) => {}
+                }
+            }
+            let record = self.next_record().await?;
+            batch.bytes += record.bytes.len();
+            match record.kind {
+                Kind::Schema => self.planner.define(&record)?,
+                Kind::Mark => {}
+                Kind::Watermark => {
+                    if !self.gate_allows(&record) {
+                        self.wait_for_gate(record.lsn).await?;
+                    }
+                    batch.end = record.lsn;
+                }
+                Kind::Part | Kind::Commit => {
+                    if record.kind == Kind::Commit && !self.gate_allows(&record) && !open {
+                        self.wait_for_gate(record.lsn).await?;
+                    }
+                    if sealed::goes_alone(&record) {
+                        return Err(Failed::Unexpected(BY_ITSELF.into()));
+                    }
+                    if !open {
+                        open = true;
+                        frontend::query("BEGIN", self.client.buffer()).context("BEGIN")?;
+                        self.expected.push_back(Expect::Simple);
+                    }
+                    if record.kind == Kind::Part {
+                        let parts = self.parts(record)?;
+                        self.changes(&parts, &mut batch).await?;
+                    } else {
+                        self.changes(std::slice::from_ref(&record), &mut batch)
+                            .await?;
+                        // A large transaction is sent before it may be shown, but
+                        // committed only then.
+                        if !self.gate_allows(&record) {
+                            self.drain(&mut batch).await?;
+                            self.wait_for_gate(record.lsn).await?;
+                        }
+                        batch.take_in(&record)?;
+                        self.attempted = batch.end;
+                    }
+                }
+            }
+        }
+        self.finish_fast(open, batch).await
+    }
+
+    /// A part of a large transaction with those that follow it and are there.
+    fn parts(&mut self, first: Record) -> Result<Vec<Record>, Failed> {
+        let mut bytes = first.bytes.len();
+        let mut parts = vec![first];
+        while bytes < PARTS_BYTES
+            && let Some(next) = self.peek()?
+            && next.kind == Kind::Part
+        {
+            bytes += next.bytes.len();
+            parts.extend(self.ahead.pop_front());
+        }
+        Ok(parts)
+    }
+
+    /// Sends the changes of records that follow each other: set-wise, if that can be done
+    /// and is worthwhile.
+    pub(super) async fn changes(
+        &mut self,
+        records: &[Record],
+        batch: &mut Batch,
+    ) -> Result<(), Failed> {
+        if let Some(statements) = self.fold(records, batch).await? {
+            self.drain(batch).await?;
+            tracing::debug!(statements = statements.len(), "a part went set-wise");
+            self.send_sets(statements)?;
+            // The answers are not waited for: what comes next is folded meanwhile.
+            return Ok(self.client.send_all().await?);
+        }
+        for record in records {
+            self.send_changes(record, batch).await?;
+        }
+        Ok(())
+    }
+
+    async fn send_changes(&mut self, record: &Record, batch: &mut Batch) -> Result<(), Failed> {
+        for frame in record.frames() {
+            let payload = record.bytes.slice_ref(frame.context("frame")?.payload);
+            let steps = match self.planner.plan(&payload) {
+                Ok(Planned::Steps(steps)) => steps,
+                Ok(Planned::Nothing) => continue,
+                Ok(Planned::Order(_)) => {
+                    self.drain(batch).await?;
+                    return Err(Failed::Unexpected(BY_ITSELF.into()));
+                }
+                // The catalog must be asked, for which the pipeline must be empty.
+                Ok(Planned::Lookup(relid)) => {
+                    self.drain(batch).await?;
+                    self.planner
+                        .lookup(&mut self.client, relid)
+                        .await
+                        .map_err(unexpected)?;
+                    match self.planner.plan(&payload)? {
+                        Planned::Steps(steps) => steps,
+                        _ => continue,
+                    }
+                }
+                Err(error) => return Err(Failed::Unexpected(format!("{error:#}"))),
+            };
+            for step in steps {
+                if let Step {
+                    notify: Some(content),
+                    ..
+                } = &step
+                {
+                    batch.notified.insert(content.clone());
+                }
+                self.send(&step)?;
+            }
+            if self.unflushed > PIPELINE_BYTES {
+                self.drain(batch).await?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn send(&mut self, step: &Step) -> Result<(), Failed> {
+        let out = self.client.buffer();
+        let before = out.len();
+        let encoded = (|| {
+            if step.parse {
+                frontend::parse(&step.name, &step.sql, [], out)?;
+            }
+            bind(
+                out,
+                &step.name,
+                step.values.iter().map(|value| value.as_deref()),
+            )?;
+            frontend::execute("", 0, out)
+        })();
+        encoded.context("encode a statement")?;
+        self.unflushed += self.client.buffer().len() - before;
+        self.expected.push_back(step.expect.clone());
+        Ok(())
+    }
+
+    /// Sends what is buffered and reads every answer that is due.
+    pub(super) async fn drain(&mut self, batch: &mut Batch) -> Result<(), Failed> {
+        frontend::flush(self.client.buffer());
+        self.answers(batch).await
+    }
+
+    pub(super) async fn answers(&mut self, batch: &mut Batch) -> Result<(), Failed> {
+        self.client.send_all().await?;
+        self.unflushed = 0;
+        while let Some(expect) = self.expected.front() {
+            let message = self.client.message().await?;
+            match message.kind {
+                b'C' => {
+                    let count = affected(&message.body);
+                    match expect {
+                        Expect::Simple | Expect::Done => {}
+                        Expect::One if count == 1 => {}
+                        Expect::One => {
+                            return Err(Failed::Unexpected("a row to update is missing".into()));
+                        }
+                        Expect::Rows(rows) if count == *rows => {}
+                        Expect::Rows(rows) => {
+                            let text = format!("{count} rows changed in place of {rows}");
+                            return Err(Failed::Unexpected(text));
+                        }
+                        Expect::Delete(table) if count == 0 => {
+                            count_missing(&mut batch.missing_deletes, table);
+                        }
+                        Expect::Delete(_) => {}
+                    }
+                    if !matches!(expect, Expect::Simple) {
+                        self.expected.pop_front();
+                    }
+                }
+                // A simple query is answered by Z as well.
+                b'Z' => {
+                    if matches!(expect, Expect::Simple) {
+                        self.expected.pop_front();
+                    }
+                }
+                b'E' => {
+                    let error = DbError::parse(&message.body);
+                    return Err(Failed::Unexpected(error.to_string()));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    async fn finish_fast(&mut self, open: bool, batch: Batch) -> Result<(), Failed> {
+        let quiet = batch.transactions == 0;
+        if quiet && self.progress_written.elapsed() < WATERMARK_EVERY {
+            // Shown at once; written with the next transaction or later.
+            self.committed = batch.end;
+            self.announce(&batch);
+            return Ok(());
+        }
+        if !open {
+            frontend::query("BEGIN", self.client.buffer()).context("BEGIN")?;
+            self.expected.push_back(Expect::Simple);
+        }
+        self.close(&batch)?;
+        self.conclude(batch).await
+    }
+}
+
+fn count_missing(counts: &mut Vec<(String, u64)>, table: &str) {
+    match counts.iter_mut().find(|(name, _)| name == table) {
+        Some((_, count)) => *count += 1,
+        None => counts.push((table.to_owned(), 1)),
+    }
+}
+
+/// Postgres folds equal notifications of one transaction into one.
+fn repeats_notify(record: &Record, notified: &HashSet<Bytes>) -> bool {
+    !notified.is_empty()
+        && record.frames().flatten().any(|frame| {
+            plan::notify_content(frame.payload).is_some_and(|content| notified.contains(content))
+        })
+}

@@ -1,0 +1,237 @@
+//! The tables that the stream tells of, and what they are on this server.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
+use bytes::Bytes;
+
+use super::fold::{Shape, ShapeColumn};
+use crate::client::{Client, quote_ident, quote_table};
+
+/// One of its columns.
+pub(super) struct Column {
+    pub name: String,
+    /// Of the replica identity at the top.
+    pub key: bool,
+    /// What it is here, once looked up.
+    pub local: Option<LocalColumn>,
+}
+
+/// The column here.
+#[derive(Clone)]
+pub(super) struct LocalColumn {
+    pub generated: bool,
+    pub primary: bool,
+    /// Has an order of its own, so that `=` finds what is written in the same way.
+    pub comparable: bool,
+    pub type_name: String,
+}
+
+/// A table, as the stream describes it and as it is here.
+pub(super) struct Relation {
+    /// Its Relation message.
+    pub definition: Bytes,
+    pub namespace: String,
+    pub name: String,
+    /// Where its rows are here, if it is a partition at the top and none here.
+    pub place: Option<String>,
+    pub columns: Vec<Column>,
+    pub looked_up: bool,
+    pub routed: bool,
+    /// Rows of tables that inherit from it are not its own.
+    pub only: bool,
+    /// `pg_class.relreplident` at the top.
+    pub identity: u8,
+    /// How to change it set-wise; known once looked up.
+    pub shape: Option<Arc<Shape>>,
+}
+
+impl Relation {
+    /// The table here.
+    pub fn qualified(&self) -> String {
+        let own = || quote_table(&self.namespace, &self.name);
+        self.place.clone().unwrap_or_else(own)
+    }
+
+    /// For statements that would touch inheriting tables as well.
+    pub fn rows(&self) -> String {
+        let only = if self.only { "ONLY " } else { "" };
+        format!("{only}{}", self.qualified())
+    }
+
+    /// Its name at the top, for people.
+    pub fn table(&self) -> String {
+        format!("{}.{}", self.namespace, self.name)
+    }
+
+    pub fn has_primary(&self) -> bool {
+        self.columns
+            .iter()
+            .any(|c| c.local.as_ref().is_some_and(|local| local.primary))
+    }
+
+    pub fn writable(&self) -> impl Iterator<Item = (usize, &Column)> {
+        self.columns
+            .iter()
+            .enumerate()
+            .filter(|(_, c)| c.local.as_ref().is_some_and(|local| !local.generated))
+    }
+
+    /// Reads what the table looks like here.
+    pub async fn look_up(&mut self, client: &mut Client) -> anyhow::Result<()> {
+        self.place = other_place(client, &self.namespace, &self.name).await?;
+        let sql = "SELECT a.attname, a.attgenerated <> '', \
+                 EXISTS (SELECT FROM pg_index i WHERE i.indrelid = a.attrelid AND i.indisprimary \
+                         AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])), \
+                 EXISTS (SELECT FROM pg_opclass o JOIN pg_am m ON m.oid = o.opcmethod \
+                         WHERE m.amname = 'btree' AND o.opcdefault \
+                           AND o.opcnamespace = 'pg_catalog'::regnamespace AND o.opcintype = \
+                           CASE WHEN t.typtype = 'e' THEN 'anyenum'::regtype \
+                                WHEN t.typtype = 'd' THEN t.typbasetype \
+                                WHEN t.typcategory = 'A' THEN 'anyarray'::regtype \
+                                WHEN t.typname = 'varchar' THEN 'text'::regtype ELSE t.oid END), \
+                 pg_catalog.format_type(a.atttypid, -1), \
+                 (SELECT c.relkind = 'r' AND NOT c.relhasrules AND NOT EXISTS \
+                      (SELECT FROM pg_trigger g WHERE g.tgrelid = c.oid AND g.tgenabled IN ('R', 'A')) \
+                    AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid \
+                      AND (i.indisunique OR i.indisexclusion) AND NOT i.indisprimary) \
+                  FROM pg_class c WHERE c.oid = a.attrelid), \
+                 a.attidentity = 'a', \
+                 (SELECT c.relkind = 'r' FROM pg_class c WHERE c.oid = a.attrelid) \
+             FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid \
+             WHERE a.attrelid = pg_catalog.to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped";
+        let rows = client.query(sql, &[Some(&self.qualified())]).await?;
+        if rows.is_empty() {
+            bail!(
+                "table \"{}\" does not exist on this server; create it here with the columns that \
+                 it has at the top",
+                self.table()
+            );
+        }
+        // Such a column can be written to by DEFAULT alone, and here it is the top's
+        // value that counts.
+        for row in rows.iter().filter(|row| row[6].as_deref() == Some("t")) {
+            let column = quote_ident(row[0].as_deref().unwrap_or_default());
+            let table = self.qualified();
+            tracing::info!(%table, %column, "identity becomes BY DEFAULT on this server");
+            let sql = format!("ALTER TABLE {table} ALTER COLUMN {column} SET GENERATED BY DEFAULT");
+            client
+                .simple(&sql)
+                .await
+                .context("make the identity column writable")?;
+        }
+        self.only = rows.iter().all(|row| row[7].as_deref() == Some("t"));
+        let mut plain = true;
+        let locals: HashMap<String, LocalColumn> = rows
+            .into_iter()
+            .filter_map(|row| {
+                let is = |index: usize| row[index].as_deref() == Some("t");
+                let local = LocalColumn {
+                    generated: is(1),
+                    primary: is(2),
+                    comparable: is(3),
+                    type_name: row[4].clone().unwrap_or_default(),
+                };
+                plain &= is(5);
+                Some((row[0].clone()?, local))
+            })
+            .collect();
+        let table = self.table();
+        for column in &mut self.columns {
+            column.local = locals.get(&column.name).cloned();
+            if column.local.is_none() {
+                bail!(
+                    "table \"{table}\" has no column \"{}\" on this server",
+                    column.name
+                );
+            }
+        }
+        if let Some(place) = &self.place
+            && self.identity != b'f'
+        {
+            let keys = self.columns.iter().filter(|column| column.key);
+            let keys: Vec<&str> = keys.map(|column| column.name.as_str()).collect();
+            if !keys.is_empty() {
+                must_tell_rows_apart(client, place, &keys, &table).await?;
+            }
+        }
+        self.looked_up = true;
+        self.shape = plain.then(|| shape(self, &locals)).flatten().map(Arc::new);
+        Ok(())
+    }
+}
+
+/// Only a table whose one unique constraint is the primary key, the same here and at
+/// the top, can be changed row by row in any order; one without any can be added to.
+fn shape(relation: &Relation, locals: &HashMap<String, LocalColumn>) -> Option<Shape> {
+    let (mut columns, mut keys) = (Vec::new(), Vec::new());
+    for (index, column) in relation.columns.iter().enumerate() {
+        let local = column.local.as_ref()?;
+        // With REPLICA IDENTITY FULL every column is key at the top.
+        let key = column.key && relation.identity != b'f';
+        if key != local.primary || key && (local.generated || !local.comparable) {
+            return None;
+        }
+        keys.extend(key.then_some(index));
+        columns.push(ShapeColumn {
+            name: quote_ident(&column.name),
+            type_name: local.type_name.clone(),
+            generated: local.generated,
+        });
+    }
+    let is_written = columns.iter().any(|column| !column.generated);
+    // A key column that is not replicated is not in the list.
+    let primaries = locals.values().filter(|local| local.primary).count();
+    let writable = locals.values().filter(|local| !local.generated).count();
+    (is_written && keys.len() == primaries).then(|| Shape {
+        table: relation.qualified(),
+        whole: columns.iter().filter(|column| !column.generated).count() == writable,
+        columns,
+        keys,
+    })
+}
+
+/// The table here that holds the rows of a partition of the top, if that is not one of its name.
+pub async fn other_place(
+    client: &mut Client,
+    namespace: &str,
+    name: &str,
+) -> anyhow::Result<Option<String>> {
+    let sql = "SELECT place FROM terrace.place_of($1, $2) place \
+               WHERE place <> pg_catalog.format('%I.%I', $1, $2)";
+    let rows = client
+        .query(sql, &[Some(namespace), Some(name)])
+        .await
+        .context("look for the table that holds the rows of a partition")?;
+    Ok(rows
+        .into_iter()
+        .next()
+        .and_then(|row| row.into_iter().next()?))
+}
+
+/// A key of a partition alone may be that of several rows of the whole.
+async fn must_tell_rows_apart(
+    client: &mut Client,
+    place: &str,
+    keys: &[&str],
+    table: &str,
+) -> anyhow::Result<()> {
+    let sql = "SELECT 1 FROM pg_catalog.pg_index i \
+               WHERE i.indrelid = pg_catalog.to_regclass($1) AND i.indisunique AND i.indisvalid \
+                 AND i.indpred IS NULL AND i.indexprs IS NULL \
+                 AND NOT EXISTS (SELECT FROM pg_catalog.unnest((i.indkey::int2[])[0:i.indnkeyatts - 1]) n \
+                     JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = n \
+                     WHERE a.attname <> ALL (pg_catalog.string_to_array($2, E'\\x01')))";
+    let unique = client
+        .query(sql, &[Some(place), Some(&keys.join("\u{1}"))])
+        .await?;
+    if unique.is_empty() {
+        bail!(
+            "rows of partition \"{table}\" go to {place} here, which has no unique index on the key that it \
+             has at the top, ({}); make one",
+            keys.join(", ")
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,238 @@
+//! The statements that do a change here, one change each.
+//!
+//! A row is known by its key, or by all its columns; a value is the text that the top sent.
+
+use anyhow::bail;
+use bytes::Bytes;
+
+use super::relation::{Column, Relation};
+use crate::client::quote_ident;
+use crate::pgoutput::{Datum, OldKind, Tuple};
+
+/// What a statement's completion must say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Expect {
+    /// A simple query, or the end of a pipeline: ready for the next.
+    Simple,
+    /// Any number of rows.
+    Done,
+    /// Exactly one row.
+    One,
+    /// Exactly as many rows.
+    Rows(u64),
+    /// One row of this table; none is a conflict that needs no repair.
+    Delete(String),
+}
+
+/// One statement with its values.
+#[derive(Debug)]
+pub struct Step {
+    /// Of the prepared statement.
+    pub name: String,
+    /// Text, for the first use and for the careful way.
+    pub sql: String,
+    /// Whether the statement has not been prepared yet.
+    pub parse: bool,
+    /// Text values.
+    pub values: Vec<Option<Bytes>>,
+    /// What success looks like.
+    pub expect: Expect,
+    /// Content of the notification that this raises.
+    pub notify: Option<Bytes>,
+}
+
+pub(super) fn value(datum: Datum<'_>, payload: &Bytes) -> Option<Bytes> {
+    match datum {
+        Datum::Text(text) => Some(payload.slice_ref(text)),
+        Datum::Null | Datum::Unchanged => None,
+    }
+}
+
+/// TRUNCATE of a partition that is none here.
+pub(super) fn clear_partition(relation: &Relation) -> Step {
+    let values = texts([relation.namespace.clone(), relation.name.clone()]);
+    unnamed(
+        "SELECT terrace.clear_partition($1, $2)".into(),
+        values,
+        Expect::Done,
+    )
+}
+
+/// A statement that is not prepared.
+pub(super) fn unnamed(sql: String, values: Vec<Option<Bytes>>, expect: Expect) -> Step {
+    Step {
+        name: String::new(),
+        sql,
+        parse: true,
+        values,
+        expect,
+        notify: None,
+    }
+}
+
+/// Values of a statement of our own.
+pub(super) fn texts<const N: usize>(values: [String; N]) -> Vec<Option<Bytes>> {
+    values.map(|text| Some(Bytes::from(text))).to_vec()
+}
+
+/// Its text, its values, and what it must do.
+pub(super) type Statement = (String, Vec<Option<Bytes>>, Expect);
+
+fn check_width(relation: &Relation, tuple: Tuple<'_>) -> anyhow::Result<()> {
+    if tuple.len() != relation.columns.len() {
+        bail!(
+            "row of table \"{}\" has {} columns",
+            relation.table(),
+            tuple.len()
+        );
+    }
+    Ok(())
+}
+
+pub(super) fn insert(
+    relation: &Relation,
+    new: Tuple<'_>,
+    payload: &Bytes,
+) -> anyhow::Result<Statement> {
+    check_width(relation, new)?;
+    let datums: Vec<Datum<'_>> = new.iter().collect();
+    let (mut names, mut places, mut values) = (Vec::new(), Vec::new(), Vec::new());
+    for (index, column) in relation.writable() {
+        names.push(quote_ident(&column.name));
+        values.push(value(datums[index], payload));
+        places.push(format!("${}", values.len()));
+    }
+    let sql = format!(
+        "INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE VALUES ({})",
+        relation.qualified(),
+        names.join(", "),
+        places.join(", ")
+    );
+    Ok((sql, values, Expect::Done))
+}
+
+pub(super) fn update(
+    relation: &Relation,
+    old: Option<(OldKind, Tuple<'_>)>,
+    new: Tuple<'_>,
+    payload: &Bytes,
+) -> anyhow::Result<Statement> {
+    check_width(relation, new)?;
+    let datums: Vec<Datum<'_>> = new.iter().collect();
+    let (mut sets, mut values) = (Vec::new(), Vec::new());
+    for (index, column) in relation.writable() {
+        if datums[index] != Datum::Unchanged {
+            values.push(value(datums[index], payload));
+            sets.push(format!("{} = ${}", quote_ident(&column.name), values.len()));
+        }
+    }
+    if sets.is_empty() {
+        return Ok((String::new(), values, Expect::Done));
+    }
+    let (kind, identity) = old.unwrap_or((OldKind::Key, new));
+    let clause = row_clause(relation, kind, identity, payload, &mut values)?;
+    let sql = format!(
+        "UPDATE {} SET {} WHERE {clause}",
+        relation.rows(),
+        sets.join(", ")
+    );
+    Ok((sql, values, Expect::One))
+}
+
+pub(super) fn delete(
+    relation: &Relation,
+    (kind, old): (OldKind, Tuple<'_>),
+    payload: &Bytes,
+) -> anyhow::Result<Statement> {
+    let mut values = Vec::new();
+    let clause = row_clause(relation, kind, old, payload, &mut values)?;
+    let sql = format!("DELETE FROM {} WHERE {clause}", relation.rows());
+    Ok((sql, values, Expect::Delete(relation.table())))
+}
+
+/// The condition that holds for exactly the row that `old` describes.
+fn row_clause(
+    relation: &Relation,
+    kind: OldKind,
+    old: Tuple<'_>,
+    payload: &Bytes,
+    values: &mut Vec<Option<Bytes>>,
+) -> anyhow::Result<String> {
+    check_width(relation, old)?;
+    if kind == OldKind::Full {
+        if relation.has_primary() {
+            return Ok(primary_clause(relation, old, payload, values));
+        }
+        // Without a key equal rows are alike: any one of them is the one.
+        let clause = clause(relation, old, payload, values, |_| true);
+        let table = relation.rows();
+        // Partitions count their rows each by itself.
+        let (place, columns) = match relation.only {
+            true => ("ctid", "ctid"),
+            false => ("(tableoid, ctid)", "tableoid, ctid"),
+        };
+        return Ok(format!(
+            "{place} = (SELECT {columns} FROM {table} WHERE {clause} LIMIT 1)"
+        ));
+    }
+    if !relation.columns.iter().any(|column| column.key) {
+        bail!(
+            "table \"{}\" has no replica identity at the top",
+            relation.table()
+        );
+    }
+    Ok(clause(relation, old, payload, values, |column| column.key))
+}
+
+pub(super) fn primary_clause(
+    relation: &Relation,
+    row: Tuple<'_>,
+    payload: &Bytes,
+    values: &mut Vec<Option<Bytes>>,
+) -> String {
+    clause(relation, row, payload, values, |column| {
+        column.local.as_ref().is_some_and(|local| local.primary)
+    })
+}
+
+fn clause(
+    relation: &Relation,
+    row: Tuple<'_>,
+    payload: &Bytes,
+    values: &mut Vec<Option<Bytes>>,
+    wanted: impl Fn(&Column) -> bool,
+) -> String {
+    let mut terms = Vec::new();
+    for (column, datum) in relation
+        .columns
+        .iter()
+        .zip(row.iter())
+        .filter(|(c, _)| wanted(c))
+    {
+        let name = quote_ident(&column.name);
+        match datum {
+            Datum::Null => terms.push(format!("{name} IS NULL")),
+            // Not sent because not changed: the other columns must do.
+            Datum::Unchanged => {}
+            Datum::Text(_) => {
+                values.push(value(datum, payload));
+                let place = values.len();
+                let comparable = column.local.as_ref().is_none_or(|local| local.comparable);
+                terms.push(if comparable {
+                    format!("{name} = ${place}")
+                } else {
+                    format!("{name}::pg_catalog.text = ${place}::pg_catalog.text")
+                });
+            }
+        }
+    }
+    terms.join(" AND ")
+}
+/// Whether an update gives the row another primary key.
+pub(super) fn moves(relation: &Relation, old: Tuple<'_>, new: Tuple<'_>) -> bool {
+    let is_primary = |column: &Column| column.local.as_ref().is_some_and(|local| local.primary);
+    let columns = relation.columns.iter().zip(old.iter().zip(new.iter()));
+    columns
+        .filter(|(column, _)| is_primary(column))
+        .any(|(_, (old, new))| new != Datum::Unchanged && old != new)
+}
