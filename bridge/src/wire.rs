@@ -501,6 +501,24 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn both_ends_may_send_at_once() {
+        let (ours, mut theirs) = tokio::io::duplex(1024);
+        let mut framed = Framed::new(Box::new(ours));
+        framed.out().put_bytes(7, 50_000);
+        let other_end = async {
+            theirs
+                .write_all(&b"X\0\0\0\x04".repeat(10_000))
+                .await
+                .unwrap();
+            theirs.read_exact(&mut [0; 50_000]).await.unwrap();
+        };
+        let (sent, ()) = tokio::join!(framed.send_all(), other_end);
+        sent.unwrap();
+        assert_eq!(framed.buffered(100).unwrap().unwrap().kind, b'X');
+        framed.send_all().await.unwrap();
+    }
+
+    #[tokio::test]
     async fn startup_packets_are_limited() {
         for hostile in [
             &b"\x7f\xff\xff\xff"[..],

@@ -179,3 +179,21 @@ fn ddl_in_the_middle_of_a_large_transaction_is_run_there() {
     tree.wait_for_equal(&["t"]);
     assert!(part(&tree.nodes[0].bridge.logged()), "nothing was folded");
 }
+
+#[test]
+fn a_row_that_is_missing_here_does_not_make_a_large_transaction_slow() {
+    let schema = "CREATE TABLE t (id int PRIMARY KEY, v text); SELECT terrace.add_table('t');
+                  INSERT INTO t SELECT g, repeat('x', 50) FROM generate_series(1, 20000) g";
+    let tree = Tree::grow(schema, &[("region", None, 1)]);
+    tree.nodes[0]
+        .server
+        .sql("SET session_replication_role = replica; DELETE FROM t WHERE id = 7");
+    tree.top.sql("DELETE FROM t WHERE id <= 15000");
+    tree.wait_for_equal(&["t"]);
+    let missing = "SELECT count FROM terrace.conflicts WHERE kind = 'delete_missing'";
+    wait_until("it is counted", || tree.top.value(missing) == "1");
+    let log = tree.nodes[0].bridge.logged();
+    assert!(log.contains("a part went set-wise"), "nothing was folded");
+    assert!(log.contains("applying in order"), "it was not noticed");
+    assert!(!log.contains("applying with care"), "row by row");
+}
