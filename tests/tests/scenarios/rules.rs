@@ -272,6 +272,8 @@ fn the_top_stops_while_acknowledgements_wait() {
     for slave in &slaves {
         tree.node(slave).bridge.pause();
     }
+    // Something that they have not.
+    counting.go_on(3);
     let written = tree.top.value("SELECT pg_current_wal_lsn()");
     tree.rows_arrive(&master, Duration::from_secs(4));
     let waits = format!(
