@@ -74,10 +74,7 @@ fn a_master_whose_postgres_dies_hands_over() {
         .server
         .restart()
         .expect("start the server");
-    tree.node(&master)
-        .bridge
-        .restart()
-        .expect("start the bridge");
+    tree.start_bridges().expect("start the bridge");
     tree.wait_streaming();
     tree.all_is_well(counting);
 }

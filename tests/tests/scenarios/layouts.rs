@@ -40,7 +40,7 @@ fn flows(schema: &str, below: [&str; 2], changes: &str, tables: &[&str]) -> Tree
         node.bridge.stop();
     }
     run(&tree.top, changes, 2000);
-    tree.start_bridges().expect("start the bridges");
+    tree.start_bridges_on_a_pile();
     tree.wait_streaming();
     tree.wait_for_equal(tables);
     let conflicts = tree.top.rows("SELECT * FROM terrace.conflicts");
@@ -296,12 +296,11 @@ fn columns_stand_in_another_order_below_and_there_are_more() {
         CREATE TABLE keyless (x int, y text, more int DEFAULT 8, at timestamptz DEFAULT now());
         CREATE TABLE dropped (id int PRIMARY KEY, never text, w text)";
     let changes = "
-        SELECT terrace.replicate_ddl('COMMENT ON TABLE t IS ''a pile ends here''');
         INSERT INTO t SELECT {n} + g, 'b' || g, g / 3.0 FROM generate_series(1, 200) g;
-        SELECT terrace.replicate_ddl('COMMENT ON TABLE t IS ''a pile ends here''');
         DO $$ BEGIN FOR i IN 1..60 LOOP UPDATE t SET c = c * 10 WHERE a = {n} + i; COMMIT; END LOOP; END $$;
         DO $$ BEGIN FOR i IN 201..260 LOOP INSERT INTO t VALUES ({n} + i); COMMIT; END LOOP; END $$;
         UPDATE t SET b = NULL, d = '2025-05-05' WHERE a % 5 = 0 AND a > {n};
+        SELECT terrace.replicate_ddl('COMMENT ON TABLE t IS ''a pile ends here''');
         UPDATE t SET a = a + 500 WHERE a % 7 = 0 AND a BETWEEN {n} AND {n} + 200;
         DELETE FROM t WHERE a % 11 = 0 AND a > {n};
         INSERT INTO dropped SELECT {n} + g, 'w' FROM generate_series(1, 50) g;
@@ -317,7 +316,7 @@ fn columns_stand_in_another_order_below_and_there_are_more() {
     let tree = flows(schema, [region, branch], changes, &same);
     for (node, branch) in tree.nodes.iter().zip([false, true]) {
         let server = &node.server;
-        assert!(node.bridge.logged().contains(" set-wise"));
+        assert!(node.bridge.logged().contains("applied set-wise"));
         // Of the copy, and of the stream; the branch has no default of its own.
         let extra = "SELECT bool_and(extra = 'local') FILTER (WHERE a < 1000) || ' ' || \
                      bool_and(extra IS NULL) FILTER (WHERE a > 1000) FROM t";
@@ -471,7 +470,7 @@ fn rows_are_told_by_an_index_by_all_columns_and_by_keys_out_of_line() {
     assert_eq!(tree.top.value(told), "if");
     for node in &tree.nodes {
         assert_eq!(node.server.value(told), "if", "{}", node.server.name);
-        assert!(node.bridge.logged().contains(" set-wise"));
+        assert!(node.bridge.logged().contains("applied set-wise"));
         let out_of_line =
             "SELECT pg_relation_size(reltoastrelid) > 0 FROM pg_class WHERE relname = 'big_key'";
         assert_eq!(node.server.value(out_of_line), "t", "{}", node.server.name);

@@ -564,10 +564,7 @@ fn a_slave_that_is_ahead_of_the_promoted_one_waits_for_it() {
     );
 
     tree.heal();
-    tree.node(&master)
-        .bridge
-        .restart()
-        .expect("start the bridge");
+    tree.start_bridges().expect("start the bridge");
     tree.wait_streaming();
     tree.all_is_well(counting);
     tree.wait_for_equal(&["bulk"]);

@@ -354,7 +354,7 @@ fn values_of_every_type_arrive_by_copy_and_stream() {
     tree.wait_streaming();
     tree.wait_for_equal(&names);
     let log = tree.nodes[0].bridge.logged();
-    assert!(log.contains(" set-wise"), "it was not tried");
+    assert!(log.contains("applied set-wise"), "it was not tried");
     let conflicts = "SELECT count(*) FROM terrace.conflicts";
     assert_eq!(tree.top.value(conflicts), "0");
 }
