@@ -11,8 +11,8 @@
 //! Three ways through a batch. What has piled up goes set-wise, folded to its net
 //! effect ([`setwise`]); what is little, or cannot be folded, goes in order as one
 //! pipeline ([`in_order`]). Either looks only at whether each statement did what it should; if
-//! one did not, all is rolled back; what was folded is tried in order, and after that the careful way ([`careful`]) does one transaction
-//! and one statement at a time.
+//! one did not, all is rolled back: what was folded is tried in order, and after that the
+//! careful way ([`careful`]) does one transaction and one statement at a time.
 
 mod careful;
 mod fold;
@@ -353,6 +353,12 @@ impl<'a> Session<'a> {
         self.planner.forget_relations();
         self.planner.forget_statements();
         self.reader = self.queue.reader(self.committed)?;
+        Ok(())
+    }
+
+    fn begin(&mut self) -> anyhow::Result<()> {
+        frontend::query("BEGIN", self.client.buffer()).context("BEGIN")?;
+        self.expected.push_back(Expect::Simple);
         Ok(())
     }
 

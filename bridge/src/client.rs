@@ -591,7 +591,7 @@ impl Client {
     pub async fn copy_in_send(&mut self, messages: &[u8]) -> Result<()> {
         self.framed.out().put_slice(messages);
         if self.framed.out().len() >= 64 << 10 {
-            self.flush().await
+            self.send_all().await
         } else {
             Ok(())
         }

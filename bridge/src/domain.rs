@@ -9,10 +9,10 @@
 //!
 //! The rules, in the order in which they are asked:
 //!
-//! 1. *A master stays* unless another master is in sight that comes before it, and says so again a
-//!    moment later: one that was deposed finds that out. Or its own database or disk is broken, the parent is out of its reach or a majority of
-//!    the domain has been for a while, and a slave that has no such trouble is in sight,
-//!    or it hands over (switchover). One that hands over and cannot let the slot go, for its
+//! 1. *A master stays* unless another master is in sight that comes before it, and says so
+//!    again a moment later (one that was deposed finds that out first); its own database or
+//!    disk is broken, the parent is out of its reach or a majority of the domain has been for
+//!    a while, and a slave that has no such trouble is in sight; or it hands over (switchover). One that hands over and cannot let the slot go, for its
 //!    disk hangs, is deposed by the one that it has asked to take over.
 //! 2. *A master in sight is followed*, through a sibling when it no longer keeps
 //!    what follows our end. If nobody keeps that, the data is copied anew; a server

@@ -315,8 +315,6 @@ struct Link<'a> {
     acknowledged: Lsn,
     /// End and time of what has been taken in since the last publish.
     received: Option<(Lsn, i64)>,
-    /// The top's, as last told over this link.
-    clock: i64,
     /// Messages since the moment.
     burst: (Instant, usize),
 }
@@ -402,7 +400,6 @@ impl<'a> Link<'a> {
             told_at: Instant::now(),
             acknowledged,
             received: None,
-            clock: 0,
             burst: (Instant::now(), 0),
         })
     }
@@ -475,8 +472,6 @@ impl<'a> Link<'a> {
 
     /// Makes what has been taken readable, and tells of it.
     fn publish(&mut self, writer: &mut Writer) -> Result<(), LinkEnd> {
-        // Who reads what is published knows how old it is.
-        self.shared.top_clock.store(self.clock, Ordering::Relaxed);
         writer.publish()?;
         if let Some((lsn, time)) = self.received.take() {
             self.shared.set_received(lsn, time);
@@ -515,7 +510,7 @@ impl<'a> Link<'a> {
         match body.get_u8() {
             b'w' if !self.bridge && body.len() >= 24 => {
                 let (start, _, clock) = (Lsn(body.get_u64()), body.get_u64(), body.get_i64());
-                self.clock = clock;
+                self.shared.top_clock.store(clock, Ordering::Relaxed);
                 if let Some(received) = self.assembler.push(start, &body, writer)? {
                     self.note_received(received.0, received.1);
                 }
@@ -537,7 +532,8 @@ impl<'a> Link<'a> {
             }
             b'P' if self.bridge && body.len() == 24 => {
                 let (replayed, time) = (Lsn(body.get_u64()), body.get_i64());
-                self.clock = body.get_i64();
+                let clock = body.get_i64();
+                self.shared.top_clock.store(clock, Ordering::Relaxed);
                 self.note_received(Lsn::ZERO, time);
                 self.shared.set_upstream_end(replayed);
                 if self.shared.config.apply.wait_for_upstream {

@@ -147,7 +147,7 @@ impl<'a> Fold<'a> {
     /// row go from one to the other.
     pub fn statements(&self) -> Vec<Statement> {
         let mut statements: Vec<_> = self.tables.values().flat_map(Table::statements).collect();
-        statements.sort_by_key(|(step, _)| *step);
+        statements.sort_by_key(|(phase, _)| *phase);
         statements
             .into_iter()
             .map(|(_, statement)| statement)
@@ -332,7 +332,7 @@ impl<'a> Table<'a> {
             .unwrap_or(Ordering::Equal)
     }
 
-    fn statements(&self) -> Vec<(Kind, Statement)> {
+    fn statements(&self) -> Vec<(Phase, Statement)> {
         let (mut gone, mut new, mut never) = (Vec::new(), Vec::new(), Vec::new());
         let mut changed: BTreeMap<Vec<bool>, Vec<&[Datum<'a>]>> = BTreeMap::new();
         let mut sent = Vec::new();
@@ -364,27 +364,27 @@ impl<'a> Table<'a> {
             rows.sort_by(|a, b| self.order(a, b));
         }
         let mut statements = Vec::new();
-        let mut add = |kind, statement: Option<Statement>| {
-            statements.extend(statement.map(|statement| (kind, statement)));
+        let mut add = |phase, statement: Option<Statement>| {
+            statements.extend(statement.map(|statement| (phase, statement)));
         };
-        add(Kind::Delete, self.shape.delete(&gone));
+        add(Phase::Delete, self.shape.delete(&gone));
         // One that is here all the same is to be noticed.
         let never = self.shape.delete(&never);
         add(
-            Kind::Delete,
+            Phase::Delete,
             never.map(|never| Statement { rows: 0, ..never }),
         );
         for (sent, rows) in changed {
-            add(Kind::Update, self.shape.update(&sent, &rows));
+            add(Phase::Update, self.shape.update(&sent, &rows));
         }
-        add(Kind::Insert, self.shape.insert(&new));
+        add(Phase::Insert, self.shape.insert(&new));
         statements
     }
 }
 
 /// In this order.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Kind {
+enum Phase {
     Delete,
     Update,
     Insert,

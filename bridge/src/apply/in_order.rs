@@ -61,8 +61,7 @@ impl Session<'_> {
                     }
                     if !open {
                         open = true;
-                        frontend::query("BEGIN", self.client.buffer()).context("BEGIN")?;
-                        self.expected.push_back(Expect::Simple);
+                        self.begin()?;
                     }
                     if record.kind == Kind::Part {
                         let parts = self.parts(record)?;
@@ -239,8 +238,7 @@ impl Session<'_> {
             return Ok(());
         }
         if !open {
-            frontend::query("BEGIN", self.client.buffer()).context("BEGIN")?;
-            self.expected.push_back(Expect::Simple);
+            self.begin()?;
         }
         self.close(&batch)?;
         self.conclude(batch).await

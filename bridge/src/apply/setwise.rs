@@ -1,8 +1,8 @@
 //! The set-wise way: what has piled up is folded ([`super::fold`]) and written with
 //! few statements. Taken by itself when there is enough and all of it can be folded;
-//! otherwise, and when a statement did not do what it should, the same records go the way in order. A large transaction is folded in
-//! parts, each of which goes its own way: within one local transaction the one after the
-//! other comes to the same as all in order.
+//! otherwise, and when a statement did not do what it should, the same records go the way in
+//! order. A large transaction is folded in parts, each of which goes its own way: within one
+//! local transaction the one after the other comes to the same as all in order.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering::Relaxed;
@@ -69,6 +69,15 @@ enum Attempt {
     Not,
 }
 
+impl Attempt {
+    fn statements(self) -> Option<Vec<Statement>> {
+        match self {
+            Attempt::Folded(statements) => Some(statements),
+            Attempt::Unknown(_) | Attempt::Not => None,
+        }
+    }
+}
+
 impl Session<'_> {
     /// Applies what has piled up, if that can be done set-wise. False when nothing
     /// was done: then the records wait to be taken in order.
@@ -87,8 +96,7 @@ impl Session<'_> {
         for record in &records {
             batch.take_in(record)?;
         }
-        frontend::query("BEGIN", self.client.buffer()).context("BEGIN")?;
-        self.expected.push_back(Expect::Simple);
+        self.begin()?;
         self.send_sets(statements)?;
         self.close(&batch)?;
         self.client.send_all().await?;
@@ -149,12 +157,8 @@ impl Session<'_> {
         let mut heap = Heap::default();
         self.pile(&mut heap)?;
         let folded = match heap.is_full() {
-            true => self.try_fold(&heap.records),
-            false => Attempt::Not,
-        };
-        let folded = match folded {
-            Attempt::Folded(statements) => Some(statements),
-            Attempt::Unknown(_) | Attempt::Not => None,
+            true => self.try_fold(&heap.records).statements(),
+            false => None,
         };
         self.folded = self.keep_or_put_back(heap, folded);
         Ok(())
@@ -196,10 +200,9 @@ impl Session<'_> {
                 }
                 _ => break,
             }
-            self.ahead
-                .pop_front()
-                .into_iter()
-                .for_each(|record| heap.push(record));
+            if let Some(record) = self.ahead.pop_front() {
+                heap.push(record);
+            }
         }
         Ok(())
     }
@@ -221,10 +224,7 @@ impl Session<'_> {
             }
             attempt = self.try_fold(records);
         }
-        Ok(match attempt {
-            Attempt::Folded(statements) => Some(statements),
-            Attempt::Unknown(_) | Attempt::Not => None,
-        })
+        Ok(attempt.statements())
     }
 
     /// What cannot be read is left to the way in order as well, which says what it is.
