@@ -149,9 +149,8 @@ fn replicate_ddl(sql: Option<&str>) {
              objects are each server's own.",
         );
     };
-    let own = ddl.sql.clone();
     let told = begin(ddl);
-    if let Err(error) = Spi::run(&own) {
+    if let Err(error) = Spi::run(sql.unwrap_or_default()) {
         pgrx::error!("terrace: {error}");
     }
     end(told);
@@ -297,8 +296,13 @@ impl Ddl {
                         );
                     }
                 }
-                NodeTag::T_DropStmt if (*node.cast::<pg_sys::DropStmt>()).concurrent => {
-                    ddl.when = When::Outside;
+                NodeTag::T_DropStmt => {
+                    let drop = &*node.cast::<pg_sys::DropStmt>();
+                    if drop.concurrent {
+                        ddl.when = When::Outside;
+                    } else if let Some(sql) = statement::drop_of_several(drop, &ddl.about) {
+                        ddl.sql = sql;
+                    }
                 }
                 NodeTag::T_AlterTableStmt => {
                     let alter = &*node.cast::<pg_sys::AlterTableStmt>();

@@ -284,23 +284,46 @@ unsafe fn schema_of(relation: pg_sys::Oid) -> String {
     }
 }
 
+fn quoted(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
 /// The name of an index, if it is given one; it is where its table is.
 ///
 /// # Safety
 /// The statement comes from the parser.
 pub unsafe fn index_name(index: &pg_sys::IndexStmt) -> Option<String> {
-    let quoted = |name: String| format!("\"{}\"", name.replace('"', "\"\""));
     // SAFETY: an index is one of a relation.
     unsafe {
         let table = look_up(index.relation);
         (!index.idxname.is_null() && table != pg_sys::InvalidOid).then(|| {
             format!(
                 "{}.{}",
-                quoted(schema_of(table)),
-                quoted(text(index.idxname))
+                quoted(&schema_of(table)),
+                quoted(&text(index.idxname))
             )
         })
     }
+}
+
+/// A DROP of several relations, `about`, such that a server which never had some of them drops
+/// the others.
+pub fn drop_of_several(drop: &pg_sys::DropStmt, about: &[Name]) -> Option<String> {
+    let kind = match drop.removeType {
+        ObjectType::OBJECT_TABLE => "TABLE",
+        ObjectType::OBJECT_VIEW => "VIEW",
+        ObjectType::OBJECT_MATVIEW => "MATERIALIZED VIEW",
+        ObjectType::OBJECT_SEQUENCE => "SEQUENCE",
+        ObjectType::OBJECT_INDEX => "INDEX",
+        _ => return None,
+    };
+    let name = |(schema, name): &Name| format!("{}.{}", quoted(schema), quoted(name));
+    let names: Vec<String> = about.iter().map(name).collect();
+    let behavior = match drop.behavior {
+        pg_sys::DropBehavior::DROP_CASCADE => " CASCADE",
+        _ => "",
+    };
+    (names.len() > 1).then(|| format!("DROP {kind} IF EXISTS {}{behavior}", names.join(", ")))
 }
 
 /// Whether an ALTER TABLE detaches a partition without holding others up.

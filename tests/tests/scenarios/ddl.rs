@@ -301,6 +301,17 @@ fn a_statement_that_cannot_run_below_is_shown_and_goes_on() {
     assert!(skipped.expect("run skip").status.success());
     tree.top.sql("INSERT INTO steps VALUES (2)");
     tree.wait_for_equal(&["steps"]);
+    // Of several tables that are dropped at once, a server need not have all.
+    tree.top.sql(
+        "CREATE TABLE public.\"One\" (); CREATE TABLE public.two (); INSERT INTO steps VALUES (3)",
+    );
+    tree.wait_for_equal(&["steps"]);
+    tree.node("branch-1").server.sql("DROP TABLE public.two");
+    tree.top
+        .sql("DROP TABLE public.two, public.\"One\"; INSERT INTO steps VALUES (4)");
+    tree.wait_for_equal(&["steps"]);
+    let left = "SELECT to_regclass('public.\"One\"') IS NULL";
+    assert_eq!(tree.node("branch-1").server.value(left), "t");
 }
 
 // Whoever may write messages at the top must not run anything below.
