@@ -251,6 +251,19 @@ BEGIN
         END IF;
         EXECUTE format('ALTER TABLE %s REPLICA IDENTITY FULL', rel);
     END IF;
+    PERFORM terrace.publish_generated(rel);
+END $$;
+
+-- From PostgreSQL 18 on, every UPDATE and DELETE of a published table is refused if its old rows are
+-- told whole and stored generated columns, which are a part of them, are not published.
+CREATE FUNCTION publish_generated(rel regclass) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF (SELECT to_jsonb(p) ->> 'pubgencols' FROM pg_publication p WHERE p.pubname = 'terrace') = 'n'
+       AND EXISTS (SELECT FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid
+                   WHERE c.oid = rel AND c.relreplident = 'f' AND a.attgenerated = 's' AND NOT a.attisdropped) THEN
+        ALTER PUBLICATION terrace SET (publish_generated_columns = stored);
+    END IF;
 END $$;
 
 -- A table and all its partitions.
@@ -472,6 +485,9 @@ BEGIN
         PERFORM terrace.follow_columns(objid) FROM pg_event_trigger_ddl_commands()
         WHERE classid = 'pg_class'::regclass AND command_tag = 'ALTER TABLE';
     END IF;
+    PERFORM terrace.publish_generated(objid) FROM pg_event_trigger_ddl_commands()
+    WHERE classid = 'pg_class'::regclass AND command_tag = 'ALTER TABLE'
+      AND NOT terrace.setting_of(objid) IS NULL;
     FOR found IN
         SELECT DISTINCT s.nspname, s.relname, ARRAY(
             SELECT p FROM terrace.parts_of(c.oid) p

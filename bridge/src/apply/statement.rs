@@ -163,8 +163,11 @@ fn row_clause(
         if relation.has_primary() {
             return Ok(primary_clause(relation, old, payload, values));
         }
-        // Without a key equal rows are alike: any one of them is the one.
-        let clause = clause(relation, old, payload, values, |_| true);
+        // Without a key equal rows are alike: any one of them is the one. What is generated
+        // follows from the rest, and may be generated in another way here.
+        let clause = clause(relation, old, payload, values, |column| {
+            column.local.as_ref().is_none_or(|local| !local.generated)
+        });
         let table = relation.rows();
         // Partitions count their rows each by itself.
         let (place, columns) = match relation.only {
