@@ -41,13 +41,15 @@ CREATE TABLE sync_schema (
 );
 
 -- Partitions of synchronised tables at the top: of what, the nearest first; and which rows those with
--- rows of their own have, but for one by hash, whose condition holds in its own database alone.
+-- rows of their own have. A condition by hash names the table whose partitions it tells apart by its
+-- object identifier there; hash_keys says, by that, what it is partitioned by.
 CREATE TABLE partition (
     nspname text NOT NULL,
     relname text NOT NULL,
     ancestors text[] NOT NULL,
     stored boolean NOT NULL,
     condition text,
+    hash_keys jsonb,
     PRIMARY KEY (nspname, relname)
 );
 
@@ -293,7 +295,10 @@ CREATE FUNCTION note_partitions(root regclass) RETURNS void
                 FROM pg_partition_ancestors(named.oid) WITH ORDINALITY a(relid, step) JOIN named up ON up.oid = a.relid
                 WHERE a.relid <> named.oid) AS ancestors,
                t.isleaf AS stored,
-               CASE WHEN t.isleaf THEN nullif(regexp_replace(d, '.*satisfies_hash_partition.*', ''), '') END AS condition
+               CASE WHEN t.isleaf THEN d END AS condition,
+               (SELECT jsonb_object_agg(hashed.partrelid, pg_get_partkeydef(hashed.partrelid))
+                FROM pg_partition_ancestors(named.oid) up JOIN pg_partitioned_table hashed ON hashed.partrelid = up
+                WHERE hashed.partstrat = 'h' AND t.isleaf) AS hash_keys
         FROM named JOIN pg_partition_tree(root) t ON t.relid = named.oid AND t.level > 0,
              coalesce(pg_get_partition_constraintdef(named.oid), 'true') d
     ), gone AS (
@@ -301,11 +306,13 @@ CREATE FUNCTION note_partitions(root regclass) RETURNS void
         WHERE named.oid = root AND named.name = ANY (p.ancestors)
           AND NOT EXISTS (SELECT FROM present WHERE present.nspname = p.nspname AND present.relname = p.relname)
     )
-    INSERT INTO terrace.partition AS p SELECT nspname, relname, ancestors, stored, condition FROM present
+    INSERT INTO terrace.partition AS p
+    SELECT nspname, relname, ancestors, stored, condition, hash_keys FROM present
     ON CONFLICT (nspname, relname) DO UPDATE
-    SET ancestors = EXCLUDED.ancestors, stored = EXCLUDED.stored, condition = EXCLUDED.condition
-    WHERE p.ancestors <> EXCLUDED.ancestors OR p.stored <> EXCLUDED.stored
-       OR p.condition IS DISTINCT FROM EXCLUDED.condition
+    SET ancestors = EXCLUDED.ancestors, stored = EXCLUDED.stored,
+        condition = EXCLUDED.condition, hash_keys = EXCLUDED.hash_keys
+    WHERE (p.ancestors, p.stored, p.condition, p.hash_keys)
+          IS DISTINCT FROM (EXCLUDED.ancestors, EXCLUDED.stored, EXCLUDED.condition, EXCLUDED.hash_keys)
 $$;
 
 -- Whether a table that is partitioned at the top is another way here, or not at all: it has no
@@ -337,23 +344,29 @@ CREATE FUNCTION place_of(schema_name text, table_name text) RETURNS text
 $$;
 
 -- Removes what would be the rows of a partition, were it one here; those of them that "which" holds for.
--- As the owner: what a table is partitioned by may call functions.
+-- As the owner: what a table is partitioned by may call functions. PostgreSQL tells partitions by hash
+-- apart for a table that is partitioned so: one without rows is made for as long.
 CREATE FUNCTION clear_partition(schema_name text, table_name text, which text DEFAULT 'true') RETURNS void
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     place text := terrace.place_of(schema_name, table_name);
-    of_partition text := (SELECT condition FROM terrace.partition p
-                          WHERE p.nspname = schema_name AND p.relname = table_name);
+    line terrace.partition;
+    owner text;
+    hashed record;
 BEGIN
-    IF of_partition IS NULL THEN
-        RAISE EXCEPTION 'which rows of "%" were those of partition "%.%" is not known here', place, schema_name, table_name
-            USING ERRCODE = 'feature_not_supported',
-                  DETAIL = 'It is a partition by hash, and this server is partitioned in another way.',
-                  HINT = 'Copy this server anew with terrace-bridge resync.';
-    END IF;
-    PERFORM terrace.run_as((SELECT r.rolname FROM pg_class c JOIN pg_roles r ON r.oid = c.relowner
-                            WHERE c.oid = place::regclass)::text,
-                           format('DELETE FROM %s WHERE (%s) AND (%s)', place, which, of_partition));
+    SELECT * INTO line FROM terrace.partition p WHERE p.nspname = schema_name AND p.relname = table_name;
+    SELECT r.rolname INTO owner FROM pg_class c JOIN pg_roles r ON r.oid = c.relowner
+    WHERE c.oid = place::regclass;
+    FOR hashed IN SELECT key, value, 'terrace_hash_' || key AS name FROM jsonb_each_text(line.hash_keys) LOOP
+        PERFORM terrace.run_as(owner, format('CREATE TEMPORARY TABLE %I (LIKE %s) PARTITION BY %s',
+                                             hashed.name, place, hashed.value));
+        line.condition := replace(line.condition, format('%L::oid', hashed.key),
+                                  format('%L::regclass::oid', 'pg_temp.' || hashed.name));
+    END LOOP;
+    PERFORM terrace.run_as(owner, format('DELETE FROM %s WHERE (%s) AND (%s)', place, which, line.condition));
+    FOR hashed IN SELECT key FROM jsonb_each_text(line.hash_keys) LOOP
+        EXECUTE format('DROP TABLE pg_temp.%I', 'terrace_hash_' || hashed.key);
+    END LOOP;
 END $$;
 
 -- What is a partition no more takes its rows with it; not if it only has another name, nor if all of
