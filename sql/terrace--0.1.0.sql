@@ -1472,10 +1472,12 @@ CREATE FUNCTION is_own_report(n jsonb) RETURNS boolean
 $$;
 
 -- What the bridge beside this server tells its upstream: conflicts here, the
--- servers below, and the events that came after number "after".
+-- servers below, and the events that came after number "after". It is asked for several times a
+-- second, and PL/pgSQL keeps the plan.
 CREATE FUNCTION to_report(after bigint) RETURNS jsonb
-    LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-    SELECT jsonb_build_object(
+    LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN jsonb_build_object(
         'paths', (SELECT jsonb_object_agg(name, path) FROM terrace.domains),
         'conflicts', (SELECT jsonb_agg(jsonb_build_object('table', relation, 'kind', kind,
                           'count', count, 'last_seen', last_seen)) FROM terrace.conflict),
@@ -1485,8 +1487,8 @@ CREATE FUNCTION to_report(after bigint) RETURNS jsonb
                       extract(epoch FROM clock_timestamp() - reply_time) * 1000)), '[]')
                   FROM terrace.status WHERE NOT self AND reply_time > now() - interval '1 min'),
         'events', (SELECT coalesce(jsonb_agg(to_jsonb(e)), '[]') FROM (
-                      SELECT * FROM terrace.event WHERE seq > after ORDER BY seq LIMIT 200) e))
-$$;
+                      SELECT * FROM terrace.event WHERE seq > after ORDER BY seq LIMIT 200) e));
+END $$;
 
 CREATE VIEW node_status AS
     SELECT s.node, s.domain, s.reply_time, s.self, r.*,

@@ -97,11 +97,18 @@ pub async fn run(shared: Arc<Shared>, cancel: CancellationToken) -> anyhow::Resu
     let local_info = ConnInfo::parse(&shared.config.database.url)?;
     let (mut local, mut upward) = (Link::default(), Link::default());
     let mut below = Below::default();
+    let mut patience = AT_MOST;
     loop {
-        tokio::select! {
+        let moved = async {
+            sleep(patience - AT_MOST).await;
+            shared.moved.notified().await;
+        };
+        patience = tokio::select! {
             () = cancel.cancelled() => return Ok(()),
-            _ = timeout(AT_LEAST, shared.changed.notified()) => {}
-        }
+            () = shared.changed.notified() => AT_MOST,
+            () = moved => AT_LEAST.min(2 * patience),
+            () = sleep(AT_LEAST - AT_MOST) => AT_LEAST,
+        };
         report_here(&shared, &local_info, &mut local, &mut below).await;
         // A bridge of the top has the top beside it, and nobody above.
         if let (Some(upstream), Some(_)) = (shared.upstream(), &shared.config.parent) {

@@ -157,6 +157,9 @@ pub struct Shared {
     pub top_clock: AtomicI64,
     /// A report should go out soon.
     pub changed: Notify,
+    /// Some position has moved, without there being any data: news, but not for ever. Each report
+    /// is written to the top's database, whose position that moves.
+    pub moved: Notify,
     /// ParameterStatus values of the local Postgres, empty until first seen.
     pub server_parameters: Mutex<BTreeMap<String, String>>,
     inner: Mutex<Inner>,
@@ -177,6 +180,7 @@ impl Shared {
             queue: watch::Sender::new(None),
             top_clock: AtomicI64::new(0),
             changed: Notify::new(),
+            moved: Notify::new(),
             server_parameters: Mutex::default(),
             inner: Mutex::default(),
         })
@@ -245,14 +249,19 @@ impl Shared {
             .filter(|dispute| dispute.standing == Standing::Outvoted);
         let outvoted = outvoted.map(Dispute::to_string);
         let problem = dispute.as_ref().map(Dispute::to_string);
-        let stops = self.change(|inner| {
+        let stops = {
+            let mut inner = self.inner();
             let matching = &mut inner.matching;
+            let news = (matching.equal, &matching.dispute) != (equal, &dispute);
             (matching.windows, matching.equal) = (windows, equal);
             matching.dispute = dispute;
             let stops = matching.outvoted.is_none() && outvoted.is_some();
             matching.outvoted = matching.outvoted.take().or(outvoted);
+            if news || stops {
+                self.changed.notify_one();
+            }
             stops
-        });
+        };
         if let Some(problem) = problem {
             self.event_once("mismatch", &problem);
         }
@@ -498,7 +507,7 @@ impl Shared {
         inner.note_upstream_end(lsn);
         if lsn > inner.received {
             inner.received = lsn;
-            self.changed.notify_one();
+            self.moved.notify_one();
         }
     }
 
@@ -531,11 +540,15 @@ impl Shared {
     /// Notes a committed batch.
     pub fn set_applied(&self, edit: impl FnOnce(&mut Applied)) {
         let replayed = *self.replayed.borrow();
-        self.change(|inner| {
-            edit(&mut inner.applied);
-            let (transactions, received) = (inner.applied.transactions, inner.received);
-            inner.rate.sample(transactions, replayed, received);
-        });
+        let mut inner = self.inner();
+        let before = (inner.applied.transactions, inner.applied.conflicts);
+        edit(&mut inner.applied);
+        let (transactions, received) = (inner.applied.transactions, inner.received);
+        inner.rate.sample(transactions, replayed, received);
+        if before != (transactions, inner.applied.conflicts) {
+            self.changed.notify_one();
+        }
+        self.moved.notify_one();
     }
 
     /// What the applier has done.
@@ -565,18 +578,14 @@ impl Shared {
 
     /// Notes what a downstream bridge holds.
     pub fn set_downstream(&self, name: &str, write: Lsn, flush: Lsn, apply: Lsn) {
-        let heard = Instant::now();
-        self.change(|inner| {
-            inner.downstreams.insert(
-                name.to_owned(),
-                Downstream {
-                    write,
-                    flush,
-                    apply,
-                    heard,
-                },
-            );
-        });
+        let downstream = Downstream {
+            write,
+            flush,
+            apply,
+            heard: Instant::now(),
+        };
+        self.inner().downstreams.insert(name.to_owned(), downstream);
+        self.moved.notify_one();
     }
 
     /// Forgets a downstream whose connection has ended.
