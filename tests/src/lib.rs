@@ -31,11 +31,17 @@ pub const PASSWORD: &str = "terrace";
 
 /// Polls until `condition` holds; panics with `what` after [`PATIENCE`].
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+    let begun = Instant::now();
     while !condition() {
-        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
-        std::thread::sleep(Duration::from_millis(20));
+        let waited = begun.elapsed();
+        assert!(waited < PATIENCE, "not within {PATIENCE:?}: {what}");
+        std::thread::sleep(pause(waited));
     }
+}
+
+/// Until one looks again at what was not there for so long: looks take time from what they wait for.
+fn pause(waited: Duration) -> Duration {
+    (waited / 10).clamp(Duration::from_millis(20), Duration::from_millis(200))
 }
 
 /// Says, past the test harness, which shows nothing of a test that passes, that this one did

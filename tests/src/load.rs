@@ -81,7 +81,7 @@ impl Drop for Background {
 }
 
 /// Between two steps of a load.
-const PACE: Duration = Duration::from_millis(4);
+const PACE: Duration = Duration::from_millis(8);
 
 /// Tables for [`count_up`].
 pub const STEPS: &str = "
@@ -197,7 +197,7 @@ impl Observer {
                     // After a crash the server may know less: it commits asynchronously.
                     _ => (client, seen) = (None, (0, 0)),
                 }
-                std::thread::sleep(Duration::from_millis(10));
+                std::thread::sleep(Duration::from_millis(25));
             }
         });
         let thread = Some(thread);

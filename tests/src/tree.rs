@@ -372,14 +372,15 @@ impl Tree {
 
     /// Waits until the tables hold the same rows everywhere; nobody may write meanwhile.
     pub fn wait_for_equal(&self, tables: &[&str]) {
-        let deadline = Instant::now() + crate::PATIENCE;
+        let begun = Instant::now();
         while let Some(difference) = self.difference(tables) {
+            let waited = begun.elapsed();
             assert!(
-                Instant::now() < deadline,
+                waited < crate::PATIENCE,
                 "servers still differ: {difference}\n{}",
                 self.show_lag()
             );
-            std::thread::sleep(Duration::from_millis(100));
+            std::thread::sleep(crate::pause(waited));
         }
     }
 
