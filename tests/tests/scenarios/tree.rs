@@ -1,6 +1,8 @@
 //! A tree of real servers: what is written at the top is everywhere below, whole
 //! and in order, whatever dies meanwhile.
 
+use std::time::{Duration, Instant};
+
 use terrace_tests::load::{ACCOUNTS, Background, Observer, STEPS, count_up, transfers};
 use terrace_tests::{Server, Tree, wait_until};
 
@@ -246,4 +248,25 @@ fn lag_grows_while_a_bridge_is_paused_and_comes_back() {
     });
     counting.stop();
     tree.wait_for_equal(&["steps", "trail"]);
+}
+
+// A report moved the top's position, and that was news which was worth another report.
+#[test]
+fn a_tree_that_nobody_writes_to_tells_of_itself_once_a_second() {
+    let tree = Tree::grow(STEPS, &[("region", None, 1), ("branch", Some("region"), 1)]);
+    tree.top.sql("INSERT INTO steps VALUES (1)");
+    tree.wait_for_equal(&["steps"]);
+    let reports = || {
+        let sql = "SELECT report ->> 'seq' FROM terrace.status WHERE node = 'region-1'";
+        tree.top.value(sql)
+    };
+    std::thread::sleep(Duration::from_secs(3));
+    let (begun, mut count, mut last) = (Instant::now(), 0, reports());
+    while begun.elapsed() < Duration::from_secs(5) {
+        std::thread::sleep(Duration::from_millis(50));
+        let now = reports();
+        count += u32::from(now != last);
+        last = now;
+    }
+    assert!((3..=9).contains(&count), "{count} reports in 5 s");
 }
