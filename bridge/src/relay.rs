@@ -256,3 +256,30 @@ async fn serve(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_says_nothing_makes_room_for_who_comes() {
+        let strangers = Strangers::default();
+        let address = |last: u8| IpAddr::from([10, 0, 0, last]);
+        let crowd = |address: IpAddr, count: usize| -> Vec<Arrival<'_>> {
+            (0..count).map(|_| strangers.arrive(address)).collect()
+        };
+        let other = strangers.arrive(address(1));
+        let mut same = crowd(address(2), MAX_STRANGERS_PER_ADDRESS);
+        assert!(same.iter().all(|arrival| !arrival.end.is_cancelled()));
+        // Who has made itself known makes room too.
+        drop(same.pop());
+        same.extend(crowd(address(2), 2));
+        let ended = same.iter().map(|arrival| arrival.end.is_cancelled());
+        assert_eq!(ended.clone().filter(|ended| *ended).count(), 1);
+        assert!(ended.clone().next().unwrap() && !other.end.is_cancelled());
+        let more: Vec<Vec<Arrival<'_>>> = (3..6).map(|last| crowd(address(last), 100)).collect();
+        assert!(other.end.is_cancelled());
+        assert!(more[2].iter().all(|arrival| !arrival.end.is_cancelled()));
+        assert_eq!(strangers.lock().1.len(), MAX_STRANGERS);
+    }
+}

@@ -497,3 +497,33 @@ fn notify(content: Bytes) -> Option<Step> {
     step.notify = Some(content);
     Some(step)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Its seal may have come in the part before.
+    #[test]
+    fn an_order_is_not_folded_and_a_message_of_somebody_s_is_left_out() {
+        let mut planner = Planner {
+            domain: "region".into(),
+            relations: HashMap::new(),
+            elsewhere: HashSet::new(),
+            routing_changed: false,
+            statements: HashMap::new(),
+            named: 0,
+            seals: Seals::default(),
+            unknown: Vec::new(),
+        };
+        let mut folded = |prefix: &str| {
+            let head = [&b"M\x01"[..], &[0; 8], prefix.as_bytes(), b"\0"].concat();
+            let message = [&head[..], &2_u32.to_be_bytes(), b"{}"].concat();
+            let mut fold = Fold::default();
+            matches!(planner.fold_into(&mut fold, &message), Ok(Folded::Added))
+        };
+        assert!(folded("somebody"));
+        for order in ["terrace.ddl", "terrace.rows", SEND_PREFIX] {
+            assert!(!folded(order), "{order}");
+        }
+    }
+}
