@@ -5,7 +5,9 @@
 //! node looks around again and decides anew. A link has a thread of its own, for it
 //! writes to the disk: when that hangs the node goes on deciding and telling.
 
+mod ends;
 mod orders;
+mod parents;
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
@@ -21,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::client::Client;
 use crate::conninfo::ConnInfo;
-use crate::domain::{self, Decider, Decision, Link, Own, Peer, Refusal, Session, Sight};
+use crate::domain::{self, Decider, Decision, Link, Own, Peer, Sight};
 use crate::lsn::Lsn;
 use crate::observe::Observer;
 use crate::queue::Writer;
@@ -498,22 +500,8 @@ impl Roles {
         is_led
     }
 
-    /// What comes over the link says that the parent is there, also where so many packets
-    /// get lost that questions go unanswered.
-    fn parent_sight(&self, link: &Link, parents: &[Peer]) -> Sight {
-        let limit = self.shared.config.failover.takeover_after;
-        match link {
-            Link::Parent if self.shared.heard_within(limit) => Sight::Answers,
-            _ => best_sight(
-                parents
-                    .iter()
-                    .filter(|parent| !self.observer.is_standby(&parent.name)),
-            ),
-        }
-    }
-
-    /// The same of a member that we follow, as long as something comes all the time; what it
-    /// told last still holds, as far as we know.
+    /// What comes over a link says that a member is there, as long as something comes all the time;
+    /// what it told last still holds, as far as we know.
     fn note_life(&self, link: &Link, peers: &mut [Peer]) {
         let flows = self.shared.heard_ago().filter(|heard| *heard < FLOWS);
         let (Link::Peer(followed), Some(heard)) = (link, flows) else {
@@ -556,205 +544,9 @@ impl Roles {
             name,
         })
     }
-
-    fn choose_parent(&mut self, own: &Own, parents: &[Peer]) -> Option<usize> {
-        self.tried.retain(|(_, at)| at.elapsed() < TRIED);
-        let tried: Vec<usize> = self.tried.iter().map(|(index, _)| *index).collect();
-        let limit = self.shared.config.failover.takeover_after;
-        let present = (own.link == Link::Parent).then_some(self.parent).flatten();
-        domain::choose_parent(&own.told, parents, present, &tried, limit)
-    }
-
-    fn lead(&mut self, own: &Own, parents: &[Peer], depose: Option<Session>) -> Next {
-        let chosen = match self.opening {
-            true => self.parent,
-            false => self.choose_parent(own, parents),
-        };
-        if let Some(index) = chosen
-            && let Some(info) = self.observer.parent_info(index)
-        {
-            if self.parent.replace(index) != Some(index) {
-                self.decider.goes_elsewhere();
-            }
-            return Next::Go(Target {
-                name: info.endpoint(),
-                conninfo: info.clone(),
-                slot: self.shared.config.slot_name(),
-                role: Role::Master,
-                depose,
-                deposed: AtomicBool::new(false),
-            });
-        }
-        let now = self.observer.now();
-        let (state, problem) = why_no_parent(&own.told, parents);
-        match problem {
-            NoParent::Forgotten(first) => self.decider.refused(now, Refusal::Ahead(first)),
-            NoParent::Other(problem) => {
-                self.decider.failed(now);
-                self.shared.set_link(state, Some(problem));
-            }
-        }
-        Next::Nothing
-    }
-
-    /// A master goes to another server of the parent domain when that one serves better.
-    fn better_parent(&mut self, own: &Own, parents: &[Peer]) -> Next {
-        match self.choose_parent(own, parents) {
-            Some(index) if self.parent != Some(index) => self.lead(own, parents, None),
-            _ => Next::Nothing,
-        }
-    }
-
-    // ----- how a link ended -------------------------------------------------
-
-    fn may_try(&self, target: &Target) -> bool {
-        let failed = self.failed.get(&target.name).map(|(_, until)| *until);
-        Instant::now() >= failed.map_or(self.rest_until, |until| until.max(self.rest_until))
-    }
-
-    /// Who refuses does so until somebody mends it; who cannot be reached may be back the next moment.
-    fn note_failure(&mut self, target: &Target, opened: bool, end: &LinkEnd) {
-        let limit = match end {
-            LinkEnd::Shutdown | LinkEnd::Busy { .. } | LinkEnd::Queue(_) => return,
-            _ if opened => {
-                self.failed.remove(&target.name);
-                return;
-            }
-            LinkEnd::Refused(_) | LinkEnd::Diverged { .. } => Duration::from_secs(5),
-            _ => Duration::from_secs(1),
-        };
-        let (times, until) = self
-            .failed
-            .entry(target.name.clone())
-            .or_insert((0, Instant::now()));
-        *times += 1;
-        *until = Instant::now() + (AGAIN * 2_u32.pow((*times).min(8) / 2)).min(limit);
-    }
-
-    fn note_end(&mut self, target: &Target, in_vain: bool, end: &LinkEnd) {
-        let now = self.observer.now();
-        let problem = format!("{}: {end}", target.name);
-        let state = match end {
-            LinkEnd::Shutdown => return,
-            LinkEnd::Busy { holder, .. } => {
-                // A place at a sibling is nobody's lead.
-                if target.role == Role::Master {
-                    self.decider.refused(now, Refusal::Busy(*holder));
-                }
-                tracing::debug!("{problem}");
-                self.shared.set_link(State::Catchup, Some(problem));
-                return;
-            }
-            LinkEnd::Gap { .. } if self.shared.config.parent.is_none() => {
-                self.slot_lost = Some(problem);
-                return;
-            }
-            LinkEnd::Gap { confirmed, .. } => {
-                self.decider.refused(now, Refusal::Ahead(*confirmed));
-                // Asked again, and nothing is new.
-                match self.in_gap {
-                    true => return,
-                    false => State::Catchup,
-                }
-            }
-            LinkEnd::NoSlot(_) => {
-                self.slot_lost = Some(problem);
-                self.decider.failed(now);
-                self.without_slot.extend(self.parent);
-                self.tried
-                    .extend(self.parent.map(|at| (at, Instant::now())));
-                return;
-            }
-            LinkEnd::Diverged { .. } => State::Diverged,
-            LinkEnd::Queue(_) => {
-                self.rest_until = Instant::now() + REST;
-                State::Stalled
-            }
-            LinkEnd::Refused(_) => State::Stalled,
-            LinkEnd::Lost(_) | LinkEnd::Gone(_) => State::Down,
-        };
-        if target.role == Role::Master {
-            match in_vain {
-                true => self.decider.led_in_vain(now),
-                false => self.decider.failed(now),
-            }
-            if let Some(index) = self.parent {
-                self.tried.push((index, Instant::now()));
-            }
-        }
-        if self.shared.set_link(state, Some(problem.clone())) {
-            tracing::warn!("link ended: {problem}");
-        }
-        if state == State::Diverged {
-            self.shared.event_once("diverged", &problem);
-            let hint = "; if that history is the one to keep, copy it with terrace-bridge resync";
-            let problem = problem + hint;
-            // After a restart nothing is served either, before the parent has been asked.
-            if !std::mem::replace(&mut self.kept_divergence, true) {
-                let (shared, text) = (Arc::clone(&self.shared), problem.clone());
-                spawn_blocking(move || {
-                    let dir = &shared.config.node.data_dir;
-                    if let Err(error) = timeline::save_divergence(dir, &text) {
-                        tracing::warn!("{error}");
-                    }
-                });
-            }
-            self.shared.set_diverged(problem);
-            self.shared.stop_serving();
-        }
-    }
 }
 
 /// What a link's thread gave; its panic is ours.
 fn joined(ended: Result<(Writer, LinkEnd), tokio::task::JoinError>) -> (Writer, LinkEnd) {
     ended.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
-}
-
-/// The best sight of any of the servers.
-fn best_sight<'a>(servers: impl Iterator<Item = &'a Peer>) -> Sight {
-    let order = |sight: &Sight| match sight {
-        Sight::Answers => (0, Duration::ZERO),
-        Sight::Silent(age) => (1, *age),
-        Sight::Unknown => (2, Duration::ZERO),
-        Sight::Refused => (3, Duration::ZERO),
-    };
-    let sights = servers.map(|server| server.sight);
-    sights.min_by_key(order).unwrap_or(Sight::Unknown)
-}
-
-enum NoParent {
-    /// The oldest position that a parent server still has.
-    Forgotten(Lsn),
-    Other(String),
-}
-
-fn why_no_parent(own: &domain::Told, parents: &[Peer]) -> (State, NoParent) {
-    let live = parents
-        .iter()
-        .filter(|parent| parent.sight == Sight::Answers);
-    let told: Vec<_> = live.filter_map(|parent| parent.told.as_ref()).collect();
-    if let Some(parent) = told.iter().find(|told| told.domains.contains(&own.domain)) {
-        let text = format!(
-            "parent {} is itself below domain \"{}\"; correct [parent]",
-            parent.node, own.domain
-        );
-        return (State::Stalled, NoParent::Other(text));
-    }
-    let with_data = told.iter().filter(|told| told.has_data);
-    match with_data.map(|told| told.first).min() {
-        Some(first) if first > own.flush => (State::Gap, NoParent::Forgotten(first)),
-        Some(_) => (
-            State::Down,
-            NoParent::Other("no parent server is fit to be followed".into()),
-        ),
-        None if told.is_empty() => {
-            let names: Vec<&str> = parents.iter().map(|parent| parent.name.as_str()).collect();
-            let text = format!("no parent server answers ({})", names.join(", "));
-            (State::Down, NoParent::Other(text))
-        }
-        None => (
-            State::Down,
-            NoParent::Other("no parent server has data yet".into()),
-        ),
-    }
 }
