@@ -29,7 +29,7 @@ use crate::observe::Observer;
 use crate::queue::Writer;
 use crate::status::{Role, Shared, State, View, cursor_name};
 use crate::timeline;
-use crate::upstream::{LinkEnd, Target, follow};
+use crate::upstream::{LinkEnd, SILENCE, Target, follow};
 
 /// Decides at least this often.
 const TICK: Duration = Duration::from_millis(100);
@@ -44,7 +44,7 @@ const FLOWS: Duration = Duration::from_millis(1500);
 /// What a server told longer ago says nothing of what it is.
 const STALE: Duration = Duration::from_secs(30);
 /// A parent that sends nothing is given up after this, or a little more.
-const SILENT: Duration = Duration::from_secs(9);
+const SILENT: Duration = SILENCE.saturating_sub(Duration::from_secs(1));
 /// First pause after a link that could not be opened; it grows.
 const AGAIN: Duration = Duration::from_millis(100);
 /// Pause after a link that the disk has ended.

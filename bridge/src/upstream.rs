@@ -43,7 +43,7 @@ pub const PUBLICATION: &str = "terrace";
 /// Start-up parameter by which two bridges know each other.
 pub const BRIDGE_PARAMETER: &str = "_pq_.terrace";
 /// A link on which nothing comes for so long is dead; we ask every second.
-const SILENCE: Duration = Duration::from_secs(10);
+pub const SILENCE: Duration = Duration::from_secs(10);
 /// A link that is not there by then is given up.
 const OPENING: Duration = Duration::from_secs(20);
 /// How long what was decided before the link was opened is reason enough to end a session.
