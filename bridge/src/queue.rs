@@ -347,6 +347,15 @@ impl Queue {
         cursors.dirty = true;
     }
 
+    /// A consumer that reads from `from` has a place from now on. One that it has already stays where
+    /// acknowledgements have brought it: what it has read itself, others of its domain may lack.
+    pub fn register_cursor(&self, name: &str, from: Lsn) {
+        let known = lock(&self.inner.cursors).by_name.get(name).copied();
+        if known.is_none_or(|cursor| cursor.lost) {
+            self.set_cursor(name, from.min(self.first()));
+        }
+    }
+
     /// Notes how far a consumer has come at another server of the domain, so that
     /// what it may ask for here is kept, and nothing more.
     pub fn learn_cursor(&self, name: &str, lsn: Lsn) {

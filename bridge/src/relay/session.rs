@@ -338,8 +338,7 @@ impl Session {
             Ok(active) => active,
             Err(refusal) => return Ok(Err(refusal)),
         };
-        // A downstream may be ahead of us; what it needs next is here none the less.
-        open.queue.set_cursor(&slot, from.min(open.queue.end()));
+        open.queue.register_cursor(&slot, from);
         wire::copy_both_response(self.framed.out());
         self.framed.flush().await?;
         let start = Start {
