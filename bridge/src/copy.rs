@@ -70,8 +70,13 @@ pub struct CopyResult {
     pub client: Client,
 }
 
-/// Copies everything that this server is to hold from `source`.
-pub async fn initial_copy(shared: &Arc<Shared>, source: &ConnInfo) -> anyhow::Result<CopyResult> {
+/// Copies everything that this server is to hold from `source`. The domain's slot stays what it is
+/// if another server, which has all up to `held`, may go on with it.
+pub async fn initial_copy(
+    shared: &Arc<Shared>,
+    source: &ConnInfo,
+    held: Lsn,
+) -> anyhow::Result<CopyResult> {
     let node = &shared.config.node;
     let (mut holder, identity) = connect(source, &node.name).await?;
     let bridge = holder.extension_accepted(BRIDGE_PARAMETER);
@@ -95,7 +100,7 @@ pub async fn initial_copy(shared: &Arc<Shared>, source: &ConnInfo) -> anyhow::Re
         }
     }
     if !bridge {
-        check_slot(shared, &mut holder, &slot).await?;
+        check_slot(shared, &mut holder, &slot, held).await?;
     }
     let (lsn, snapshot) = match create_snapshot(&mut holder, &temporary).await {
         Err(error) if error.code() == Some("42710") => {
@@ -185,9 +190,14 @@ fn read_marker(shared: &Shared) -> String {
 
 /// At the top's Postgres: an existing slot belongs to a server that has data, or
 /// to a copy of ours that died between making the slot and noting its progress.
-async fn check_slot(shared: &Arc<Shared>, client: &mut Client, slot: &str) -> anyhow::Result<()> {
+async fn check_slot(
+    shared: &Arc<Shared>,
+    client: &mut Client,
+    slot: &str,
+    held: Lsn,
+) -> anyhow::Result<()> {
     let sql = format!(
-        "SELECT active::text, confirmed_flush_lsn::text FROM pg_catalog.pg_replication_slots \
+        "SELECT active::text, confirmed_flush_lsn::text, wal_status FROM pg_catalog.pg_replication_slots \
          WHERE slot_name = {}",
         quote_literal(slot)
     );
@@ -206,6 +216,13 @@ async fn check_slot(shared: &Arc<Shared>, client: &mut Client, slot: &str) -> an
         return Err(CopyError::Busy(format!("slot \"{slot}\" is active")).into());
     }
     let ours = format!("slot {slot} {confirmed}");
+    let lost = row.get(2).cloned().flatten().as_deref() == Some("lost");
+    if marker.contains(FROM_PARENT) && !lost && confirmed.parse().is_ok_and(|at: Lsn| at <= held) {
+        bail!(
+            "another server of the domain has what follows {confirmed}, where replication slot \
+             \"{slot}\" is, and may lead; this one waits for it, to copy from it"
+        );
+    }
     if marker.contains(FROM_PARENT) || marker.lines().any(|line| line == ours) {
         client
             .simple(&format!("DROP_REPLICATION_SLOT {}", quote_ident(slot)))

@@ -11,7 +11,7 @@ use tokio::time::sleep;
 
 use crate::client::{Client, SessionOptions};
 use crate::conninfo::ConnInfo;
-use crate::domain::{Source, choose_parent, copy_source};
+use crate::domain::{MISSED, Peer, Sight, Source, Told, choose_parent, copy_source};
 use crate::lsn::{Identity, Lsn};
 use crate::observe::Observer;
 use crate::queue::{Queue, QueueError, Writer};
@@ -157,6 +157,7 @@ pub async fn local_client(shared: &Shared) -> anyhow::Result<Client> {
     let info = ConnInfo::parse(&shared.config.database.url)?;
     let options = SessionOptions {
         application_name: format!("terrace {}", shared.config.node.name),
+        gucs: vec![("default_transaction_read_only".into(), "off".into())],
         ..Default::default()
     };
     Client::connect(&info, &options)
@@ -257,6 +258,11 @@ async fn copy_from_somewhere(
     let parents = observer.parents();
     let mut peers = observer.peers();
     if copy::is_from_parent(shared) {
+        // One that has not been heard of yet may lead, or be about to.
+        let unheard = |peer: &Peer| peer.told.is_none() && peer.sight != Sight::Refused;
+        if waited < MISSED && peers.iter().any(unheard) {
+            return Ok(None);
+        }
         // What the others hold has been found wanting, but a master has the parent's.
         peers.retain(|peer| {
             let told = peer.told.as_ref();
@@ -287,7 +293,7 @@ async fn copy_from_somewhere(
     let source = source.context("an unknown server")?.clone();
     shared.set_link(State::Copying, None);
     publish_view(shared, observer, from_parent);
-    match copy::initial_copy(shared, &source).await {
+    match copy::initial_copy(shared, &source, held_by_others(&observer.peers())).await {
         Ok(result) => Ok(Some(result)),
         Err(error)
             if error
@@ -300,6 +306,15 @@ async fn copy_from_somewhere(
     }
 }
 
+/// End of what a sound server of the domain has, which may lead with it; one that has just
+/// fallen silent may be one of these.
+fn held_by_others(peers: &[Peer]) -> Lsn {
+    let sound = |told: &&Told| told.has_data && told.serves && told.healthy;
+    let heard = peers.iter().filter(|peer| peer.age < MISSED);
+    let held = heard.filter_map(|peer| peer.told.as_ref()).filter(sound);
+    held.map(|told| told.flush).max().unwrap_or(Lsn::ZERO)
+}
+
 fn publish_view(shared: &Shared, observer: &Observer, copying: bool) {
     let in_sight = observer.parent_in_sight(&observer.parents());
     shared.set_view(View {
@@ -310,4 +325,37 @@ fn publish_view(shared: &Shared, observer: &Observer, copying: bool) {
         domains: vec![shared.config.node.domain.clone()],
         ..View::default()
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_is_kept_for_a_sound_server_that_was_heard_of() {
+        let peer = |flush: u64, edit: &dyn Fn(&mut Peer)| {
+            let told = Told {
+                has_data: true,
+                serves: true,
+                healthy: true,
+                flush: Lsn(flush),
+                ..Told::default()
+            };
+            let mut peer = Peer {
+                name: String::new(),
+                sight: Sight::Silent(Duration::from_secs(8)),
+                told: Some(told),
+                age: Duration::from_secs(8),
+            };
+            edit(&mut peer);
+            peer
+        };
+        let diverged = |peer: &mut Peer| peer.told.as_mut().unwrap().serves = false;
+        let empty = |peer: &mut Peer| peer.told.as_mut().unwrap().has_data = false;
+        let gone = |peer: &mut Peer| peer.age = MISSED;
+        let mut peers = vec![peer(70, &diverged), peer(80, &empty), peer(90, &gone)];
+        assert_eq!(held_by_others(&peers), Lsn::ZERO);
+        peers.push(peer(60, &|_| ()));
+        assert_eq!(held_by_others(&peers), Lsn(60));
+    }
 }
