@@ -59,6 +59,8 @@ const UNSEEN: Duration = Duration::from_secs(1);
 pub const HANDOVER: Duration = Duration::from_secs(5);
 /// What only servers that do not answer may still keep is waited for so long.
 pub const MISSED: Duration = Duration::from_secs(30);
+/// The same when the whole domain would have to be copied anew: a server may be starting.
+pub const LAST_CALL: Duration = Duration::from_secs(300);
 /// Longest pause between two times that a holder out of sight is deposed.
 const MAX_DEPOSE_PAUSE: Duration = Duration::from_secs(60);
 /// Who has deposed nobody for so long, though it might have, begins with the shortest pause
@@ -92,6 +94,8 @@ pub enum Decision {
         confirmed: Lsn,
         /// Members that do not answer, and may have it.
         unseen: Vec<String>,
+        /// They have been waited for, for [`LAST_CALL`].
+        waited: bool,
     },
     /// Everybody has forgotten what follows our end: copy the data anew.
     CopyAnew,
@@ -253,7 +257,13 @@ impl Decider {
 
     /// Decides; see the module's rules.
     pub fn decide(&mut self, now: Now, own: &Own, peers: &[Peer]) -> Decision {
-        if self.handover.as_ref().is_some_and(|h| now >= h.until) {
+        let is_dead = |to: String| {
+            let mut peers = peers.iter();
+            peers.any(|peer| peer.name == to && peer.sight == Sight::Refused)
+        };
+        if self.handover.as_ref().is_some_and(|h| now >= h.until)
+            || self.yields_to().is_some_and(is_dead)
+        {
             self.handover = None;
         }
         let view = View {
@@ -458,7 +468,11 @@ impl Decider {
         let unseen = view.unheard(now - lacking.asked);
         let told = unseen.is_empty() || now - lacking.since >= self.takeover_after;
         Some(match told {
-            true => Decision::Gap { confirmed, unseen },
+            true => Decision::Gap {
+                confirmed,
+                unseen,
+                waited: now - lacking.since >= LAST_CALL,
+            },
             false => Decision::Stay,
         })
     }

@@ -93,6 +93,8 @@ pub struct Roles {
     tried: Vec<(usize, Instant)>,
     /// The one that is followed or tried.
     parent: Option<usize>,
+    /// The master of the domain that was seen last.
+    last_master: Option<String>,
     /// The last try at the parent has shown that the slot is lost.
     slot_lost: Option<String>,
     /// Servers of the parent domain that have no slot for us.
@@ -137,6 +139,7 @@ impl Roles {
             slot_lost: None,
             without_slot: BTreeSet::new(),
             in_gap: false,
+            last_master: None,
             opening: false,
             rest_until: Instant::now(),
             failed: HashMap::new(),
@@ -340,11 +343,16 @@ impl Roles {
             link: link.clone(),
             parent: self.parent_sight(link, &parents),
         };
+        let handing_over = self.decider.yields_to();
         let decision = self.decider.decide(self.observer.now(), &own, &peers);
+        if let Some(to) = handing_over.filter(|_| self.decider.yields_to().is_none()) {
+            self.tell_handover(&to, &peers);
+        }
+        self.note_master(&peers);
         match self.with_care(decision) {
-            Decision::Stay if *link == Link::Parent => self.better_parent(&own, &parents),
+            Decision::Stay if *link == Link::Parent => self.better_parent(&own, &peers, &parents),
             Decision::Stay => Next::Nothing,
-            Decision::Lead { depose } => self.lead(&own, &parents, depose),
+            Decision::Lead { depose } => self.lead(&own, &peers, &parents, depose),
             Decision::Follow(name) => self.peer_target(name),
             Decision::Leave(reason) => {
                 tracing::info!(reason, "leaves its upstream");
@@ -359,7 +367,11 @@ impl Roles {
                 }
                 Next::HandOver(to)
             }
-            Decision::Gap { confirmed, unseen } => {
+            Decision::Gap {
+                confirmed,
+                unseen,
+                waited,
+            } => {
                 // So may a server of the parent domain.
                 let bridges = parents.iter().any(|parent| parent.told.is_some());
                 let silent = parents
@@ -369,7 +381,7 @@ impl Roles {
                     .into_iter()
                     .chain(silent.map(|parent| parent.name.clone()))
                     .collect();
-                self.gap(confirmed, &unseen, &peers)
+                self.gap(confirmed, &unseen, waited, &peers)
             }
             Decision::CopyAnew => Next::End(End::CopyAnew {
                 reason: "no server of the domain keeps what follows this one's end".into(),
@@ -408,7 +420,7 @@ impl Roles {
         }
     }
 
-    fn gap(&mut self, confirmed: Lsn, unseen: &[String], peers: &[Peer]) -> Next {
+    fn gap(&mut self, confirmed: Lsn, unseen: &[String], waited: bool, peers: &[Peer]) -> Next {
         let end = self.shared.told().flush;
         let mut reason = format!(
             "the parent has forgotten what lies between {end} and {confirmed}, and no server of \
@@ -420,7 +432,7 @@ impl Roles {
                 unseen.join(", ")
             );
         }
-        self.tell_gap(State::Gap, reason, unseen.is_empty(), peers)
+        self.tell_gap(State::Gap, reason, unseen.is_empty() || waited, peers)
     }
 
     /// No server of the domain can go on. When it is allowed, and sure, one of them copies
@@ -440,7 +452,8 @@ impl Roles {
             self.shared.event("gap", &reason);
         }
         let hint = match failover.resync_on_gap {
-            true => "; waits for another server of the domain to copy anew",
+            true if sure => "; waits for another server of the domain to copy anew",
+            true => "; those are waited for, before one server of the domain copies anew",
             false => {
                 "; copy the data anew with terrace-bridge resync, or set failover.resync_on_gap"
             }
@@ -525,6 +538,7 @@ impl Roles {
             conninfo,
             slot: self.shared.config.slot_name(),
             role: Role::Master,
+            why: String::new(),
             depose: None,
             deposed: AtomicBool::new(false),
         }
@@ -539,6 +553,7 @@ impl Roles {
             conninfo: info.clone(),
             slot: cursor_name(&node.domain, &node.name),
             role: Role::Slave,
+            why: String::new(),
             depose: None,
             deposed: AtomicBool::new(false),
             name,

@@ -32,6 +32,8 @@ const MAX_EVENTS: usize = 1000;
 #[derive(Default)]
 struct Inner {
     role: Role,
+    /// The last one but [`Role::None`].
+    played: Role,
     link: State,
     link_problem: Option<String>,
     apply_problem: Option<String>,
@@ -194,9 +196,12 @@ impl Shared {
     /// Sets role and upstream; an event tells a change of role.
     pub fn set_role(&self, role: Role, upstream: Option<(String, ConnInfo)>, reason: &str) {
         let before = self.change(|inner| {
-            let before = std::mem::replace(&mut inner.role, role);
+            inner.role = role;
+            let mut before = role;
             if role != Role::None {
                 inner.diverged = None;
+                // Whoever goes on as what it was under another link has become nothing new.
+                before = std::mem::replace(&mut inner.played, role);
             }
             let (name, conninfo) = upstream.unzip();
             inner.upstream_name = name;
@@ -205,7 +210,7 @@ impl Shared {
             inner.upstream_end = None;
             before
         });
-        if before != role && role != Role::None {
+        if before != role {
             self.event(&role.to_string(), reason);
         }
     }
@@ -274,6 +279,12 @@ impl Shared {
         let inner = self.inner();
         let doubt = inner.matching.doubt()?;
         Some(doubt.end())
+    }
+
+    /// Most of the domain holds another history, and that is all that is wrong with this one.
+    pub fn is_outvoted(&self) -> bool {
+        let inner = self.inner();
+        inner.matching.outvoted.is_some() && inner.diverged.is_none()
     }
 
     /// Notes which transaction cannot be applied.

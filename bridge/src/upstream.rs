@@ -148,6 +148,8 @@ pub struct Target {
     pub slot: String,
     /// Role while the link lasts.
     pub role: Role,
+    /// Why it is followed now, for people; may be empty.
+    pub why: String,
     /// First end this session, if it still holds the slot.
     pub depose: Option<Session>,
     /// That has been done.
@@ -179,6 +181,8 @@ pub fn pinned_settings() -> Vec<(String, String)> {
         ("bytea_output", "hex"),
         ("timezone", "UTC"),
         ("xmloption", "content"),
+        ("lc_monetary", "C"),
+        ("array_nulls", "on"),
         ("wal_sender_timeout", "10s"),
         ("tcp_keepalives_idle", "30"),
         ("tcp_keepalives_interval", "10"),
@@ -383,7 +387,7 @@ impl<'a> Link<'a> {
         shared.set_role(
             target.role,
             Some((target.name.clone(), target.conninfo.clone())),
-            &format!("follows {}", target.name),
+            &format!("follows {}{}", target.name, target.why),
         );
         shared.set_link(State::Streaming, None);
         tracing::info!(upstream = %target.name, slot = %target.slot, position = %end,

@@ -280,10 +280,18 @@ fn the_parent_is_asked_again_for_what_it_has_confirmed() {
     let gap = Decision::Gap {
         confirmed: Lsn(90),
         unseen: vec!["two".into()],
+        waited: false,
     };
     assert_eq!(decider.decide(seconds(21), &own, &peers), gap);
     let lead = Decision::Lead { depose: None };
     assert_eq!(decider.decide(seconds(24), &own, &peers), lead);
+    // It may be dead for good.
+    decider.refused(seconds(310), Refusal::Ahead(Lsn(90)));
+    let last = decider.decide(seconds(311), &own, &peers);
+    assert!(
+        matches!(last, Decision::Gap { waited: true, .. }),
+        "{last:?}"
+    );
 }
 
 // Positions of another history are none, and one that has diverged serves nobody.
@@ -305,4 +313,41 @@ fn who_tells_another_history_is_neither_followed_nor_waited_for() {
         |decision: &Decision| matches!(decision, Decision::Gap { unseen, .. } if unseen.is_empty());
     let decision = decider.decide(seconds(12), &me, &peers);
     assert!(gap(&decision), "{decision:?}");
+}
+
+// Everybody below would wait until its database has caught up.
+#[test]
+fn whose_database_is_far_behind_leads_last() {
+    let me = own(50, Link::None);
+    let leads_at = |lagging: bool| {
+        let mut more = told("two", Role::None, 90);
+        more.lagging = lagging;
+        let mut decider = Decider::new(TAKEOVER_AFTER, 3);
+        let peers = [peer(more), peer(told("three", Role::None, 10))];
+        let leads = |at: &u64| {
+            let decision = decider.decide(Duration::from_millis(*at), &me, &peers);
+            matches!(decision, Decision::Lead { .. })
+        };
+        (10_000..20_000).step_by(10).find(leads).expect("it leads")
+    };
+    assert!(leads_at(true) + 100 < leads_at(false));
+}
+
+#[test]
+fn a_handover_to_one_that_has_died_is_over() {
+    let leads_at = |sight: Sight| {
+        let mut decider = Decider::new(TAKEOVER_AFTER, 3);
+        decider.yield_to(seconds(10), "two");
+        let mut two = peer(told("two", Role::Slave, 50));
+        two.sight = sight;
+        let peers = [two, peer(told("three", Role::None, 50))];
+        let me = own(90, Link::None);
+        let leads = |at: &u64| {
+            let decision = decider.decide(Duration::from_millis(*at), &me, &peers);
+            matches!(decision, Decision::Lead { .. })
+        };
+        (10_000..20_000).step_by(10).find(leads).expect("it leads")
+    };
+    assert!(leads_at(Sight::Refused) < 11_000);
+    assert!(leads_at(Sight::Answers) >= 15_000);
 }

@@ -483,6 +483,7 @@ impl World {
             identity: None,
             parent_ok: matches!(node.parent, Sight::Answers),
             master_ok,
+            lagging: false,
             in_sight: match without("outnumbered") {
                 true => 1,
                 false => 1 + answering,

@@ -40,6 +40,9 @@ pub struct Told {
     pub master_ok: bool,
     /// Servers of its domain that answer it, and itself.
     pub in_sight: usize,
+    /// Its database is far behind what its queue holds: who takes over from it would wait.
+    #[serde(default)]
+    pub lagging: bool,
     /// Durable end of its queue.
     #[serde(rename = "flush_lsn")]
     pub flush: Lsn,
@@ -73,7 +76,7 @@ pub enum Sight {
 
 impl Sight {
     /// It answers, or did just now.
-    pub(super) fn is_live(self, limit: Duration) -> bool {
+    pub fn is_live(self, limit: Duration) -> bool {
         match self {
             Sight::Answers => true,
             Sight::Silent(age) => age < limit,
@@ -264,10 +267,11 @@ fn same_origin(one: &Told, other: &Told) -> bool {
 }
 
 /// Who goes first when there is no master.
-pub(super) fn key(told: &Told) -> (bool, bool, Lsn, i64, &str) {
+pub(super) fn key(told: &Told) -> (bool, bool, bool, Lsn, i64, &str) {
     (
         told.healthy,
         told.parent_ok,
+        !told.lagging,
         told.flush,
         told.priority,
         &told.node,

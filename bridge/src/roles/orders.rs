@@ -19,6 +19,7 @@ impl Roles {
                 // What the others hold is no better, unless one of them leads.
                 let state = self.shared.state().0;
                 let lost = self.in_gap || matches!(state, State::Gap | State::Diverged);
+                let lost = lost && !self.shared.is_outvoted();
                 let end = End::CopyAnew {
                     reason: "asked to copy anew".into(),
                     from_parent: lost || self.shared.config.peers.is_empty(),
@@ -82,6 +83,11 @@ impl Roles {
                 "node \"{to}\" is {behind} bytes behind; wait until it has caught up"
             ));
         }
+        if told.lagging {
+            return Err(format!(
+                "the database of node \"{to}\" is far behind; wait until it has caught up"
+            ));
+        }
         self.shared
             .event("switchover", &format!("to {to}, as asked"));
         self.decider.yield_to(self.observer.now(), &to);
@@ -130,8 +136,21 @@ impl Roles {
             Ok(Err(error)) => error.to_string(),
             Err(_) => "no answer".into(),
         };
-        tracing::warn!("hand over to {to}: {problem}");
+        self.shared
+            .event("handover", &format!("to {to} has failed: {problem}"));
         self.decider.keep();
+    }
+
+    /// One that was to lead by now does, or not.
+    pub(super) fn tell_handover(&self, to: &str, peers: &[Peer]) {
+        let leads = |peer: &Peer| {
+            let told = peer.told.as_ref();
+            peer.name == to && told.is_some_and(|told| told.role == Role::Master)
+        };
+        if !peers.iter().any(leads) {
+            let reason = format!("to {to} has failed: it does not lead");
+            self.shared.event("handover", &reason);
+        }
     }
 }
 
@@ -143,7 +162,7 @@ fn best_successor(peers: &[Peer]) -> Option<String> {
     };
     let best = peers.iter().filter(fit).max_by_key(|peer| {
         let told = peer.told.as_ref();
-        told.map(|told| (told.priority, told.flush))
+        told.map(|told| (!told.lagging, told.priority, told.flush))
     });
     best.map(|peer| peer.name.clone())
 }

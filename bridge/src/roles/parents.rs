@@ -32,10 +32,20 @@ impl Roles {
         domain::choose_parent(&own.told, parents, present, &tried, limit)
     }
 
-    pub(super) fn lead(&mut self, own: &Own, parents: &[Peer], depose: Option<Session>) -> Next {
-        let chosen = match self.opening {
-            true => self.parent,
-            false => self.choose_parent(own, parents),
+    pub(super) fn lead(
+        &mut self,
+        own: &Own,
+        peers: &[Peer],
+        parents: &[Peer],
+        depose: Option<Session>,
+    ) -> Next {
+        let limit = self.shared.config.failover.takeover_after;
+        let opening = self.parent.filter(|_| self.opening);
+        let answers = |at: usize| parents.get(at).is_none_or(|at| at.sight.is_live(limit));
+        // One that has fallen silent meanwhile is left for another one.
+        let chosen = match opening {
+            Some(at) if answers(at) => opening,
+            _ => self.choose_parent(own, parents).or(opening),
         };
         if let Some(index) = chosen
             && let Some(info) = self.observer.parent_info(index)
@@ -48,6 +58,7 @@ impl Roles {
                 conninfo: info.clone(),
                 slot: self.shared.config.slot_name(),
                 role: Role::Master,
+                why: self.why_lead(&own.told.node, peers),
                 depose,
                 deposed: AtomicBool::new(false),
             });
@@ -64,10 +75,41 @@ impl Roles {
         Next::Nothing
     }
 
+    pub(super) fn note_master(&mut self, peers: &[Peer]) {
+        let leads = |peer: &&Peer| {
+            let told = peer.told.as_ref();
+            peer.sight == Sight::Answers && told.is_some_and(|told| told.role == Role::Master)
+        };
+        let master = peers.iter().find(leads).map(|peer| peer.name.clone());
+        self.last_master = master.or(self.last_master.take());
+    }
+
+    /// What has become of the master before, for people.
+    fn why_lead(&self, own: &str, peers: &[Peer]) -> String {
+        let last = self.last_master.as_ref();
+        let Some(last) = last.and_then(|last| peers.iter().find(|peer| peer.name == *last)) else {
+            return String::new();
+        };
+        let name = &last.name;
+        let yields = last
+            .told
+            .as_ref()
+            .and_then(|told| told.yields_to.as_deref());
+        match last.sight {
+            Sight::Answers if yields == Some(own) => format!(", as {name} hands over"),
+            Sight::Answers => format!(", as {name} leads no more"),
+            Sight::Silent(age) => {
+                format!(", as {name} has been silent for {:.1} s", age.as_secs_f32())
+            }
+            Sight::Refused => format!(", as nobody listens at {name} any more"),
+            Sight::Unknown => String::new(),
+        }
+    }
+
     /// A master goes to another server of the parent domain when that one serves better.
-    pub(super) fn better_parent(&mut self, own: &Own, parents: &[Peer]) -> Next {
+    pub(super) fn better_parent(&mut self, own: &Own, peers: &[Peer], parents: &[Peer]) -> Next {
         match self.choose_parent(own, parents) {
-            Some(index) if self.parent != Some(index) => self.lead(own, parents, None),
+            Some(index) if self.parent != Some(index) => self.lead(own, peers, parents, None),
             _ => Next::Nothing,
         }
     }

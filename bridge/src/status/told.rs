@@ -13,6 +13,8 @@ use crate::matching::Dispute;
 
 /// A node this far behind, by the top's clock, is catching up.
 const CATCHUP_MICROS: i64 = 2_000_000;
+/// A database so far behind the queue keeps those waiting who are to see its rows.
+const LAGGING_BYTES: u64 = 64 << 20;
 /// A database that fails for so long is out of order.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// An upstream says something every second; without that what we know is not what is.
@@ -52,6 +54,7 @@ impl Shared {
             parent_ok: view.parent_ok,
             master_ok: view.master.is_some(),
             in_sight: view.in_sight,
+            lagging: flush.0.saturating_sub(self.replayed.borrow().0) > LAGGING_BYTES,
             flush,
             first,
             priority: node.priority,

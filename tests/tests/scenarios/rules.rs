@@ -570,3 +570,92 @@ fn a_slave_that_is_ahead_of_the_promoted_one_waits_for_it() {
     tree.wait_for_equal(&["bulk"]);
     assert_eq!(tree.top.value(GONE), "0");
 }
+
+// Rule C where the parent is a bridge: a master that comes again acknowledges nothing by that.
+#[test]
+fn a_master_that_comes_again_acknowledges_nothing() {
+    let domains = [("region", None, 1), ("branch", Some("region"), 3)];
+    let mut tree = Tree::grow_with("[failover]\nack_timeout = \"300s\"", STEPS, &domains);
+    let counting = count_up(&tree.top);
+    counting.go_on(50);
+    let master = tree.settled_master("branch");
+    let slaves = others(&tree, "branch", &master);
+    for slave in &slaves {
+        tree.node(slave).bridge.pause();
+    }
+    let place = |tree: &Tree| {
+        let sql = "SELECT report -> 'cursors' ->> 'terrace_branch' FROM terrace.status WHERE node = 'region-1'";
+        tree.top.value(sql)
+    };
+    std::thread::sleep(Duration::from_millis(2500));
+    let before = place(&tree);
+    counting.go_on(300);
+    tree.rows_arrive(&master, Duration::from_secs(5));
+    tree.node(&master).bridge.kill9();
+    tree.node(&master)
+        .bridge
+        .restart()
+        .expect("start the master");
+    tree.rows_arrive(&master, Duration::from_secs(20));
+    std::thread::sleep(Duration::from_millis(2500));
+    assert_eq!(place(&tree), before, "the slaves do not have it");
+
+    // It is gone for good with all that it holds: nothing is missed.
+    let node = tree.node(&master);
+    node.bridge.kill9();
+    node.server.kill9();
+    std::fs::remove_dir_all(node.bridge.directory().join("data")).expect("remove the queue");
+    for slave in &slaves {
+        tree.node(slave).bridge.resume();
+    }
+    let next = tree.successor("branch", &master);
+    tree.rows_arrive(&next, Duration::from_secs(10));
+    counting.stop();
+    let rows = "SELECT format('%s %s', count(*), max(n)) FROM steps";
+    let all = tree.top.value(rows);
+    for slave in &slaves {
+        let server = &tree.node(slave).server;
+        wait_until("every row is on both", || server.value(rows) == all);
+    }
+    assert_eq!(tree.top.value(GONE), "0");
+}
+
+// A link to a server of the parent domain was waited for as long as a connection may take.
+#[test]
+fn a_parent_that_freezes_as_it_is_asked_is_left_for_another() {
+    let tree = Tree::plant(STEPS).expect("boot the top").with_links();
+    let mut tree = tree.grow_on(&[("region", None, 3), ("branch", Some("region"), 2)]);
+    let counting = count_up(&tree.top);
+    counting.go_on(50);
+    let master = tree.settled_master("branch");
+    let above = ["region-1", "region-2", "region-3"];
+    let parent = above.into_iter().find(|name| follows(&tree, &master, name));
+    let parent = parent.expect("the branch follows a server of the region");
+    if tree.settled_master("region") == parent {
+        let switched = tree
+            .node(parent)
+            .bridge
+            .command("switchover", &["--domain", "region"]);
+        assert!(switched.expect("run switchover").status.success());
+        tree.successor("region", parent);
+        tree.settled_master("region");
+    }
+    tree.node(parent).bridge.pause();
+    tree.node(&master).bridge.kill9();
+    let next = others(&tree, "branch", &master).remove(0);
+    tree.rows_arrive(&next, Duration::from_secs(8));
+    tree.node(parent).bridge.resume();
+    tree.node(&master).bridge.restart().expect("start it");
+    tree.wait_streaming();
+    // Who still leads and only has another upstream has become nothing new.
+    let promoted =
+        "SELECT count(*) FROM terrace.events WHERE kind = 'master' AND domain = 'branch'";
+    let promotions: u32 = tree.top.value(promoted).parse().expect("count");
+    assert!(promotions <= 3, "{promotions}");
+    let why = format!(
+        "SELECT count(*) FROM terrace.events WHERE kind = 'master' AND node = '{next}' \
+                       AND reason LIKE '%, as %{master} %'"
+    );
+    wait_until("it is told why", || tree.top.value(&why) == "1");
+    tree.all_is_well(counting);
+}
