@@ -31,13 +31,16 @@ const PREFIX: &str = "terrace.ddl";
 static DDL: GucSetting<bool> = GucSetting::<bool>::new(false);
 
 /// Settings by which the text of a statement is read.
-const SETTINGS: [&CStr; 6] = [
+const SETTINGS: [&CStr; 9] = [
     c"search_path",
     c"datestyle",
     c"intervalstyle",
     c"timezone",
     c"standard_conforming_strings",
     c"xmloption",
+    c"bytea_output",
+    c"extra_float_digits",
+    c"array_nulls",
 ];
 
 thread_local! {
@@ -157,7 +160,9 @@ fn replicate_ddl(sql: Option<&str>) {
 }
 
 /// Runs a statement as a role that cannot be left: what it calls is that role's code, and
-/// the session is a superuser's.
+/// the session is a superuser's. For others than superusers it is a restricted operation, as
+/// REFRESH MATERIALIZED VIEW is one: nothing can be put off to the commit, when the session is
+/// the superuser's again (deferred triggers, cursors that outlive the transaction).
 #[pg_extern]
 fn run_as(role: &str, sql: &str) {
     let Ok(name) = CString::new(role) else {
@@ -168,7 +173,10 @@ fn run_as(role: &str, sql: &str) {
     unsafe {
         let role = pg_sys::get_role_oid(name.as_ptr(), false);
         pg_sys::GetUserIdAndSecContext(&mut user, &mut context);
-        let local = context | pg_sys::SECURITY_LOCAL_USERID_CHANGE as c_int;
+        let mut local = context | pg_sys::SECURITY_LOCAL_USERID_CHANGE as c_int;
+        if !pg_sys::superuser_arg(role) {
+            local |= pg_sys::SECURITY_RESTRICTED_OPERATION as c_int;
+        }
         pg_sys::SetUserIdAndSecContext(role, local);
     }
     if let Err(error) = Spi::run(sql) {

@@ -348,17 +348,17 @@ pub unsafe fn detaches_concurrently(alter: &pg_sys::AlterTableStmt) -> bool {
 /// # Safety
 /// The statement comes from the parser.
 pub unsafe fn fills(alter: &pg_sys::AlterTableStmt) -> Option<pg_sys::Oid> {
-    const OWN: [&str; 9] = [
+    const OWN: [&str; 6] = [
         "{FUNCCALL",
         "{SQLVALUEFUNCTION",
         "{SUBLINK",
+        // An operator is a function too.
+        "{A_EXPR",
         ":contype IDENTITY",
         "serial",
-        "\"now\"",
-        "\"today\"",
-        "\"tomorrow\"",
-        "\"yesterday\"",
     ];
+    // In what is written as text: the types of times take blanks and capitals.
+    const MOMENTS: [&str; 4] = ["now", "today", "tomorrow", "yesterday"];
     // SAFETY: the command's kind says what its definition is; outfuncs.c knows its nodes.
     unsafe {
         let fills = elements::<pg_sys::AlterTableCmd>(alter.cmds)
@@ -369,11 +369,30 @@ pub unsafe fn fills(alter: &pg_sys::AlterTableStmt) -> Option<pg_sys::Oid> {
                     || subtype == AlterTableType::AT_AlterColumnType;
                 adds && !(*command).def.is_null() && {
                     let tree = text(pg_sys::nodeToString((*command).def.cast::<c_void>()));
+                    // What was text may be such a word in any row.
+                    let converts = subtype == AlterTableType::AT_AlterColumnType;
+                    let mut texts = tree.split('"').skip(1).step_by(2).map(str::to_lowercase);
                     OWN.iter().any(|word| tree.contains(word))
+                        || converts && tree.contains("{TYPECAST")
+                        || texts.any(|text| MOMENTS.iter().any(|word| text.contains(word)))
+                        || has_default((*command).def)
                 }
             });
         let table = fills.then(|| look_up(alter.relation))?;
         (table != pg_sys::InvalidOid).then_some(table)
+    }
+}
+
+/// Whether a new column is of a type, as a domain may be one, that says what stands in it.
+unsafe fn has_default(column: *mut pg_sys::Node) -> bool {
+    // SAFETY: what a column is made by; the look-up finds nothing where there is no such type yet.
+    unsafe {
+        if (*column).type_ != NodeTag::T_ColumnDef {
+            return false;
+        }
+        let name = (*column.cast::<pg_sys::ColumnDef>()).typeName;
+        let found = pg_sys::LookupTypeNameOid(std::ptr::null_mut(), name, true);
+        found != pg_sys::InvalidOid && !pg_sys::get_typdefault(found).is_null()
     }
 }
 
