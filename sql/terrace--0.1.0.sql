@@ -345,27 +345,36 @@ $$;
 
 -- Removes what would be the rows of a partition, were it one here; those of them that "which" holds for.
 -- As the owner: what a table is partitioned by may call functions. PostgreSQL tells partitions by hash
--- apart for a table that is partitioned so: one without rows is made for as long.
+-- apart for a table that is partitioned so: one without rows is made for as long, in a schema of its own.
 CREATE FUNCTION clear_partition(schema_name text, table_name text, which text DEFAULT 'true') RETURNS void
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     place text := terrace.place_of(schema_name, table_name);
     line terrace.partition;
     owner text;
+    forced boolean;
     hashed record;
 BEGIN
     SELECT * INTO line FROM terrace.partition p WHERE p.nspname = schema_name AND p.relname = table_name;
-    SELECT r.rolname INTO owner FROM pg_class c JOIN pg_roles r ON r.oid = c.relowner
+    SELECT r.rolname, c.relforcerowsecurity INTO owner, forced FROM pg_class c JOIN pg_roles r ON r.oid = c.relowner
     WHERE c.oid = place::regclass;
-    FOR hashed IN SELECT key, value, 'terrace_hash_' || key AS name FROM jsonb_each_text(line.hash_keys) LOOP
-        PERFORM terrace.run_as(owner, format('CREATE TEMPORARY TABLE %I (LIKE %s) PARTITION BY %s',
-                                             hashed.name, place, hashed.value));
+    FOR hashed IN SELECT key, value FROM jsonb_each_text(line.hash_keys) LOOP
+        EXECUTE format('CREATE SCHEMA terrace_hash_%s AUTHORIZATION %I', hashed.key, owner);
+        PERFORM terrace.run_as(owner, format('CREATE TABLE terrace_hash_%1$s.part (LIKE %2$s) PARTITION BY %3$s',
+                                             hashed.key, place, hashed.value));
         line.condition := replace(line.condition, format('%L::oid', hashed.key),
-                                  format('%L::regclass::oid', 'pg_temp.' || hashed.name));
+                                  format('''terrace_hash_%s.part''::regclass::oid', hashed.key));
     END LOOP;
+    -- Policies that hold for the owner too would hide rows.
+    IF forced THEN
+        EXECUTE format('ALTER TABLE %s NO FORCE ROW LEVEL SECURITY', place);
+    END IF;
     PERFORM terrace.run_as(owner, format('DELETE FROM %s WHERE (%s) AND (%s)', place, which, line.condition));
+    IF forced THEN
+        EXECUTE format('ALTER TABLE %s FORCE ROW LEVEL SECURITY', place);
+    END IF;
     FOR hashed IN SELECT key FROM jsonb_each_text(line.hash_keys) LOOP
-        EXECUTE format('DROP TABLE pg_temp.%I', 'terrace_hash_' || hashed.key);
+        EXECUTE format('DROP SCHEMA terrace_hash_%s CASCADE', hashed.key);
     END LOOP;
 END $$;
 
@@ -860,6 +869,10 @@ BEGIN
         RAISE EXCEPTION 'table "%" is synchronised already', rel
             USING ERRCODE = 'duplicate_object', HINT = 'Call terrace.remove_table first.';
     END IF;
+    IF domains = '{}' THEN
+        RAISE EXCEPTION 'no domain is named that table "%" is for', rel
+            USING ERRCODE = 'invalid_parameter_value', HINT = 'Leave domains out for all.';
+    END IF;
     IF domains IS NOT NULL THEN
         domains := terrace.with_ancestors(domains);
         IF class.relkind = 'p' THEN
@@ -923,7 +936,8 @@ BEGIN
     DELETE FROM terrace.sync_table s USING pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.oid = rel AND s.nspname = n.nspname AND s.relname = c.relname;
     IF NOT FOUND THEN
-        RAISE EXCEPTION 'table "%" is not synchronised', rel USING ERRCODE = 'undefined_object';
+        RAISE EXCEPTION 'table "%" is not synchronised', rel
+            USING ERRCODE = 'undefined_object', HINT = 'See terrace.tables.';
     END IF;
 END $$;
 
@@ -959,7 +973,7 @@ END $$;
 CREATE FUNCTION fill_part(part regclass, condition text, domains text[]) RETURNS bigint
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET datestyle = 'ISO'
     SET intervalstyle = 'postgres' SET timezone = 'UTC' SET extra_float_digits = 3
-    SET bytea_output = 'hex' SET xmloption = 'content' AS $$
+    SET bytea_output = 'hex' SET xmloption = 'content' SET lc_monetary = 'C' AS $$
 DECLARE
     class record;
     setting terrace.sync_table := terrace.setting_of(part);
@@ -996,9 +1010,14 @@ $$;
 CREATE FUNCTION refill(rel oid) RETURNS void
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    IF NOT terrace.setting_of(rel) IS NULL AND terrace.is_received() THEN
-        PERFORM terrace.fill(rel);
-    END IF;
+    -- Also in those that inherit from it, which are tables of their own.
+    PERFORM terrace.fill(heir)
+    FROM (WITH RECURSIVE heirs AS (
+              SELECT refill.rel AS heir
+              UNION SELECT i.inhrelid FROM heirs JOIN pg_inherits i ON i.inhparent = heir
+              JOIN pg_class c ON c.oid = i.inhrelid AND NOT c.relispartition)
+          SELECT heir FROM heirs) all_of_them
+    WHERE NOT terrace.setting_of(heir) IS NULL AND terrace.is_received();
 END $$;
 
 -- The line of the list that is about this table itself.
@@ -1063,7 +1082,7 @@ CREATE FUNCTION checksums(of terrace.comparison, filter text)
     RETURNS TABLE (range integer, rows bigint, sum numeric)
     LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp SET datestyle = 'ISO'
     SET intervalstyle = 'postgres' SET timezone = 'UTC' SET extra_float_digits = 3
-    SET bytea_output = 'hex' SET xmloption = 'content' SET jit = off
+    SET bytea_output = 'hex' SET xmloption = 'content' SET lc_monetary = 'C' SET jit = off
     -- There are few groups, which PostgreSQL cannot know.
     SET enable_sort = off AS $$
 DECLARE
@@ -1286,21 +1305,26 @@ DECLARE
     advanced integer := 0;
 BEGIN
     FOR found IN SELECT * FROM terrace.owned_sequence WHERE thorough OR cheap LOOP
-        EXECUTE format('SELECT %s(%I) FROM %s', CASE WHEN found.seqincrement > 0 THEN 'max' ELSE 'min' END,
-                       found.attname, found.rel::regclass) INTO reached;
-        EXECUTE format('SELECT last_value FROM %s', found.seqrelid::regclass) INTO drawn;
-        margin := 10000 * found.seqincrement;
-        goal := reached + margin;
-        -- Where that is too far, the next one must do.
-        IF goal NOT BETWEEN found.seqmin AND found.seqmax THEN
-            goal := reached;
-            margin := 0;
-        END IF;
-        IF (drawn - reached - margin / 2) * sign(found.seqincrement) < 0
-           OR margin = 0 AND drawn = reached THEN
-            PERFORM setval(found.seqrelid::regclass, goal::bigint);
-            advanced := advanced + 1;
-        END IF;
+        -- A column that holds no numbers, say, keeps no other sequence back.
+        BEGIN
+            EXECUTE format('SELECT %s(%I) FROM %s', CASE WHEN found.seqincrement > 0 THEN 'max' ELSE 'min' END,
+                           found.attname, found.rel::regclass) INTO reached;
+            EXECUTE format('SELECT last_value FROM %s', found.seqrelid::regclass) INTO drawn;
+            margin := 10000 * found.seqincrement;
+            goal := reached + margin;
+            -- Where that is too far, the next one must do.
+            IF goal NOT BETWEEN found.seqmin AND found.seqmax THEN
+                goal := least(greatest(reached, found.seqmin), found.seqmax);
+                margin := 0;
+            END IF;
+            IF (drawn - reached - margin / 2) * sign(found.seqincrement) < 0 AND drawn <> goal
+               OR margin = 0 AND drawn = reached THEN
+                PERFORM setval(found.seqrelid::regclass, goal::bigint);
+                advanced := advanced + 1;
+            END IF;
+        EXCEPTION WHEN data_exception OR datatype_mismatch OR undefined_function THEN
+            RAISE DEBUG 'sequence % is not put forward: %', found.seqrelid::regclass, SQLERRM;
+        END;
     END LOOP;
     RETURN advanced;
 END $$;

@@ -147,11 +147,13 @@ pub struct SessionOptions {
 }
 
 /// Settings of a session that takes its time, whatever the role or the database is set to.
-pub const PATIENT: [(&str, &str); 4] = [
+pub const PATIENT: [(&str, &str); 5] = [
     ("statement_timeout", "0"),
     ("lock_timeout", "0"),
     ("idle_in_transaction_session_timeout", "0"),
     ("idle_session_timeout", "0"),
+    // What keeps people from writing is not meant for what they are to read.
+    ("default_transaction_read_only", "off"),
 ];
 
 /// An open session.

@@ -84,9 +84,13 @@ pub async fn prepare_local(shared: &Arc<Shared>) -> anyhow::Result<()> {
 }
 
 async fn connect(info: &ConnInfo, shared: &Shared) -> Result<Client, PgError> {
+    let gucs = [
+        ("search_path", "pg_catalog"),
+        ("default_transaction_read_only", "off"),
+    ];
     let options = SessionOptions {
         application_name: format!("terrace report {}", shared.config.node.name),
-        gucs: vec![("search_path".into(), "pg_catalog".into())],
+        gucs: gucs.map(|(name, value)| (name.into(), value.into())).into(),
         ..Default::default()
     };
     Client::connect(info, &options).await
@@ -148,8 +152,8 @@ impl Link {
         let rows = timeout(CALL_LIMIT, client.query(sql, parameters))
             .await
             .map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))?;
-        // An error of the server leaves the session usable.
-        if matches!(rows, Ok(_) | Err(PgError::Db(_))) {
+        // After an error, whatever the session is set to is looked up anew.
+        if rows.is_ok() {
             self.client = Some((endpoint, client));
         }
         Ok(rows?

@@ -25,6 +25,8 @@ pub(super) struct LocalColumn {
     pub primary: bool,
     /// Has an order of its own, so that `=` finds what is written in the same way.
     pub comparable: bool,
+    /// What is equal is the same: there is no other way to write it.
+    pub exact: bool,
     pub type_name: String,
 }
 
@@ -98,9 +100,17 @@ impl Relation {
                       AND (i.indisunique OR i.indisexclusion) AND NOT i.indisprimary) \
                   FROM pg_class c WHERE c.oid = a.attrelid), \
                  a.attidentity = 'a', \
-                 (SELECT c.relkind = 'r' FROM pg_class c WHERE c.oid = a.attrelid) \
-             FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid \
-             WHERE a.attrelid = pg_catalog.to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped";
+                 k.relkind = 'r', \
+                 (t.typtype = 'e' OR t.oid IN ('bool'::regtype, 'int2'::regtype, 'int4'::regtype, \
+                      'int8'::regtype, 'oid'::regtype, 'text'::regtype, 'varchar'::regtype, 'name'::regtype, \
+                      'bytea'::regtype, 'uuid'::regtype, 'date'::regtype, 'time'::regtype, \
+                      'timestamp'::regtype, 'timestamptz'::regtype)) \
+                   AND NOT EXISTS (SELECT FROM pg_collation l \
+                      WHERE l.oid = a.attcollation AND NOT l.collisdeterministic) \
+             FROM pg_class k \
+             LEFT JOIN (pg_attribute a JOIN pg_type t ON t.oid = a.atttypid) \
+               ON a.attrelid = k.oid AND a.attnum > 0 AND NOT a.attisdropped \
+             WHERE k.oid = pg_catalog.to_regclass($1)";
         let rows = client.query(sql, &[Some(&self.qualified())]).await?;
         if rows.is_empty() {
             bail!(
@@ -131,10 +141,12 @@ impl Relation {
                     generated: is(1),
                     primary: is(2),
                     comparable: is(3),
+                    exact: is(8),
                     type_name: row[4].clone().unwrap_or_default(),
                 };
+                let name = row[0].clone()?;
                 plain &= is(5);
-                Some((row[0].clone()?, local))
+                Some((name, local))
             })
             .collect();
         let table = self.table();

@@ -102,6 +102,10 @@ pub(super) fn insert(
         values.push(value(datums[index], payload));
         places.push(format!("${}", values.len()));
     }
+    if names.is_empty() {
+        let sql = format!("INSERT INTO {} DEFAULT VALUES", relation.qualified());
+        return Ok((sql, values, Expect::Done));
+    }
     let sql = format!(
         "INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE VALUES ({})",
         relation.qualified(),
@@ -169,13 +173,14 @@ fn row_clause(
             column.local.as_ref().is_none_or(|local| !local.generated)
         });
         let table = relation.rows();
+        let order = likeness(relation, old, payload, values);
         // Partitions count their rows each by itself.
         let (place, columns) = match relation.only {
             true => ("ctid", "ctid"),
             false => ("(tableoid, ctid)", "tableoid, ctid"),
         };
         return Ok(format!(
-            "{place} = (SELECT {columns} FROM {table} WHERE {clause} LIMIT 1)"
+            "{place} = (SELECT {columns} FROM {table} WHERE {clause}{order} LIMIT 1)"
         ));
     }
     if !relation.columns.iter().any(|column| column.key) {
@@ -185,6 +190,35 @@ fn row_clause(
         );
     }
     Ok(clause(relation, old, payload, values, |column| column.key))
+}
+
+/// Puts first, of the rows that are equal to `old`, one that is written in the same way: 1.0 and
+/// 1.00 are equal, and so are 0 and -0, or a month and 30 days.
+fn likeness(
+    relation: &Relation,
+    old: Tuple<'_>,
+    payload: &Bytes,
+    values: &mut Vec<Option<Bytes>>,
+) -> String {
+    let (mut here, mut there) = (Vec::new(), Vec::new());
+    for (column, datum) in relation.columns.iter().zip(old.iter()) {
+        let Some(local) = &column.local else { continue };
+        let ambiguous = local.comparable && !local.exact && !local.generated;
+        if ambiguous && matches!(datum, Datum::Text(_)) {
+            values.push(value(datum, payload));
+            here.push(quote_ident(&column.name));
+            there.push(format!("${}::{}", values.len(), local.type_name));
+        }
+    }
+    if here.is_empty() {
+        return String::new();
+    }
+    // By the stored images.
+    format!(
+        " ORDER BY pg_catalog.record_image_eq(ROW({}), ROW({})) DESC",
+        here.join(", "),
+        there.join(", ")
+    )
 }
 
 pub(super) fn primary_clause(
@@ -229,8 +263,12 @@ fn clause(
             }
         }
     }
-    terms.join(" AND ")
+    match terms.is_empty() {
+        true => "true".into(),
+        false => terms.join(" AND "),
+    }
 }
+
 /// Whether an update gives the row another primary key.
 pub(super) fn moves(relation: &Relation, old: Tuple<'_>, new: Tuple<'_>) -> bool {
     let is_primary = |column: &Column| column.local.as_ref().is_some_and(|local| local.primary);

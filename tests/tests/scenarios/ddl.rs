@@ -177,12 +177,12 @@ fn ddl_runs_as_the_role_that_ran_it() {
     let tree = tree_with_ddl(STEPS);
     let role = format!("CREATE ROLE maker LOGIN PASSWORD '{PASSWORD}'");
     tree.top.sql(&format!(
-        "{role}; CREATE SCHEMA app; GRANT CREATE, USAGE ON SCHEMA app TO maker"
+        "{role}; CREATE SCHEMA app; CREATE SCHEMA mal; GRANT CREATE, USAGE ON SCHEMA app, mal TO maker"
     ));
     for node in &tree.nodes {
         wait_until("the schema is there", || {
             node.server
-                .value("SELECT to_regnamespace('app') IS NOT NULL")
+                .value("SELECT to_regnamespace('mal') IS NOT NULL")
                 == "t"
         });
     }
@@ -199,7 +199,7 @@ fn ddl_runs_as_the_role_that_ran_it() {
     wait_for_stall(&tree, "role \"maker\" does not exist on this server");
     for node in &tree.nodes {
         node.server.sql(&format!(
-            "{role}; GRANT CREATE, USAGE ON SCHEMA app TO maker"
+            "{role}; GRANT CREATE, USAGE ON SCHEMA app, mal TO maker"
         ));
     }
     wait_for_catalog(&tree);
@@ -234,9 +234,26 @@ fn ddl_runs_as_the_role_that_ran_it() {
         CREATE OPERATOR app.= (FUNCTION = app.same, LEFTARG = oid, RIGHTARG = regclass);
         SET search_path = app, pg_catalog; CREATE TABLE app.last (id int);
         RESET search_path;";
+    // Nor is it the superuser's turn when something is put off to the commit.
+    let put_off = "
+        CREATE TABLE mal.evil (x int); CREATE TABLE mal.parts (a int) PARTITION BY LIST (a);
+        CREATE FUNCTION mal.rise() RETURNS int LANGUAGE plpgsql AS $f$ BEGIN
+            BEGIN EXECUTE 'ALTER ROLE maker SUPERUSER'; EXCEPTION WHEN OTHERS THEN NULL; END;
+            RETURN 1; END $f$;
+        CREATE FUNCTION mal.fire() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM mal.rise(); RETURN NULL; END';
+        CREATE CONSTRAINT TRIGGER later AFTER INSERT ON mal.evil DEFERRABLE INITIALLY DEFERRED
+            FOR EACH ROW EXECUTE FUNCTION mal.fire();
+        ALTER TABLE mal.evil ENABLE ALWAYS TRIGGER later;
+        CREATE FUNCTION mal.go() RETURNS int LANGUAGE plpgsql AS $f$ BEGIN
+            BEGIN INSERT INTO mal.evil VALUES (1); EXCEPTION WHEN OTHERS THEN NULL; END;
+            BEGIN EXECUTE 'DECLARE held CURSOR WITH HOLD FOR SELECT mal.rise()';
+            EXCEPTION WHEN OTHERS THEN NULL; END;
+            RETURN 1; END $f$;
+        CREATE TABLE mal.parts_1 PARTITION OF mal.parts FOR VALUES IN (mal.go())";
     let index = "CREATE INDEX CONCURRENTLY by_id ON app.last (id)";
     tree.top.sql("SELECT terrace.add_schema('app')");
     client.batch_execute(code).expect("try to rise");
+    client.batch_execute(put_off).expect("try to rise later");
     for statement in [
         "SET search_path = app, pg_catalog",
         index,
@@ -246,6 +263,10 @@ fn ddl_runs_as_the_role_that_ran_it() {
     }
     wait_for_catalog(&tree);
     tree.wait_for_equal(&["app.made"]);
+    let made = "SELECT to_regclass('mal.parts_1') IS NOT NULL";
+    for node in &tree.nodes {
+        wait_until("the partition is made", || node.server.value(made) == "t");
+    }
     let risen = "SELECT rolsuper FROM pg_roles WHERE rolname = 'maker'";
     let all = tree
         .nodes
