@@ -303,7 +303,9 @@ async fn housekeeping(
             }
         }
         for (name, lsn) in observer.child_cursors() {
-            queue.learn_cursor(&name, lsn);
+            if shared.is_wanted(&name) {
+                queue.learn_cursor(&name, lsn);
+            }
         }
         keep_siblings_places(&shared, &observer, &queue);
         // Nothing depends on these but what may be forgotten later, so a full disk

@@ -208,11 +208,10 @@ async fn report_here(shared: &Arc<Shared>, info: &ConnInfo, link: &mut Link, bel
                 .and_then(|text| serde_json::from_str(&text).ok())
                 .unwrap_or_default();
             below.told = told;
-            let path = below
-                .paths
-                .take()
-                .and_then(|mut paths| paths.remove(&node.domain));
-            shared.set_domain_path(path.unwrap_or_default());
+            let mut paths = below.paths.take().unwrap_or_default();
+            let gone = shared.set_domains(paths.keys().cloned().collect());
+            gone.iter().for_each(|domain| forget_domain(shared, domain));
+            shared.set_domain_path(paths.remove(&node.domain).unwrap_or_default());
         }
         Err(error) => {
             tracing::debug!("report to the local database: {error}");
@@ -221,6 +220,15 @@ async fn report_here(shared: &Arc<Shared>, info: &ConnInfo, link: &mut Link, bel
                 ..Below::default()
             };
         }
+    }
+}
+
+/// What was kept for a domain that is no more is kept no longer.
+fn forget_domain(shared: &Shared, domain: &str) {
+    let open = shared.queue.borrow().clone();
+    let kept = open.is_some_and(|open| open.queue.drop_cursor(&format!("terrace_{domain}")));
+    if kept {
+        shared.event("dropped", &format!("nothing is kept for domain {domain}"));
     }
 }
 

@@ -8,7 +8,7 @@
 mod kinds;
 mod told;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::atomic::AtomicI64;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -54,6 +54,8 @@ struct Inner {
     member_flush: BTreeMap<String, (Lsn, Instant)>,
     view: View,
     domain_path: Vec<String>,
+    /// All of them, as the data here has them.
+    domains: BTreeSet<String>,
     events: VecDeque<Event>,
     last_once: (String, String),
     identity: Option<Identity>,
@@ -368,6 +370,23 @@ impl Shared {
     /// Sets the domains from the first level to this node's own, as the data has them.
     pub fn set_domain_path(&self, path: Vec<String>) {
         self.inner().domain_path = path;
+    }
+
+    /// Notes which domains there are; gives those that are no more.
+    pub fn set_domains(&self, domains: BTreeSet<String>) -> Vec<String> {
+        // The list is being copied anew.
+        if domains.is_empty() {
+            return Vec::new();
+        }
+        let before = std::mem::replace(&mut self.inner().domains, domains.clone());
+        before.difference(&domains).cloned().collect()
+    }
+
+    /// Whether a place in the queue may be one of a domain that there is.
+    pub fn is_wanted(&self, cursor: &str) -> bool {
+        let domains = &self.inner().domains;
+        let domain = cursor.strip_prefix("terrace_").unwrap_or_default();
+        domains.is_empty() || domains.contains(domain)
     }
 
     /// Notes what another server of the domain holds durably.

@@ -659,3 +659,17 @@ fn a_parent_that_freezes_as_it_is_asked_is_left_for_another() {
     wait_until("it is told why", || tree.top.value(&why) == "1");
     tree.all_is_well(counting);
 }
+
+// What one server forgot it was told of by the others.
+#[test]
+fn nothing_is_kept_for_a_domain_that_is_dropped() {
+    let domains = [("region", None, 2), ("branch", Some("region"), 1)];
+    let mut tree = Tree::grow(STEPS, &domains);
+    let places = "SELECT count(*) FROM terrace.status WHERE domain = 'region' AND report -> 'cursors' ? 'terrace_branch'";
+    wait_until("both keep a place", || tree.top.value(places) == "2");
+    tree.node("branch-1").bridge.stop();
+    tree.top.sql("SELECT terrace.drop_domain('branch')");
+    wait_until("the places are gone", || tree.top.value(places) == "0");
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(tree.top.value(places), "0");
+}
