@@ -152,8 +152,8 @@ impl Link {
         let rows = timeout(CALL_LIMIT, client.query(sql, parameters))
             .await
             .map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))?;
-        // After an error, whatever the session is set to is looked up anew.
-        if rows.is_ok() {
+        // An error of the server leaves the session usable.
+        if matches!(rows, Ok(_) | Err(PgError::Db(_))) {
             self.client = Some((endpoint, client));
         }
         Ok(rows?

@@ -480,10 +480,6 @@ impl Roles {
         if !domains.contains(&node.domain) {
             domains.push(node.domain.clone());
         }
-        let is_master = |peer: &&Peer| {
-            let told = peer.told.as_ref();
-            peer.sight == Sight::Answers && told.is_some_and(|told| told.role == Role::Master)
-        };
         let own = self.shared.identity();
         for peer in peers.iter().filter(|peer| peer.sight == Sight::Answers) {
             // Positions of another history, or of one that is in doubt, are none of ours.
@@ -496,7 +492,10 @@ impl Roles {
         }
         let master = match link {
             Link::Parent => Some(node.name.clone()),
-            _ => peers.iter().find(is_master).map(|peer| peer.name.clone()),
+            _ => peers
+                .iter()
+                .find(|peer| peer.leads())
+                .map(|peer| peer.name.clone()),
         };
         let is_led = master.is_some();
         self.shared.set_view(View {

@@ -40,6 +40,16 @@ pub struct Tree {
     linked: bool,
 }
 
+impl Node {
+    /// Bridge and database die, and the queue is gone for good.
+    pub fn lose(&mut self) {
+        self.bridge.kill9();
+        self.server.kill9();
+        let queue = self.bridge.directory().join("data");
+        std::fs::remove_dir_all(queue).expect("remove the queue");
+    }
+}
+
 impl Tree {
     /// Boots the top alone and runs `schema` there.
     pub fn plant(schema: &str) -> Result<Tree> {

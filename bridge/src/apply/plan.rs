@@ -79,7 +79,13 @@ pub fn notify_content(payload: &[u8]) -> Option<&[u8]> {
 impl Planner {
     /// For a fresh session.
     pub async fn open(client: &mut Client, domain: &str) -> anyhow::Result<Planner> {
-        let mut planner = Planner {
+        let mut planner = Planner::new(domain);
+        planner.reload_routing(client).await?;
+        Ok(planner)
+    }
+
+    fn new(domain: &str) -> Planner {
+        Planner {
             domain: domain.to_owned(),
             relations: HashMap::new(),
             elsewhere: HashSet::new(),
@@ -88,9 +94,7 @@ impl Planner {
             named: 0,
             seals: Seals::default(),
             unknown: Vec::new(),
-        };
-        planner.reload_routing(client).await?;
-        Ok(planner)
+        }
     }
 
     /// Forgets the prepared statements: none is known to exist any more.
@@ -505,16 +509,7 @@ mod tests {
     // Its seal may have come in the part before.
     #[test]
     fn an_order_is_not_folded_and_a_message_of_somebody_s_is_left_out() {
-        let mut planner = Planner {
-            domain: "region".into(),
-            relations: HashMap::new(),
-            elsewhere: HashSet::new(),
-            routing_changed: false,
-            statements: HashMap::new(),
-            named: 0,
-            seals: Seals::default(),
-            unknown: Vec::new(),
-        };
+        let mut planner = Planner::new("region");
         let mut folded = |prefix: &str| {
             let head = [&b"M\x01"[..], &[0; 8], prefix.as_bytes(), b"\0"].concat();
             let message = [&head[..], &2_u32.to_be_bytes(), b"{}"].concat();

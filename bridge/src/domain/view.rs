@@ -98,6 +98,14 @@ pub struct Peer {
     pub age: Duration,
 }
 
+impl Peer {
+    /// It answers, and is master.
+    pub fn leads(&self) -> bool {
+        let told = self.told.as_ref();
+        self.sight == Sight::Answers && told.is_some_and(|told| told.role == Role::Master)
+    }
+}
+
 /// Whom we follow at present.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Link {

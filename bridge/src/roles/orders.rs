@@ -100,10 +100,7 @@ impl Roles {
         to: Option<String>,
     ) -> Result<impl Future<Output = Result<(), String>> + use<>, String> {
         let peers = self.observer.peers();
-        let master = peers.iter().find(|peer| {
-            let told = peer.told.as_ref();
-            peer.sight == Sight::Answers && told.is_some_and(|told| told.role == Role::Master)
-        });
+        let master = peers.iter().find(|peer| peer.leads());
         let info = master.and_then(|master| self.observer.peer_info(&master.name));
         let info = info.ok_or("no master of the domain is in sight")?;
         let target = to.map_or(String::new(), |to| format!(" TO {}", quote_ident(&to)));

@@ -76,12 +76,9 @@ impl Roles {
     }
 
     pub(super) fn note_master(&mut self, peers: &[Peer]) {
-        let leads = |peer: &&Peer| {
-            let told = peer.told.as_ref();
-            peer.sight == Sight::Answers && told.is_some_and(|told| told.role == Role::Master)
-        };
-        let master = peers.iter().find(leads).map(|peer| peer.name.clone());
-        self.last_master = master.or(self.last_master.take());
+        if let Some(master) = peers.iter().find(|peer| peer.leads()) {
+            self.last_master = Some(master.name.clone());
+        }
     }
 
     /// What has become of the master before, for people.

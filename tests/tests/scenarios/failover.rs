@@ -207,10 +207,7 @@ fn a_disk_that_is_lost_after_an_acknowledgement_loses_nothing() {
         tree.top.value(&acknowledged) == "t"
     });
     // Queue and database.
-    let node = tree.node(&master);
-    node.bridge.kill9();
-    node.server.kill9();
-    std::fs::remove_dir_all(node.bridge.directory().join("data")).expect("remove the queue");
+    tree.node(&master).lose();
     tree.successor("region", &master);
     tree.rows_arrive("branch-1", Duration::from_secs(8));
     // A new server takes the old one's name.

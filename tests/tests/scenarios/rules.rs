@@ -20,6 +20,16 @@ fn strs(names: &[String]) -> Vec<&str> {
     names.iter().map(String::as_str).collect()
 }
 
+/// Waits until these have all that is at the top.
+fn have_every_row(tree: &mut Tree, names: &[String]) {
+    let rows = "SELECT format('%s %s', count(*), max(n)) FROM steps";
+    let all = tree.top.value(rows);
+    for name in names {
+        let server = &tree.node(name).server;
+        wait_until("every row is there", || server.value(rows) == all);
+    }
+}
+
 fn confirmed(tree: &Tree) -> String {
     tree.top.value(
         "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = 'terrace_region'",
@@ -56,10 +66,7 @@ fn what_no_slave_holds_is_not_acknowledged_before_its_time() {
     assert_eq!(confirmed(&tree), before, "the slaves do not have it");
 
     // The master and all that it holds are gone for good: nothing is missed.
-    let node = tree.node(&master);
-    node.bridge.kill9();
-    node.server.kill9();
-    std::fs::remove_dir_all(node.bridge.directory().join("data")).expect("remove the queue");
+    tree.node(&master).lose();
     for slave in &slaves {
         tree.node(slave).bridge.resume();
     }
@@ -83,12 +90,7 @@ fn what_no_slave_holds_is_not_acknowledged_before_its_time() {
     tree.node(last).bridge.resume();
     wait_until("it is no longer", || tree.top.value(&degraded) == "0");
     counting.stop();
-    let rows = "SELECT format('%s %s', count(*), max(n)) FROM steps";
-    let all = tree.top.value(rows);
-    for slave in &slaves {
-        let server = &tree.node(slave).server;
-        wait_until("every row is on both", || server.value(rows) == all);
-    }
+    have_every_row(&mut tree, &slaves);
 }
 
 // Rule F: of two servers neither is a majority; what ends the silent one's hold of the
@@ -601,22 +603,14 @@ fn a_master_that_comes_again_acknowledges_nothing() {
     assert_eq!(place(&tree), before, "the slaves do not have it");
 
     // It is gone for good with all that it holds: nothing is missed.
-    let node = tree.node(&master);
-    node.bridge.kill9();
-    node.server.kill9();
-    std::fs::remove_dir_all(node.bridge.directory().join("data")).expect("remove the queue");
+    tree.node(&master).lose();
     for slave in &slaves {
         tree.node(slave).bridge.resume();
     }
     let next = tree.successor("branch", &master);
     tree.rows_arrive(&next, Duration::from_secs(10));
     counting.stop();
-    let rows = "SELECT format('%s %s', count(*), max(n)) FROM steps";
-    let all = tree.top.value(rows);
-    for slave in &slaves {
-        let server = &tree.node(slave).server;
-        wait_until("every row is on both", || server.value(rows) == all);
-    }
+    have_every_row(&mut tree, &slaves);
     assert_eq!(tree.top.value(GONE), "0");
 }
 

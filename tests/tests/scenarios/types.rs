@@ -325,8 +325,10 @@ fn values_of_every_type_arrive_by_copy_and_stream() {
     tree.boot(&DOMAINS).expect("boot");
     for (node, settings) in tree.nodes.iter().zip([
         "DateStyle = 'SQL, DMY'; ALTER DATABASE app SET IntervalStyle = 'sql_standard'",
-        "TimeZone = 'Asia/Kathmandu'; ALTER DATABASE app SET extra_float_digits = -5",
-        "bytea_output = 'escape'; ALTER DATABASE app SET xmloption = 'document'",
+        "TimeZone = 'Asia/Kathmandu'; ALTER DATABASE app SET extra_float_digits = -5; \
+         ALTER DATABASE app SET array_nulls = off",
+        "bytea_output = 'escape'; ALTER DATABASE app SET xmloption = 'document'; \
+         ALTER DATABASE app SET default_transaction_read_only = on",
     ]) {
         node.server
             .sql(&format!("ALTER DATABASE app SET {settings}"));
