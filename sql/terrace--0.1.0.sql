@@ -100,6 +100,10 @@ CREATE FUNCTION arm_now() RETURNS void
 CREATE FUNCTION guard_session() RETURNS void
     LANGUAGE c AS 'MODULE_PATHNAME', 'guard_session_wrapper';
 
+-- From now on this session writes rows with the rights of whom their table belongs to.
+CREATE FUNCTION write_as_owners() RETURNS void
+    LANGUAGE c AS 'MODULE_PATHNAME', 'write_as_owners_wrapper';
+
 CREATE FUNCTION refuse_guarded() RETURNS void
     LANGUAGE c AS 'MODULE_PATHNAME', 'refuse_guarded_wrapper';
 

@@ -67,6 +67,9 @@ pub const COMPRESS_FAST: &str = "SELECT pg_catalog.set_config(name, 'lz4', false
      FROM pg_catalog.pg_settings WHERE name = 'default_toast_compression' \
        AND source = 'default' AND 'lz4' = ANY (enumvals)";
 
+/// What a table brings along to be run has the rights of its owner, not of the bridge.
+pub const AS_OWNERS: &str = "SELECT terrace.write_as_owners()";
+
 /// Applies for ever, until `cancel`.
 pub async fn run(
     shared: Arc<Shared>,
@@ -229,6 +232,7 @@ impl<'a> Session<'a> {
             .await
             .with_context(|| format!("connect to the local database at {}", info.endpoint()))?;
         set_origin(&mut client).await?;
+        client.simple(AS_OWNERS).await?;
         client.lift_transaction_limit().await?;
         client.simple(COMPRESS_FAST).await?;
         let rows = client

@@ -148,7 +148,9 @@ unsafe fn is_allowed(statement: *mut pg_sys::Node) -> bool {
 ///
 /// # Safety
 /// `query` has a plan, which lives as long as the iterator.
-unsafe fn changed_tables(query: *mut pg_sys::QueryDesc) -> impl Iterator<Item = pg_sys::Oid> {
+pub(crate) unsafe fn changed_tables(
+    query: *mut pg_sys::QueryDesc,
+) -> impl Iterator<Item = pg_sys::Oid> {
     // SAFETY: as said; indexes of a plan's result relations are those of its range table, from 1.
     unsafe {
         let plan = (*query).plannedstmt;

@@ -11,6 +11,7 @@
 mod ddl;
 mod fill;
 mod guard;
+mod owner;
 
 use std::cell::{Cell, RefCell};
 use std::ffi::CString;

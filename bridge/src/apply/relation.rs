@@ -27,7 +27,21 @@ pub(super) struct LocalColumn {
     pub comparable: bool,
     /// What is equal is the same: there is no other way to write it.
     pub exact: bool,
+    /// Reading a value calls code of whom the type belongs to: domains, and what has one within.
+    pub checked: bool,
     pub type_name: String,
+}
+
+impl LocalColumn {
+    /// The parameter of this number as a value of the column. Where reading it calls somebody's
+    /// code it comes as varchar (from text somebody may have made a cast), and is read by the statement, with the rights of the table's owner
+    /// (`pg_ext/src/owner.rs`), and not when it is bound.
+    pub fn place(&self, number: usize) -> String {
+        match self.checked {
+            true => format!("${number}::pg_catalog.varchar::{}", self.type_name),
+            false => format!("${number}"),
+        }
+    }
 }
 
 /// A table, as the stream describes it and as it is here.
@@ -106,7 +120,9 @@ impl Relation {
                       'bytea'::regtype, 'uuid'::regtype, 'date'::regtype, 'time'::regtype, \
                       'timestamp'::regtype, 'timestamptz'::regtype)) \
                    AND NOT EXISTS (SELECT FROM pg_collation l \
-                      WHERE l.oid = a.attcollation AND NOT l.collisdeterministic) \
+                      WHERE l.oid = a.attcollation AND NOT l.collisdeterministic), \
+                 t.typtype NOT IN ('b', 'e') OR EXISTS (SELECT FROM pg_type e \
+                     WHERE e.oid = t.typelem AND e.typtype NOT IN ('b', 'e')) \
              FROM pg_class k \
              LEFT JOIN (pg_attribute a JOIN pg_type t ON t.oid = a.atttypid) \
                ON a.attrelid = k.oid AND a.attnum > 0 AND NOT a.attisdropped \
@@ -142,6 +158,7 @@ impl Relation {
                     primary: is(2),
                     comparable: is(3),
                     exact: is(8),
+                    checked: is(9),
                     type_name: row[4].clone().unwrap_or_default(),
                 };
                 let name = row[0].clone()?;

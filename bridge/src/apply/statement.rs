@@ -75,6 +75,11 @@ pub(super) fn texts<const N: usize>(values: [String; N]) -> Vec<Option<Bytes>> {
     values.map(|text| Some(Bytes::from(text))).to_vec()
 }
 
+fn place(column: &Column, number: usize) -> String {
+    let local = column.local.as_ref();
+    local.map_or_else(|| format!("${number}"), |local| local.place(number))
+}
+
 /// Its text, its values, and what it must do.
 pub(super) type Statement = (String, Vec<Option<Bytes>>, Expect);
 
@@ -100,7 +105,7 @@ pub(super) fn insert(
     for (index, column) in relation.writable() {
         names.push(quote_ident(&column.name));
         values.push(value(datums[index], payload));
-        places.push(format!("${}", values.len()));
+        places.push(place(column, values.len()));
     }
     if names.is_empty() {
         let sql = format!("INSERT INTO {} DEFAULT VALUES", relation.qualified());
@@ -127,7 +132,8 @@ pub(super) fn update(
     for (index, column) in relation.writable() {
         if datums[index] != Datum::Unchanged {
             values.push(value(datums[index], payload));
-            sets.push(format!("{} = ${}", quote_ident(&column.name), values.len()));
+            let value = place(column, values.len());
+            sets.push(format!("{} = {value}", quote_ident(&column.name)));
         }
     }
     if sets.is_empty() {
@@ -207,7 +213,8 @@ fn likeness(
         if ambiguous && matches!(datum, Datum::Text(_)) {
             values.push(value(datum, payload));
             here.push(quote_ident(&column.name));
-            there.push(format!("${}::{}", values.len(), local.type_name));
+            let place = local.place(values.len());
+            there.push(format!("{place}::{}", local.type_name));
         }
     }
     if here.is_empty() {
@@ -253,12 +260,12 @@ fn clause(
             Datum::Unchanged => {}
             Datum::Text(_) => {
                 values.push(value(datum, payload));
-                let place = values.len();
+                let number = values.len();
                 let comparable = column.local.as_ref().is_none_or(|local| local.comparable);
                 terms.push(if comparable {
-                    format!("{name} = ${place}")
+                    format!("{name} = {}", place(column, number))
                 } else {
-                    format!("{name}::pg_catalog.text = ${place}::pg_catalog.text")
+                    format!("{name}::pg_catalog.text = ${number}::pg_catalog.text")
                 });
             }
         }

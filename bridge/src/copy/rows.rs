@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context, bail};
 use tokio::task::JoinSet;
 
-use crate::apply::{COMPRESS_FAST, other_place};
+use crate::apply::{AS_OWNERS, COMPRESS_FAST, other_place};
 use crate::client::{Client, PgError, SessionOptions, quote_literal, quote_table};
 use crate::conninfo::ConnInfo;
 use crate::status::Shared;
@@ -272,6 +272,7 @@ pub(super) async fn local_session(shared: &Arc<Shared>) -> anyhow::Result<Client
     let info = ConnInfo::parse(&shared.config.database.url)?;
     let mut client = Client::connect(&info, &options).await?;
     client.simple(COMPRESS_FAST).await?;
+    client.simple(AS_OWNERS).await?;
     client.lift_transaction_limit().await?;
     Ok(client)
 }

@@ -9,6 +9,7 @@ mod layouts;
 mod matching;
 mod mistakes;
 mod network;
+mod owners;
 mod partitions;
 mod refusals;
 mod regressions;
