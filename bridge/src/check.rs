@@ -9,6 +9,7 @@ use crate::config::Config;
 use crate::conninfo::ConnInfo;
 use crate::handshake::Security;
 use crate::node::instance;
+use crate::open::RECEIVER;
 use crate::upstream::{BRIDGE_PARAMETER, connect};
 
 /// One thing that was looked at.
@@ -161,7 +162,12 @@ impl Report {
         }
         let before = self.0.len();
         if config.parent.is_none() {
-            self.wal_level(what, &mut client).await;
+            let receives = "SELECT EXISTS (SELECT FROM terrace.progress)";
+            match self.value(what, &mut client, receives).await.as_deref() {
+                Some("f") => self.wal_level(what, &mut client).await,
+                Some(_) => self.bad(format!("{what}: {RECEIVER}")),
+                None => {}
+            }
         }
         if self.0.len() == before {
             self.good(format!("{what}: {} is ready", info.endpoint()));

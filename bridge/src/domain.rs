@@ -7,6 +7,9 @@
 //! history, and whoever takes the slot verifies that nothing is missing. Deciding
 //! well saves time and bandwidth.
 //!
+//! A server that holds another history than ours, which has another top or is one, is as if it
+//! were not there, as long as ours is not known to be wrong.
+//!
 //! The rules, in the order in which they are asked:
 //!
 //! 1. *A master stays* unless another master is in sight that comes before it, and says so
@@ -41,7 +44,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 pub use source::{Source, choose_parent, copies_first, copy_source};
-pub use view::{Link, Own, Peer, Sight, Told, in_sight};
+pub use view::{Link, Own, Peer, Sight, Told, in_sight, stranger};
 
 use crate::lsn::Lsn;
 use crate::status::Role;

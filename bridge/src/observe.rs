@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::client::{Client, PgError};
 use crate::config::Config;
 use crate::conninfo::ConnInfo;
-use crate::domain::{Peer, Sight, Told};
+use crate::domain::{Peer, Sight, Told, stranger};
 use crate::lsn::{Identity, Lsn};
 use crate::matching::Windows;
 use crate::upstream::{BRIDGE_PARAMETER, is_standby, session};
@@ -211,12 +211,16 @@ impl Observer {
         self.peers.iter().filter_map(told).collect()
     }
 
-    /// What is wrong with how the servers of the domain name each other.
-    pub fn problem(&self) -> Option<String> {
+    /// What is wrong with how the servers of the domain name each other, or with what they hold
+    /// beside `own`.
+    pub fn problem(&self, own: &Told) -> Option<String> {
         let seen = self.seen();
-        self.peers
+        let named = self
+            .peers
             .iter()
-            .find_map(|peer| seen.get(&peer.name)?.problem.clone())
+            .find_map(|peer| seen.get(&peer.name)?.problem.clone());
+        drop(seen);
+        named.or_else(|| stranger(own, &self.peers()))
     }
 
     fn look(&self, servers: &[Watched]) -> Vec<Peer> {

@@ -24,6 +24,10 @@ const MAX_PAUSE: Duration = Duration::from_secs(5);
 /// Pause while there is nobody to copy from.
 const LOOK_AGAIN: Duration = Duration::from_millis(300);
 
+/// What is wrong with a receiving server that names no parent.
+pub const RECEIVER: &str = "the database receives changes from above, but [parent] is missing in \
+     the configuration; name the servers above: only a bridge beside the top has none";
+
 /// A queue with its writer.
 pub struct Opened {
     /// The queue.
@@ -184,6 +188,7 @@ async fn open_at_top(
     dir: &Path,
     opened: Option<(Queue, Writer)>,
 ) -> anyhow::Result<Opened> {
+    refuse_receiver(shared).await?;
     if let Some((queue, writer)) = opened {
         shared.set_identity(queue.identity(), true);
         return Ok(Opened {
@@ -207,6 +212,25 @@ async fn open_at_top(
             Err(error) => {
                 tracing::warn!("{error:#}");
                 shared.set_link(State::Stalled, Some(format!("{error:#}")));
+            }
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(MAX_PAUSE);
+    }
+}
+
+/// One that received would give out its own changes as the top's.
+async fn refuse_receiver(shared: &Arc<Shared>) -> anyhow::Result<()> {
+    let mut pause = Duration::from_millis(100);
+    loop {
+        match local_progress(shared).await {
+            Ok(None) => return Ok(()),
+            Ok(Some(_)) => bail!(RECEIVER),
+            Err(error) => {
+                let problem = format!("{error:#}");
+                if shared.set_link(State::Stalled, Some(problem.clone())) {
+                    tracing::warn!("{problem}");
+                }
             }
         }
         sleep(pause).await;
@@ -274,7 +298,7 @@ async fn copy_from_somewhere(
         Source::Peer(name) => (observer.peer_info(&name), false),
         Source::Parent => {
             // Another server of the domain may have what seems to be nowhere.
-            if let Some(problem) = observer.problem() {
+            if let Some(problem) = observer.problem(&told) {
                 bail!(problem);
             }
             let mut anywhere = told;
@@ -321,7 +345,7 @@ fn publish_view(shared: &Shared, observer: &Observer, copying: bool) {
         parent_ok: in_sight.is_some(),
         copying,
         report_to: in_sight,
-        problem: observer.problem(),
+        problem: observer.problem(&shared.told()),
         domains: vec![shared.config.node.domain.clone()],
         ..View::default()
     });

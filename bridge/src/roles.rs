@@ -412,12 +412,17 @@ impl Roles {
     /// While the servers of the domain do not name each other as they should, what is
     /// seen of the domain may not be all of it: nothing is done that cannot be undone.
     fn with_care(&self, decision: Decision) -> Decision {
-        let unsure = self.observer.problem().is_some();
+        let unsure = self.problem().is_some();
         match decision {
             Decision::Lead { .. } if unsure => Decision::Lead { depose: None },
             Decision::Gap { .. } | Decision::CopyAnew if unsure => Decision::Stay,
             decision => decision,
         }
+    }
+
+    /// What is wrong with the domain as it is seen from here.
+    fn problem(&self) -> Option<String> {
+        self.observer.problem(&self.shared.told())
     }
 
     fn gap(&mut self, confirmed: Lsn, unseen: &[String], waited: bool, peers: &[Peer]) -> Next {
@@ -439,7 +444,7 @@ impl Roles {
     /// from the parent; the others serve what they have until they can copy from that one.
     fn tell_gap(&mut self, state: State, reason: String, sure: bool, peers: &[Peer]) -> Next {
         let failover = &self.shared.config.failover;
-        if failover.resync_on_gap && sure && self.observer.problem().is_none() {
+        if failover.resync_on_gap && sure && self.problem().is_none() {
             let own = self.shared.told();
             if domain::copies_first(&own, peers, failover.takeover_after) {
                 return Next::End(End::CopyAnew {
@@ -507,7 +512,7 @@ impl Roles {
             domains,
             yields_to: self.decider.yields_to(),
             report_to: self.observer.parent_in_sight(parents),
-            problem: self.observer.problem(),
+            problem: self.problem(),
         });
         is_led
     }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use terrace_bridge::domain::{Decider, Decision, Link, Own, Peer, Refusal, Sight, Told};
-use terrace_bridge::lsn::Lsn;
+use terrace_bridge::lsn::{Identity, Lsn};
 use terrace_bridge::status::Role;
 
 const TAKEOVER_AFTER: Duration = Duration::from_secs(3);
@@ -66,6 +66,49 @@ fn who_takes_over_without_a_link_fetches_what_it_lacks() {
         decider.decide(seconds(11), &own(90, Link::None), &peers),
         lead
     );
+}
+
+// One with another top, or none, was the master that goes first: a healthy one made way for it,
+// and threw its data away.
+#[test]
+fn a_server_of_another_history_is_as_if_it_were_not_there() {
+    let history = |system_id: u64| {
+        Some(Identity {
+            system_id,
+            timeline: 1,
+            database: "app".into(),
+            publication: "terrace".into(),
+            format: 1,
+        })
+    };
+    let mut stranger = told("two", Role::Master, 900);
+    stranger.identity = history(2);
+    let seen = |at: u64| {
+        let mut peer = peer(stranger.clone());
+        peer.told.as_mut().unwrap().top_time = at as i64 * 1_000_000;
+        [peer]
+    };
+    let ours = |link| {
+        let mut own = own(100, link);
+        own.told.identity = history(1);
+        own
+    };
+    let mut decider = Decider::new(TAKEOVER_AFTER, 2);
+    for at in 10..20 {
+        let decision = decider.decide(seconds(at), &ours(Link::Parent), &seen(at));
+        assert_eq!(decision, Decision::Stay);
+    }
+    let mut decider = Decider::new(TAKEOVER_AFTER, 2);
+    let lead = Decision::Lead { depose: None };
+    let decision = decider.decide(seconds(10), &ours(Link::None), &seen(10));
+    assert_eq!(decision, lead);
+    let problem = terrace_bridge::domain::stranger(&ours(Link::None).told, &seen(10));
+    assert!(problem.unwrap().contains("node two holds another history"));
+    // Of one's own history it is what it says.
+    let mut peers = seen(10);
+    peers[0].told.as_mut().unwrap().identity = history(1);
+    let decision = decider.decide(seconds(11), &ours(Link::None), &peers);
+    assert_eq!(decision, Decision::Follow("two".into()));
 }
 
 // Rule G: a master with a majority out of its reach makes room for a slave that reaches one, and for no other.

@@ -137,17 +137,19 @@ pub(super) struct View<'a> {
 
 impl<'a> View<'a> {
     pub fn live(&self) -> impl Iterator<Item = (&'a str, &'a Told)> + use<'a> {
-        let limit = self.limit;
-        self.peers
-            .iter()
-            .filter(move |peer| peer.sight.is_live(limit))
+        self.live_peers()
             .filter_map(|peer| Some((peer.name.as_str(), peer.told.as_ref()?)))
     }
 
     pub fn live_peers(&self) -> impl Iterator<Item = &'a Peer> + use<'a> {
-        let limit = self.limit;
-        let peers = self.peers.iter();
-        peers.filter(move |peer| peer.sight.is_live(limit) && peer.told.is_some())
+        let (limit, own) = (self.limit, &self.own.told);
+        self.peers
+            .iter()
+            .filter(move |peer| peer.sight.is_live(limit))
+            .filter(move |peer| {
+                let told = peer.told.as_ref();
+                told.is_some_and(|told| !is_stranger(own, told))
+            })
     }
 
     pub fn told(peer: &'a Peer) -> &'a Told {
@@ -263,6 +265,25 @@ impl<'a> View<'a> {
 pub fn in_sight(peers: &[Peer]) -> usize {
     let answers = |peer: &&Peer| peer.sight == Sight::Answers && peer.told.is_some();
     peers.iter().filter(answers).count() + 1
+}
+
+/// Whether it holds another history than a server that serves its own: it has another top, or
+/// none. What it leads is not ours, and nothing here is given up for it.
+fn is_stranger(own: &Told, told: &Told) -> bool {
+    own.serves && !same_origin(own, told)
+}
+
+/// What is wrong if there is such a server in the domain.
+pub fn stranger(own: &Told, peers: &[Peer]) -> Option<String> {
+    let told = peers.iter().filter_map(|peer| peer.told.as_ref());
+    let stranger = told.into_iter().find(|told| is_stranger(own, told))?;
+    let theirs = stranger.identity.as_ref()?;
+    let ours = own.identity.as_ref()?;
+    Some(format!(
+        "node {} holds another history than this one ({theirs} and {ours}): it has another top; \
+         correct its [parent], or this server's, and copy anew with \"terrace-bridge resync\" there",
+        stranger.node
+    ))
 }
 
 /// Whether both tell of one history, perhaps of different timelines of it.

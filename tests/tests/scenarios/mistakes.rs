@@ -58,6 +58,65 @@ fn a_server_that_lists_no_peers_harms_nobody() {
     tree.all_is_well(counting);
 }
 
+// A server whose parent was forgotten in its file is a top of its own. It used to be the master
+// that goes first, and the healthy one threw its data away to copy from it.
+#[test]
+fn a_server_without_its_parent_is_no_master_of_the_others() {
+    let mut tree = Tree::grow(STEPS, &TWO);
+    let counting = count_up(&tree.top);
+    counting.go_on(20);
+    let master = tree.settled_master("region");
+    let slave = tree.with_role("region", "slave");
+    let config = tree.node(&slave).bridge.config();
+    let text = fs::read_to_string(&config).expect("read");
+    let parent = text.find("[parent]").expect("parent");
+    let peers = text.find("[peers]").expect("peers");
+    fs::write(&config, format!("{}{}", &text[..parent], &text[peers..])).expect("write");
+    let node = tree.node(&slave);
+    node.bridge.stop();
+    node.server.sql("ALTER SYSTEM SET wal_level = logical");
+    node.server.restart().expect("restart");
+    wait_until("it is up", || node.server.try_connect().is_ok());
+    for command in ["check", "run"] {
+        let output = node.bridge.run(command).expect("run");
+        let said = String::from_utf8_lossy(&output.stdout).into_owned()
+            + &String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success(), "{command}: {said}");
+        assert!(
+            said.contains("receives changes from above"),
+            "{command}: {said}"
+        );
+    }
+    // One that never received anything cannot know.
+    node.server
+        .sql("DROP EXTENSION terrace CASCADE; CREATE EXTENSION terrace");
+    fs::remove_dir_all(node.bridge.directory().join("data")).expect("remove the queue");
+    node.bridge.restart().expect("start");
+    wait_until("the master says what is wrong", || {
+        let said = reason(&mut tree, &master);
+        said.contains(&format!("{slave} holds another history"))
+    });
+    counting.go_on(100);
+    // Nor when the one that is right begins anew.
+    tree.node(&master).bridge.kill9();
+    tree.node(&master).bridge.restart().expect("start");
+    tree.rows_arrive(&master, Duration::from_secs(10));
+    assert_eq!(tree.with_role("region", "master"), master);
+    let node = tree.node(&slave);
+    node.bridge.stop();
+    node.server
+        .sql("SELECT pg_drop_replication_slot('terrace_region')");
+    node.server
+        .sql("DROP EXTENSION terrace CASCADE; DROP TABLE steps, trail");
+    node.server.sql("CREATE EXTENSION terrace");
+    fs::remove_dir_all(node.bridge.directory().join("data")).expect("remove the queue");
+    fs::write(&config, text).expect("write");
+    node.bridge.restart().expect("start");
+    tree.wait_streaming();
+    assert_eq!(tree.top.value(COPIES), "0", "nobody has copied anew");
+    tree.all_is_well(counting);
+}
+
 // Both servers are told to copy anew, as the message has it; they used to copy from each
 // other for ever.
 #[test]
