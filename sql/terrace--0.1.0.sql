@@ -79,8 +79,11 @@ CREATE TABLE checksum (
     PRIMARY KEY (comparison, range)
 );
 
--- What flows is flowing data itself, so that it is exact at each position.
+-- What flows is flowing data itself, so that it is exact at each position. Of wal_level, which
+-- only the top needs, create_domain() speaks.
+SET LOCAL client_min_messages = error;
 CREATE PUBLICATION terrace FOR TABLE domain, sync_table, sync_schema, partition, seal, comparison, checksum;
+SET LOCAL client_min_messages = warning;
 
 CREATE FUNCTION tie_publication(publication oid, extension oid) RETURNS void
     LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'tie_publication_wrapper';
@@ -817,6 +820,10 @@ BEGIN
         RAISE EXCEPTION 'domain "%" already exists', name USING ERRCODE = 'duplicate_object';
     END IF;
     INSERT INTO terrace.domain VALUES (create_domain.name, create_domain.parent);
+    IF current_setting('wal_level') <> 'logical' THEN
+        RAISE WARNING 'wal_level is "%": no bridge can follow this server', current_setting('wal_level')
+            USING HINT = 'Set wal_level = logical in postgresql.conf and restart.';
+    END IF;
 END $$;
 
 CREATE FUNCTION drop_domain(name text) RETURNS void
@@ -1554,6 +1561,9 @@ CREATE VIEW lag AS
            s.last_tag, s.last_label, s.reply_time,
            CASE WHEN s.silent THEN 'no report for more than 5 s' ELSE s.reason END AS reason
     FROM node_status s CROSS JOIN top LEFT JOIN domains d ON d.name = s.domain
+    -- Everybody tells the master, by one way or another; who tells nothing here may tell it there.
+    WHERE NOT s.silent OR s.self OR top.here
+       OR EXISTS (SELECT FROM node_status WHERE self AND role = 'master')
     UNION ALL
     SELECT 'top', 0, 'top', 'master', 'streaming', NULL, lsn, lsn, lsn, 0, interval '0', NULL, NULL,
            NULL, NULL, pg_catalog.clock_timestamp(), NULL

@@ -58,12 +58,24 @@ impl DbError {
         }
         error
     }
+
+    /// Whether the detail may hold values of a row. Reasons are read by everybody, at the top
+    /// too, and PostgreSQL itself keeps these from who may not read the table: class 22 is of
+    /// data, 23 of constraints.
+    fn tells_of_rows(&self) -> bool {
+        self.code.starts_with("22") || self.code.starts_with("23")
+    }
+
+    /// That detail, for the log of this server.
+    pub fn detail_of_rows(&self) -> Option<&str> {
+        self.detail.as_deref().filter(|_| self.tells_of_rows())
+    }
 }
 
 impl std::fmt::Display for DbError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}", self.message)?;
-        if let Some(detail) = &self.detail {
+        if let Some(detail) = self.detail.as_ref().filter(|_| !self.tells_of_rows()) {
             write!(f, " ({detail})")?;
         }
         if let Some(hint) = &self.hint {
@@ -81,7 +93,7 @@ pub enum PgError {
     Db(Box<DbError>),
     /// The connection failed.
     #[error("connection failed: {0}")]
-    Io(#[from] io::Error),
+    Io(io::Error),
     /// TLS could not be set up.
     #[error("TLS: {0}")]
     Tls(String),
@@ -97,6 +109,13 @@ pub enum PgError {
          waits for that goes on by itself)"
     )]
     Standby,
+}
+
+// Not as a source, which would be told twice.
+impl From<io::Error> for PgError {
+    fn from(error: io::Error) -> PgError {
+        PgError::Io(error)
+    }
 }
 
 impl PgError {
@@ -559,5 +578,23 @@ pub fn quote_literal(text: &str) -> String {
         format!(" E'{}'", quoted.replace('\\', "\\\\"))
     } else {
         format!("'{quoted}'")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_tells_everybody_nothing_of_rows() {
+        let of = |code: &str| DbError {
+            code: code.into(),
+            message: "refused".into(),
+            detail: Some("Failing row contains (secret)".into()),
+            ..DbError::default()
+        };
+        assert_eq!(of("23502").to_string(), "refused [SQLSTATE 23502]");
+        assert!(of("23502").detail_of_rows().is_some());
+        assert!(of("42P01").to_string().contains("Failing row"));
     }
 }

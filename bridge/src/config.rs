@@ -190,8 +190,16 @@ fn split_unit(text: &str) -> Option<(u64, &str)> {
     Some((text[..digits].parse().ok()?, text[digits..].trim()))
 }
 
+/// A number without a unit is shown as it is.
+fn text_of<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    Ok(match toml::Value::deserialize(deserializer)? {
+        toml::Value::String(text) => text,
+        other => other.to_string(),
+    })
+}
+
 fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
-    let text = String::deserialize(deserializer)?;
+    let text = text_of(deserializer)?;
     let parsed = split_unit(&text).and_then(|(number, unit)| {
         let shift = match unit {
             "B" => 0,
@@ -205,13 +213,13 @@ fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
     });
     parsed.ok_or_else(|| {
         D::Error::custom(format!(
-            "invalid size \"{text}\"; write it as \"256MiB\" or \"16GiB\""
+            "invalid size {text:?}; write it as \"256MiB\" or \"16GiB\""
         ))
     })
 }
 
 fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
-    let text = String::deserialize(deserializer)?;
+    let text = text_of(deserializer)?;
     let parsed = split_unit(&text)
         .filter(|(number, _)| *number > 0)
         .and_then(|(number, unit)| match unit {
@@ -222,7 +230,7 @@ fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::E
         });
     parsed.ok_or_else(|| {
         D::Error::custom(format!(
-            "invalid duration \"{text}\"; write it as \"200ms\" or \"3s\""
+            "invalid duration {text:?}; write it as \"200ms\" or \"3s\""
         ))
     })
 }
@@ -237,17 +245,16 @@ impl Config {
         let text = std::fs::read_to_string(path)
             .map_err(|error| ConfigError(format!("cannot read {}: {error}", path.display())))?;
         Config::parse(&text)
+            .map_err(|ConfigError(problem)| ConfigError(format!("{}: {problem}", path.display())))
     }
 
     /// Reads and checks a text.
     pub fn parse(text: &str) -> Result<Config, ConfigError> {
         let config: Config = toml::from_str(text).map_err(|error| {
             // The library's own text quotes the line, which may hold a password.
-            let line = error
-                .span()
-                .map(|span| text[..span.start].matches('\n').count() + 1);
-            let place = line.map_or(String::new(), |line| format!("line {line}: "));
-            ConfigError(format!("{place}{}", without_value(error.message())))
+            let place = error.span().map(|span| place(text, span.start));
+            let message = without_value(error.message());
+            ConfigError(format!("{}{message}", place.unwrap_or_default()))
         })?;
         config.check()?;
         Ok(config)
@@ -269,6 +276,13 @@ impl Config {
                 "node.domain \"{domain}\" must start with a lower-case letter and go on with \
                  lower-case letters, digits or \"_\", 40 characters at most"
             ));
+        }
+        if self.parent.is_some() && (name == "top" || domain == "top") {
+            return fail(
+                "node.name and node.domain \"top\" are those of a bridge beside the top; \
+                 choose others below it"
+                    .into(),
+            );
         }
         check_url("database.url", &self.database.url)?;
         if let Some(parent) = &self.parent {
@@ -333,6 +347,16 @@ impl Config {
     }
 }
 
+/// The line that holds this place of the text, and its key.
+fn place(text: &str, at: usize) -> String {
+    let number = text[..at].matches('\n').count() + 1;
+    let line = text.lines().nth(number - 1).unwrap_or_default();
+    match line.split_once('=').map(|(key, _)| key.trim()) {
+        Some(key) if plain_name(key, "_-.") => format!("line {number}: {key}: "),
+        _ => format!("line {number}: "),
+    }
+}
+
 fn plain_name(name: &str, extra: &str) -> bool {
     !name.is_empty()
         && name.len() <= 63
@@ -341,14 +365,20 @@ fn plain_name(name: &str, extra: &str) -> bool {
             .all(|char| char.is_ascii_alphanumeric() || extra.contains(char))
 }
 
-/// The library quotes the value that does not fit, which may hold a password.
+/// The library quotes the value that does not fit, which may hold a password. It comes first,
+/// with a backslash before what would end it.
 fn without_value(message: &str) -> String {
-    match (message.find('"'), message.rfind('"')) {
-        (Some(from), Some(to)) if from < to => {
-            format!("{}…{}", &message[..=from], &message[to..])
-        }
-        _ => message.to_owned(),
-    }
+    let Some((before, quoted)) = message.split_once('"') else {
+        return message.to_owned();
+    };
+    let mut escaped = false;
+    let end = quoted.find(|char| {
+        let ends = char == '"' && !escaped;
+        escaped = char == '\\' && !escaped;
+        ends
+    });
+    let after = end.map_or("\"", |end| &quoted[end..]);
+    format!("{before}\"…{after}")
 }
 
 fn check_url(key: &str, url: &str) -> Result<(), ConfigError> {
@@ -400,8 +430,19 @@ mod tests {
                 "relay.auth_file is not set",
             ),
             ("[relay]\ntls_cert = \"x\"", "must be given together"),
-            ("[queue]\nretain_min = \"12 parsecs\"", "invalid size"),
-            ("[failover]\nheartbeat = \"0s\"", "invalid duration"),
+            (
+                "[queue]\nretain_min = \"12 parsecs\"",
+                "line 8: retain_min: invalid size \"…\"; write it as \"256MiB\"",
+            ),
+            (
+                "[failover]\nheartbeat = \"0s\"",
+                "heartbeat: invalid duration \"…\"; write it as \"200ms\"",
+            ),
+            ("[failover]\nheartbeat = 5", "write it as \"200ms\""),
+            (
+                "[queue]\nretain_min = \"a\\\"secret\"",
+                "invalid size \"…\"; write it as",
+            ),
             ("[aply]", "unknown field `aply`"),
             ("[apply]\non_error = \"ignore\"", "must be \"stall\" or"),
             (

@@ -1,7 +1,13 @@
 //! `/metrics` for Prometheus, `/healthz` and `/readyz` for supervisors.
 
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::task::{self, Poll};
+use std::time::Duration;
 
 use anyhow::Context;
 use axum::Router;
@@ -11,7 +17,10 @@ use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
-use tokio::net::TcpListener;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Sleep, sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::{PG_EPOCH_MICROS, unix_micros};
@@ -47,6 +56,13 @@ const COUNTED: [(&str, &str, &str); 6] = [
     ),
 ];
 
+/// Connections at the same time: a supervisor and some scrapers; others wait …
+const MAX_VISITS: usize = 64;
+/// … and none is served for longer.
+const VISIT: Duration = Duration::from_secs(15);
+/// An answer that is under way when the bridge ends gets so long.
+const FAREWELL: Duration = Duration::from_secs(1);
+
 /// Serves until `cancel`.
 pub async fn run(shared: Arc<Shared>, cancel: CancellationToken) -> anyhow::Result<()> {
     let listen = &shared.config.http.listen;
@@ -58,10 +74,90 @@ pub async fn run(shared: Arc<Shared>, cancel: CancellationToken) -> anyhow::Resu
         .route("/metrics", get(move || async move { metrics(&metrics_of) }))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(move || async move { ready(&ready_of) }));
-    axum::serve(listener, router)
-        .with_graceful_shutdown(async move { cancel.cancelled().await })
-        .await
-        .context("serve HTTP")
+    let door = Door {
+        listener,
+        places: Arc::new(Semaphore::new(MAX_VISITS)),
+    };
+    let ends = cancel.clone();
+    let serving =
+        axum::serve(door, router).with_graceful_shutdown(async move { ends.cancelled().await });
+    tokio::select! {
+        served = serving => served.context("serve HTTP"),
+        // Who has not said all yet is not waited for.
+        () = async { cancel.cancelled().await; sleep(FAREWELL).await } => Ok(()),
+    }
+}
+
+/// Lets few in at a time, and nobody for long: anyone may come.
+struct Door {
+    listener: TcpListener,
+    places: Arc<Semaphore>,
+}
+
+struct Visit {
+    tcp: TcpStream,
+    end: Pin<Box<Sleep>>,
+    _place: Option<OwnedSemaphorePermit>,
+}
+
+impl axum::serve::Listener for Door {
+    type Io = Visit;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Visit, SocketAddr) {
+        let place = Arc::clone(&self.places).acquire_owned().await.ok();
+        let (tcp, from) = axum::serve::Listener::accept(&mut self.listener).await;
+        let visit = Visit {
+            tcp,
+            end: Box::pin(sleep(VISIT)),
+            _place: place,
+        };
+        (visit, from)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+}
+
+impl AsyncRead for Visit {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut task::Context<'_>,
+        into: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.end.as_mut().poll(context).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
+        Pin::new(&mut self.tcp).poll_read(context, into)
+    }
+}
+
+impl AsyncWrite for Visit {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut task::Context<'_>,
+        from: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        if self.end.as_mut().poll(context).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
+        Pin::new(&mut self.tcp).poll_write(context, from)
+    }
+
+    fn poll_flush(
+        mut self: Pin<&mut Self>,
+        context: &mut task::Context<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.tcp).poll_flush(context)
+    }
+
+    fn poll_shutdown(
+        mut self: Pin<&mut Self>,
+        context: &mut task::Context<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.tcp).poll_shutdown(context)
+    }
 }
 
 fn ready(shared: &Shared) -> (StatusCode, String) {

@@ -101,9 +101,20 @@ struct Which {
     domain: Option<String>,
 }
 
+/// Followers and clients take a descriptor each, and the usual limit is for programs that use
+/// select().
+fn raise_file_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // What cannot be had is done without.
+    setrlimit(Resource::Nofile, limit).ok();
+}
+
 fn main() -> ExitCode {
     // What we write holds rows, and the socket takes orders.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    raise_file_limit();
     let arguments = Arguments::parse();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     let logs = tracing_subscriber::fmt()

@@ -12,7 +12,7 @@ mod session;
 mod splice;
 mod stream;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -20,6 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::bail;
+use bytes::Bytes;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::timeout;
@@ -54,6 +55,8 @@ struct Relay {
     sessions: AtomicU32,
     strangers: Strangers,
     places: Semaphore,
+    /// Of sessions that are passed on, as their clients would cancel by.
+    keys: Mutex<HashSet<Bytes>>,
 }
 
 /// Connections before authentication. Letting one in takes milliseconds, so whoever has
@@ -124,6 +127,10 @@ struct Holder {
 }
 
 impl Relay {
+    fn keys(&self) -> MutexGuard<'_, HashSet<Bytes>> {
+        self.keys.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn local(&self) -> anyhow::Result<ConnInfo> {
         Ok(ConnInfo::parse(&self.shared.config.database.url)?)
     }
@@ -158,9 +165,10 @@ pub async fn run(
         sessions: AtomicU32::new(first_session(&shared)),
         shared,
         strangers: Strangers::default(),
+        keys: Mutex::default(),
         places: Semaphore::new(MAX_SESSIONS),
     });
-    let trusting = Arc::new(Security::trusting()?);
+    let (trusting, mut crowded) = (Arc::new(Security::trusting()?), false);
     let control = control::listen(&relay.shared.config.node.data_dir);
     if let Err(error) = &control {
         tracing::warn!("no orders can be given on this machine: {error:#}");
@@ -172,10 +180,15 @@ pub async fn run(
             () = cancel.cancelled() => return Ok(()),
         };
         let (stream, address) = match accepted {
-            Ok(accepted) => accepted,
+            Ok(accepted) => {
+                crowded = false;
+                accepted
+            }
             Err(error) => {
                 // Out of file descriptors, most likely: others will end.
-                tracing::warn!("accept on the relay port: {error}");
+                if !std::mem::replace(&mut crowded, true) {
+                    tracing::warn!("accept on the relay port: {error}");
+                }
                 tokio::time::sleep(std::time::Duration::from_millis(100)).await;
                 continue;
             }
@@ -227,7 +240,15 @@ async fn serve(
     };
     match accepted {
         // Nobody has shown who it is, so it goes on counting as a stranger.
-        Accepted::Cancel(packet) => splice::cancel(&relay.local()?, &packet).await,
+        Accepted::Cancel(packet) => {
+            let Some(arrival) = &arrival else {
+                return Ok(());
+            };
+            tokio::select! {
+                passed = timeout(FAREWELL, splice::cancel(&relay, &packet)) => passed?,
+                () = arrival.end.cancelled() => bail!("wanted to cancel while others came"),
+            }
+        }
         Accepted::Session {
             mut framed,
             parameters,

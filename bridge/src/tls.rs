@@ -7,12 +7,12 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{WebPkiServerVerifier, verify_server_name};
 use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::server::WebPkiClientVerifier;
+use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, ServerConfig,
     SignatureScheme,
@@ -50,22 +50,25 @@ fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
         .map_err(|error| format!("cannot read private key {}: {error}", path.display()))
 }
 
-fn roots(path: &Path) -> Result<RootCertStore, TlsError> {
+/// Those of the file, and as what they are trusted.
+fn roots(path: &Path) -> Result<(RootCertStore, Vec<CertificateDer<'static>>), TlsError> {
     let mut roots = RootCertStore::empty();
+    let mut named = Vec::new();
     if path == Path::new("system") {
         let native = rustls_native_certs::load_native_certs();
         roots.add_parsable_certificates(native.certs);
     } else {
-        for certificate in certificates(path)? {
+        named = certificates(path)?;
+        for certificate in &named {
             roots
-                .add(certificate)
+                .add(certificate.clone())
                 .map_err(|error| format!("{}: {error}", path.display()))?;
         }
     }
     if roots.is_empty() {
         Err("no trusted root certificate found".into())
     } else {
-        Ok(roots)
+        Ok((roots, named))
     }
 }
 
@@ -78,17 +81,18 @@ pub fn client_config(info: &ConnInfo) -> Result<Arc<ClientConfig>, TlsError> {
         None if verified => Some(roots(Path::new("system"))?),
         None => None,
     };
-    let inner = match roots {
-        Some(roots) => Some(
-            WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider())
-                .build()
-                .map_err(|error| error.to_string())?,
-        ),
-        None => None,
+    let (inner, named) = match roots {
+        Some((roots, named)) => {
+            let builder = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider());
+            let inner = builder.build().map_err(|error| error.to_string())?;
+            (Some(inner), named)
+        }
+        None => (None, Vec::new()),
     };
     // With a root file at hand libpq verifies the authority under `require` too.
     let verifier = Verifier {
         inner,
+        named,
         check_name: info.ssl_mode() == SslMode::VerifyFull,
     };
     let builder = ClientConfig::builder_with_provider(provider())
@@ -118,7 +122,22 @@ pub fn server_name(host: &str) -> Result<ServerName<'static>, TlsError> {
 struct Verifier {
     /// `None` accepts any certificate, as libpq does below `verify-ca`.
     inner: Option<Arc<WebPkiServerVerifier>>,
+    /// Certificates of `sslrootcert`.
+    named: Vec<CertificateDer<'static>>,
     check_name: bool,
+}
+
+impl Verifier {
+    /// Whether the server's certificate is itself the one that is trusted, as `openssl req -x509`
+    /// makes it, and so one of an authority. Its dates have been looked at before it was refused
+    /// for that (`check_issuer_independent_properties` of webpki).
+    fn is_trusted_itself(&self, certificate: &CertificateDer<'_>, error: &Error) -> bool {
+        let Error::InvalidCertificate(CertificateError::Other(error)) = error else {
+            return false;
+        };
+        error.0.downcast_ref() == Some(&webpki::Error::CaUsedAsEndEntity)
+            && self.named.contains(certificate)
+    }
 }
 
 impl ServerCertVerifier for Verifier {
@@ -138,6 +157,12 @@ impl ServerCertVerifier for Verifier {
             Err(Error::InvalidCertificate(
                 CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
             )) if !self.check_name => Ok(ServerCertVerified::assertion()),
+            Err(error) if self.is_trusted_itself(end_entity, &error) => {
+                if self.check_name {
+                    verify_server_name(&ParsedCertificate::try_from(end_entity)?, name)?;
+                }
+                Ok(ServerCertVerified::assertion())
+            }
             verdict => verdict,
         }
     }
@@ -183,7 +208,7 @@ pub fn server_config(
     let builder = match client_ca {
         None => builder.with_no_client_auth(),
         Some(path) => builder.with_client_cert_verifier(
-            WebPkiClientVerifier::builder_with_provider(Arc::new(roots(path)?), provider())
+            WebPkiClientVerifier::builder_with_provider(Arc::new(roots(path)?.0), provider())
                 .build()
                 .map_err(|error| format!("{}: {error}", path.display()))?,
         ),

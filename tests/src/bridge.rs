@@ -228,6 +228,13 @@ impl Bridge {
             .map(|mut process| process.stop(PATIENCE).expect("stop a bridge"))
     }
 
+    /// Number of its open files and sockets.
+    pub fn descriptors(&self) -> usize {
+        let process = self.process.as_ref().expect("a running bridge");
+        let list = fs::read_dir(format!("/proc/{}/fd", process.id()));
+        list.map_or(0, Iterator::count)
+    }
+
     /// SIGSTOP: there, but silent.
     pub fn pause(&self) {
         self.process

@@ -14,6 +14,11 @@ impl Session<'_> {
     /// What cannot be applied, for people, with where it ends. Errors that say nothing of
     /// the transaction stay as they are.
     pub(super) async fn name_culprit(&mut self, error: anyhow::Error) -> anyhow::Error {
+        if let Some(PgError::Db(refused)) = error.chain().find_map(|cause| cause.downcast_ref())
+            && let Some(detail) = refused.detail_of_rows()
+        {
+            tracing::warn!(detail, "{}", refused.message);
+        }
         if !is_of_the_transaction(&error) || self.rewind().is_err() {
             return error;
         }

@@ -8,16 +8,15 @@ use tokio::io::{AsyncWriteExt, copy_bidirectional};
 
 use super::Relay;
 use crate::client::{Client, PATIENT, PgError, SessionOptions, open_stream};
-use crate::conninfo::ConnInfo;
 use crate::report::{RELAY_ROLE, prepare_local};
 use crate::wire::{self, Framed, Way};
 
-/// Passes a CancelRequest on; the key is one that the local Postgres gave out.
-pub async fn cancel(local: &ConnInfo, packet: &Bytes) -> anyhow::Result<()> {
-    if packet.len() != 8 {
+/// Passes a CancelRequest on, if its key is one of a session that is passed on.
+pub async fn cancel(relay: &Relay, packet: &Bytes) -> anyhow::Result<()> {
+    if !relay.keys().contains(packet) {
         return Ok(());
     }
-    let mut stream = open_stream(local, Way::Requests).await?;
+    let mut stream = open_stream(&relay.local()?, Way::Requests).await?;
     stream.write_all(&[0, 0, 0, 16, 4, 210, 22, 46]).await?;
     stream.write_all(packet).await?;
     Ok(stream.shutdown().await?)
@@ -33,24 +32,34 @@ pub async fn cancel(local: &ConnInfo, packet: &Bytes) -> anyhow::Result<()> {
 /// is made again.
 pub async fn open(relay: &Relay, parameters: &BTreeMap<String, String>) -> Result<Client, PgError> {
     match open_guarded(relay, parameters).await {
-        Err(error) if matches!(error.code(), Some("28P01" | "28000" | "42501")) => {
+        Err(Refused { error, ours: true }) => {
             tracing::warn!("the role {RELAY_ROLE} has been changed ({error}), making it again");
             prepare_local(&relay.shared)
                 .await
                 .map_err(|error| PgError::Protocol(format!("{error:#}")))?;
-            open_guarded(relay, parameters).await
+            open_guarded(relay, parameters)
+                .await
+                .map_err(|refused| refused.error)
         }
-        opened => opened,
+        opened => opened.map_err(|refused| refused.error),
     }
+}
+
+/// Why there is no session.
+struct Refused {
+    error: PgError,
+    /// It has to do with the role, and not with what the client wants to be set.
+    ours: bool,
 }
 
 async fn open_guarded(
     relay: &Relay,
     parameters: &BTreeMap<String, String>,
-) -> Result<Client, PgError> {
-    let info = relay
-        .restricted()
-        .map_err(|error| PgError::Protocol(error.to_string()))?;
+) -> Result<Client, Refused> {
+    let info = relay.restricted().map_err(|error| Refused {
+        error: PgError::Protocol(error.to_string()),
+        ours: false,
+    })?;
     let own = [
         "user",
         "database",
@@ -59,10 +68,12 @@ async fn open_guarded(
         "client_encoding",
         "application_name",
     ];
-    let wanted = parameters
+    let wanted: Vec<(String, String)> = parameters
         .iter()
         .filter(|(name, _)| !own.contains(&name.as_str()) && !name.starts_with("_pq_."))
-        .map(|(name, value)| (name.clone(), value.clone()));
+        .map(|(name, value)| (name.clone(), value.clone()))
+        .collect();
+    let wants = !wanted.is_empty() || parameters.contains_key("options");
     // What a copy takes must not depend on what the role or the database is set to; the
     // search path is the database's. What the client wants comes after, and counts.
     let fixed = [("role", "none")].into_iter().chain(PATIENT);
@@ -78,9 +89,41 @@ async fn open_guarded(
     // The client's own `-c name=value` list goes through as it came.
     options.raw_options = parameters.get("options").cloned();
     options.client_encoding = parameters.get("client_encoding").cloned();
-    let mut client = Client::connect(&info, &options).await?;
-    client.simple("SELECT terrace.guard_session()").await?;
+    let about_role = |error: PgError| {
+        let ours = match error.code() {
+            Some("28P01" | "28000") => true,
+            Some("42501") => !wants,
+            _ => false,
+        };
+        Refused { error, ours }
+    };
+    let mut client = Client::connect(&info, &options).await.map_err(about_role)?;
+    let guarded = client.simple("SELECT terrace.guard_session()").await;
+    guarded.map_err(|error| Refused {
+        ours: error.code() == Some("42501"),
+        error,
+    })?;
     Ok(client)
+}
+
+/// The key of a session that is passed on, known until this is dropped.
+struct Known<'a> {
+    relay: &'a Relay,
+    key: Bytes,
+}
+
+impl<'a> Known<'a> {
+    fn new(relay: &'a Relay, key: &Bytes) -> Known<'a> {
+        let key = key.clone();
+        relay.keys().insert(key.clone());
+        Known { relay, key }
+    }
+}
+
+impl Drop for Known<'_> {
+    fn drop(&mut self) {
+        self.relay.keys().remove(&self.key);
+    }
 }
 
 /// Serves a plain session to its end.
@@ -112,6 +155,7 @@ pub async fn run(
         wire::parameter_status(framed.out(), name, value);
     }
     let key = local.key_data().clone();
+    let _known = Known::new(relay, &key);
     wire::put(framed.out(), b'K', |out| out.extend_from_slice(&key));
     wire::ready_for_query(framed.out(), b'I');
     framed.flush().await?;

@@ -462,6 +462,13 @@ fn switchover_loses_nothing_and_wrong_ones_change_nothing() {
     });
     tree.node(other).bridge.restart().expect("start the bridge");
     tree.wait_streaming();
+    // Who was master says nothing of those that report elsewhere now.
+    for node in &tree.nodes {
+        wait_until("nobody is taken for down", || {
+            let down = "SELECT count(*) FROM terrace.lag WHERE state = 'down'";
+            node.server.value(down) == "0"
+        });
+    }
     tree.all_is_well(counting);
 }
 

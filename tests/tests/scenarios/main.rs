@@ -20,5 +20,6 @@ mod shapes;
 mod stalls;
 mod streams;
 mod timeline;
+mod tls;
 mod tree;
 mod types;

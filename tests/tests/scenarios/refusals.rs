@@ -12,6 +12,8 @@ use terrace_tests::scratch::free_port;
 use terrace_tests::server::explain;
 use terrace_tests::{Scratch, Server, ServerOptions, Tree, wait_until};
 
+use crate::network::psql;
+
 #[test]
 fn check_names_what_is_wrong() {
     let scratch = Scratch::new("terrace-").expect("scratch");
@@ -370,6 +372,15 @@ fn a_client_cannot_change_what_it_runs_under() {
         "CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1); SELECT terrace.add_table('t')",
         &[("region", None, 1)],
     );
+    // What a client wants to be set, and may not, is no fault of the role.
+    let conninfo = tree.nodes[0].bridge.conninfo();
+    psql(
+        &format!("{conninfo} options='-c role=postgres'"),
+        "SELECT 1",
+    )
+    .expect_err("a refusal");
+    let logged = tree.nodes[0].bridge.logged();
+    assert!(!logged.contains("has been changed"), "{logged}");
     let node = &tree.nodes[0];
     // What others left open to everybody, also with somebody else's rights.
     node.server.sql(
@@ -487,7 +498,7 @@ fn what_is_on_disk_is_for_the_bridge_alone() {
 // Connections that say nothing took all places of the relay for 10 s each.
 #[test]
 fn idle_connections_keep_nobody_out() {
-    let tree = Tree::grow(
+    let mut tree = Tree::grow(
         "CREATE TABLE t (id int PRIMARY KEY); SELECT terrace.add_table('t')",
         &[("region", None, 2)],
     );
@@ -503,5 +514,23 @@ fn idle_connections_keep_nobody_out() {
     }
     tree.top.sql("INSERT INTO t VALUES (1)");
     tree.wait_for_equal(&["t"]);
+    // Half a question on the other port takes no descriptors, and nobody waits for its end.
+    let half = |port: u16| {
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).expect("connect");
+        stream
+            .write_all(b"GET /metrics HTTP/1.1\r\n")
+            .expect("write");
+        stream
+    };
+    let bridge = &mut tree.nodes[0].bridge;
     drop(idle);
+    let halves: Vec<TcpStream> = (0..300).map(|_| half(bridge.http_port)).collect();
+    wait_until("few are let in", || {
+        (64..150).contains(&bridge.descriptors())
+    });
+    let started = Instant::now();
+    bridge.stop();
+    let took = started.elapsed();
+    assert!(took < Duration::from_secs(6), "it ended after {took:?}");
+    drop(halves);
 }
