@@ -153,17 +153,22 @@ impl Reader {
     }
 
     /// Reads nothing of a later timeline than this: who follows is to ask anew, and learns
-    /// of it then.
-    pub fn up_to_timeline(mut self, timeline: u32) -> Reader {
+    /// of it then. One that begins where the later one does has no place here.
+    pub fn up_to_timeline(mut self, timeline: u32) -> Result<Reader, QueueError> {
         self.last_timeline = timeline;
-        self
+        self.check_timeline(&self.segment)?;
+        Ok(self)
+    }
+
+    fn check_timeline(&self, segment: &Segment) -> Result<(), QueueError> {
+        match segment.identity().timeline {
+            timeline if timeline > self.last_timeline => Err(QueueError::Timeline(timeline)),
+            _ => Ok(()),
+        }
     }
 
     fn enter(&mut self, next: Arc<Segment>) -> Result<(), QueueError> {
-        let timeline = next.identity().timeline;
-        if timeline > self.last_timeline {
-            return Err(QueueError::Timeline(timeline));
-        }
+        self.check_timeline(&next)?;
         if next.start > self.from {
             return Err(QueueError::Gone {
                 wanted: self.from,

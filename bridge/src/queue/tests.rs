@@ -167,7 +167,8 @@ fn another_timeline_is_gone_on_with() {
     let mut follower = queue
         .reader(Lsn(100))
         .unwrap()
-        .up_to_timeline(queue.identity().timeline);
+        .up_to_timeline(queue.identity().timeline)
+        .unwrap();
     writer.adopt(&timeline(4)).unwrap();
     writer.append(&transaction(130, 10)).unwrap();
     writer.publish().unwrap();
@@ -177,15 +178,25 @@ fn another_timeline_is_gone_on_with() {
     let mut follower = queue
         .reader(Lsn(100))
         .unwrap()
-        .up_to_timeline(queue.identity().timeline);
+        .up_to_timeline(queue.identity().timeline)
+        .unwrap();
     let rest: Vec<Lsn> = std::iter::from_fn(|| follower.try_next().unwrap())
         .map(|record| record.lsn)
         .collect();
     assert_eq!(rest, [Lsn(110), Lsn(120), Lsn(130)]);
+    // Also who has it all to where the next one begins, and heard of the one before.
+    writer.adopt(&timeline(5)).unwrap();
+    let late = queue.reader(Lsn(130)).unwrap().up_to_timeline(4);
+    assert!(matches!(late, Err(QueueError::Timeline(5))));
+    writer.append(&transaction(140, 10)).unwrap();
+    writer.publish().unwrap();
+    let late = queue.reader(Lsn(130)).unwrap().up_to_timeline(4);
+    assert!(matches!(late, Err(QueueError::Timeline(5))));
     drop((reader, queue, writer));
     let (queue, _writer) = Queue::open(dir.path()).unwrap().unwrap();
-    assert_eq!(queue.identity(), timeline(4));
-    assert_eq!(all(&queue, 115), [(Kind::Commit, 120), (Kind::Commit, 130)]);
+    assert_eq!(queue.identity(), timeline(5));
+    let commits = [120, 130, 140].map(|end| (Kind::Commit, end));
+    assert_eq!(all(&queue, 115), commits);
 }
 
 #[test]

@@ -392,7 +392,7 @@ impl Session {
         // Not the one that it may be of by now.
         let timeline = self.timeline.unwrap_or(open.queue.identity().timeline);
         let reader = open.queue.reader(from);
-        let reader = reader.map(|reader| reader.up_to_timeline(timeline));
+        let reader = reader.and_then(|reader| reader.up_to_timeline(timeline));
         let reader = reader.map_err(|error| {
             self.relay.shared.note_damage(&error);
             Refusal("58P01", error.to_string())
