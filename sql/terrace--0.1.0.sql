@@ -107,6 +107,13 @@ CREATE FUNCTION guard_session() RETURNS void
 CREATE FUNCTION write_as_owners() RETURNS void
     LANGUAGE c AS 'MODULE_PATHNAME', 'write_as_owners_wrapper';
 
+-- The value that a text stands for. No cast, which may be anybody's. The type is said by an array of
+-- it, as NULL is no value of every domain.
+CREATE FUNCTION read_value(value text, type anyarray) RETURNS anyelement
+    LANGUAGE c STABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'read_value_wrapper';
+CREATE FUNCTION read_array(value text, type anyarray) RETURNS anyarray
+    LANGUAGE c STABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'read_value_wrapper';
+
 CREATE FUNCTION refuse_guarded() RETURNS void
     LANGUAGE c AS 'MODULE_PATHNAME', 'refuse_guarded_wrapper';
 
@@ -581,7 +588,7 @@ $$;
 -- PostgreSQL keeps what is published by columns and by a filter in step with the table, or
 -- takes the table out of the publication; the list must say what it has.
 CREATE FUNCTION follow_columns(rel oid) RETURNS void
-    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET terrace.as_owners = on AS $$
 DECLARE
     listed terrace.sync_table;
     published record;
@@ -984,7 +991,7 @@ END $$;
 CREATE FUNCTION fill_part(part regclass, condition text, domains text[]) RETURNS bigint
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET datestyle = 'ISO'
     SET intervalstyle = 'postgres' SET timezone = 'UTC' SET extra_float_digits = 3
-    SET bytea_output = 'hex' SET xmloption = 'content' SET lc_monetary = 'C' AS $$
+    SET bytea_output = 'hex' SET xmloption = 'content' SET lc_monetary = 'C' SET terrace.as_owners = on AS $$
 DECLARE
     class record;
     setting terrace.sync_table := terrace.setting_of(part);
@@ -1094,6 +1101,7 @@ CREATE FUNCTION checksums(of terrace.comparison, filter text)
     LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp SET datestyle = 'ISO'
     SET intervalstyle = 'postgres' SET timezone = 'UTC' SET extra_float_digits = 3
     SET bytea_output = 'hex' SET xmloption = 'content' SET lc_monetary = 'C' SET jit = off
+    SET terrace.as_owners = on
     -- There are few groups, which PostgreSQL cannot know.
     SET enable_sort = off AS $$
 DECLARE
@@ -1160,7 +1168,8 @@ $$;
 -- Begins a look at a table: the caller commits at once, with another session's snapshot
 -- taken before that. What is in the snapshot is then what stands in the stream before.
 CREATE FUNCTION begin_comparison(rel regclass, ranges integer DEFAULT 100) RETURNS comparison
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s'
+    SET terrace.as_owners = on AS $$
 DECLARE
     setting terrace.sync_table;
     made terrace.comparison;
@@ -1648,7 +1657,7 @@ END $$;
 -- Whoever may write at the top may send, so send is for everybody; a session through
 -- a relay is kept from it by its guard, as it is from pg_notify and the like.
 REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA terrace FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION arm_now(), refuse_guarded(), replicate_ddl(text), must_be_top(), current_tag(), with_ancestors(text[]), send(text, text),
+GRANT EXECUTE ON FUNCTION arm_now(), refuse_guarded(), read_value(text, anyarray), read_array(text, anyarray), replicate_ddl(text), must_be_top(), current_tag(), with_ancestors(text[]), send(text, text),
     top_lsn(), is_top(), wait_for(pg_lsn, text, interval) TO PUBLIC;
 GRANT EXECUTE ON FUNCTION report(jsonb), guard_session(), resend(regclass, text[]),
     begin_comparison(regclass, integer), finish_comparison(comparison),

@@ -234,6 +234,8 @@ struct Ddl {
     superuser: bool,
     /// By which its text is read: members of a JSON object.
     settings: String,
+    /// What servers below run in its place, within a transaction.
+    within: Option<String>,
     /// The index that it makes outside of a transaction, as SQL names it.
     index: Option<String>,
     /// Where none of these is, and none is to be, it is left out.
@@ -274,6 +276,7 @@ impl Ddl {
                 role: statement::text(pg_sys::GetUserNameFromId(user, false)),
                 superuser: pg_sys::superuser_arg(user),
                 settings: settings(),
+                within: None,
                 index: None,
                 about: statement::about(node, tag),
                 part_of: statement::part_of(node, tag),
@@ -314,8 +317,9 @@ impl Ddl {
                 }
                 NodeTag::T_AlterTableStmt => {
                     let alter = &*node.cast::<pg_sys::AlterTableStmt>();
-                    if statement::detaches_concurrently(alter) {
+                    if let Some(at_once) = statement::detach_at_once(alter) {
                         ddl.when = When::Outside;
+                        ddl.within = Some(at_once);
                     }
                     ddl.refill = statement::fills(alter);
                 }
@@ -328,11 +332,11 @@ impl Ddl {
     /// Writes it into the stream, as a part of this transaction.
     fn tell(&self) {
         let mut message = String::from("{\"sql\":");
-        put_json(&mut message, &self.sql);
+        put_json(&mut message, self.within.as_ref().unwrap_or(&self.sql));
         message.push_str(",\"role\":");
         put_json(&mut message, &self.role);
         let (superuser, settings) = (self.superuser, &self.settings);
-        let outside = self.when == When::Outside;
+        let outside = self.when == When::Outside && self.within.is_none();
         message.push_str(&format!(
             ",\"superuser\":{superuser},\"settings\":{{{settings}}},\"outside\":{outside},\"about\":["
         ));

@@ -67,6 +67,7 @@ pub extern "C-unwind" fn _PG_init() {
         GucFlags::default(),
     );
     ddl::init();
+    owner::init();
     // SAFETY: the callback is a plain function that lives as long as the library.
     unsafe { pg_sys::RegisterXactCallback(Some(on_transaction_end), std::ptr::null_mut()) };
 }

@@ -1,34 +1,43 @@
-//! Rows are written with the rights of whom their table belongs to.
+//! What a table brings along to be run runs with the rights of whom the table belongs to.
 //!
-//! A bridge writes as a superuser. What a table brings along to be run when its rows change
-//! (triggers that fire on replicas, expressions of indexes, constraints and defaults, checks of
-//! domains) is its owner's code, and an owner may be anyone who may make a table, at the top or
-//! here.
+//! A bridge writes and reads as a superuser, and so do functions of the extension that look at
+//! tables of others. What a table brings along to be run (triggers that fire on replicas,
+//! expressions and predicates of indexes, constraints and defaults, checks of domains) is its
+//! owner's code, and an owner may be anyone who may make a table, at the top or here. Reading
+//! is enough for some of it: a plan evaluates what is the same for all rows.
 //!
-//! Guarantee: in a session that called `terrace.write_as_owners()`, to its end, whatever a
-//! statement that changes a table's rows evaluates runs as the table's owner, unless that is a
-//! superuser, in a security-restricted operation as PostgreSQL's own maintenance of indexes
-//! does it; settings that it changes are taken back. Who may change the rows is asked before
-//! that: an owner that took a right from itself, or put policies over itself, is not in the way.
-//! Values come in as text, and become what they are within the statement.
+//! Guarantee: in a session that called `terrace.write_as_owners()`, to its end, and in functions
+//! that SET `terrace.as_owners`, whatever a statement evaluates runs as the owner of the table
+//! that it changes, or else reads, unless that is a superuser, in a security-restricted operation
+//! as PostgreSQL's own maintenance of indexes does it; settings that it changes are taken back.
+//! Who may change or read the rows is asked before that: an owner that took a right from itself,
+//! or put policies over itself, is not in the way. Values come in as text or as PostgreSQL's own
+//! types, and become what they are within the statement ([`read_value_wrapper`]): where values
+//! are bound nothing can be hooked. What cannot be told apart (views in place of tables, rules,
+//! partitions of somebody else) is refused.
 //!
 //! The hooks are of PostgreSQL's way through a statement, in their order: [`on_analysis`],
 //! [`on_plan`], [`on_start`] with [`on_permissions`], [`on_run`], [`on_finish`]; COPY and
 //! TRUNCATE pass [`on_utility`]. An error ends the transaction or a part of it, which puts
-//! user and settings back by itself; the frames of the hooks hold nothing to be dropped.
+//! user and settings back by itself; the frames of the hooks hold nothing to be dropped, and
+//! what may raise an error through pgrx is guarded.
+
+mod whose;
 
 use std::cell::Cell;
 use std::ffi::{c_char, c_int};
 use std::ptr::{null, null_mut, replace};
 
-use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::guc::{GucContext, GucFlags, GucRegistry, GucSetting};
 use pgrx::pg_sys::{self, NodeTag, Oid, ProcessUtilityContext};
 use pgrx::prelude::*;
 
-use crate::guard::changed_tables;
+/// For functions that look at tables of others.
+static AS_OWNERS: GucSetting<bool> = GucSetting::<bool>::new(false);
 
 thread_local! {
-    static ACTIVE: Cell<bool> = const { Cell::new(false) };
+    /// For sessions; nothing takes it back.
+    static ALWAYS: Cell<bool> = const { Cell::new(false) };
     /// Who is to be when the permissions of the statement that starts have been looked at.
     static STARTS_AS: Cell<Option<Oid>> = const { Cell::new(None) };
     static NEXT_ANALYSIS: Cell<pg_sys::post_parse_analyze_hook_type> = const { Cell::new(None) };
@@ -40,12 +49,16 @@ thread_local! {
     static NEXT_UTILITY: Cell<pg_sys::ProcessUtility_hook_type> = const { Cell::new(None) };
 }
 
-/// From now on, to its end, this session writes rows as the owners of their tables.
-#[pg_extern]
-fn write_as_owners() {
-    if ACTIVE.replace(true) {
-        return;
-    }
+/// Called once, when the library is loaded.
+pub fn init() {
+    GucRegistry::define_bool_guc(
+        c"terrace.as_owners",
+        c"Whether what tables bring along to be run has their owners' rights.",
+        c"For functions of the extension.",
+        &AS_OWNERS,
+        GucContext::Suset,
+        GucFlags::default(),
+    );
     // SAFETY: hooks are of this process, which runs one session in one thread; those that
     // were there before are called by ours.
     unsafe {
@@ -69,6 +82,16 @@ fn write_as_owners() {
             Some(on_utility),
         ));
     }
+}
+
+/// From now on, to its end, this session runs what tables bring along as their owners.
+#[pg_extern]
+fn write_as_owners() {
+    ALWAYS.set(true);
+}
+
+fn is_wanted() -> bool {
+    ALWAYS.get() || AS_OWNERS.get()
 }
 
 // As in pgrx's bindings, but an error passes by as it is, with its position and context.
@@ -177,120 +200,54 @@ unsafe extern "C-unwind" fn change_back(before: Before) {
     }
 }
 
-/// The table, for a look at it.
+/// Tells PostgreSQL how [`read_value_wrapper`] is called (`fmgr.h`, PG_FUNCTION_INFO_V1).
+#[unsafe(no_mangle)]
+pub extern "C-unwind" fn pg_finfo_read_value_wrapper() -> &'static pg_sys::Pg_finfo_record {
+    const V1: pg_sys::Pg_finfo_record = pg_sys::Pg_finfo_record { api_version: 1 };
+    &V1
+}
+
+/// The value that a text stands for, as the type's input function reads it: a cast may be
+/// anybody's, and cuts what does not fit. The type is the one that the call gives.
 ///
 /// # Safety
-/// The table is locked by this transaction.
-unsafe fn open(table: Oid) -> Option<pgrx::PgRelation> {
-    // SAFETY: as said; a relation that is found is closed when it is dropped.
+/// Called by PostgreSQL alone.
+#[unsafe(no_mangle)]
+#[pg_guard]
+pub unsafe extern "C-unwind" fn read_value_wrapper(
+    call: pg_sys::FunctionCallInfo,
+) -> pg_sys::Datum {
+    // SAFETY: a call of two arguments, the first one a text or NULL.
     unsafe {
-        let relation = pg_sys::RelationIdGetRelation(table);
-        (!relation.is_null()).then(|| pgrx::PgRelation::from_pg_owned(relation))
+        let text = (*call).args.as_slice(2)[0];
+        let value = match text.isnull {
+            true => null_mut(),
+            false => pg_sys::text_to_cstring(
+                pg_sys::pg_detoast_datum_packed(text.value.cast_mut_ptr()).cast(),
+            ),
+        };
+        let kind = pg_sys::get_fn_expr_rettype((*call).flinfo);
+        let (mut input, mut parameter) = (pg_sys::InvalidOid, pg_sys::InvalidOid);
+        pg_sys::getTypeInputInfo(kind, &mut input, &mut parameter);
+        // Also of NULL, which a domain may not allow.
+        let read = pg_sys::OidInputFunctionCall(input, value, parameter, -1);
+        (*call).isnull = text.isnull;
+        read
     }
 }
 
-/// Whether a trigger or rule fires in a session that applies.
-fn fires(enabled: c_char) -> bool {
-    [b'A', b'R'].contains(&(enabled as u8))
-}
-
-fn triggers(relation: &pgrx::PgRelation) -> &[pg_sys::Trigger] {
-    // SAFETY: an open relation has a list of its triggers or none.
-    unsafe {
-        relation.trigdesc.as_ref().map_or(&[], |list| {
-            std::slice::from_raw_parts(
-                list.triggers,
-                usize::try_from(list.numtriggers).unwrap_or(0),
-            )
-        })
-    }
-}
-
-/// Whom the session has to become before it changes rows of this table.
-///
-/// # Safety
-/// Inside a transaction, which has the table locked.
-unsafe fn owner_to_be(table: Oid) -> Option<Oid> {
-    let (mut user, mut context) = (pg_sys::InvalidOid, 0);
-    // SAFETY: as said.
-    unsafe {
-        let relation = open(table)?;
-        let owner = (*relation.rd_rel).relowner;
-        pg_sys::GetUserIdAndSecContext(&mut user, &mut context);
-        let restricted = context & pg_sys::SECURITY_RESTRICTED_OPERATION as c_int != 0;
-        // Who is not superuser has nothing to give away.
-        let stays = owner == user
-            || restricted
-            || pg_sys::superuser_arg(owner)
-            || !pg_sys::superuser_arg(user);
-        (!stays).then_some(owner)
-    }
-}
-
-/// Of the tables that a plan changes.
-///
-/// # Safety
-/// `query` has a plan, whose tables are locked.
-unsafe fn owner_of_plan(query: *mut pg_sys::QueryDesc) -> Option<Oid> {
-    // SAFETY: as said.
-    unsafe { changed_tables(query).find_map(|table| owner_to_be(table)) }
-}
-
-/// The table that a query changes.
-///
-/// # Safety
-/// `query` has been analysed.
-unsafe fn changed_table(query: *mut pg_sys::Query) -> Option<Oid> {
-    // SAFETY: as said; the index is of the range table, from 1, or 0.
-    unsafe {
-        let index = usize::try_from((*query).resultRelation)
-            .ok()?
-            .checked_sub(1)?;
-        let entry = (*(*(*query).rtable).elements.add(index)).ptr_value;
-        Some((*entry.cast::<pg_sys::RangeTblEntry>()).relid)
-    }
-}
-
-/// Triggers that are put off to the commit would be fired by the superuser, so PostgreSQL
-/// refuses them in a restricted operation. They fire with the statement.
-///
-/// # Safety
-/// Inside a transaction, which has the table locked.
-unsafe fn put_nothing_off(table: Oid) {
-    // SAFETY: as said.
-    let relation = unsafe { open(table) };
-    let put_off = |trigger: &pg_sys::Trigger| trigger.tgdeferrable && fires(trigger.tgenabled);
-    if relation.is_some_and(|relation| triggers(&relation).iter().any(put_off))
-        && let Err(error) = Spi::run("SET CONSTRAINTS ALL IMMEDIATE")
-    {
-        pgrx::error!("terrace: {error}");
-    }
-}
-
-/// Rules put statements in place of ours before anybody can tell whose they are.
+/// What stands in place of a table puts statements in place of ours before anybody can tell
+/// whose they are.
 #[pg_guard]
 unsafe extern "C-unwind" fn on_analysis(
     state: *mut pg_sys::ParseState,
     query: *mut pg_sys::Query,
     jumble: *mut pg_sys::JumbleState,
 ) {
-    // SAFETY: as PostgreSQL called us; the tables of an analysed query are locked.
+    // SAFETY: as PostgreSQL called us.
     unsafe {
-        if let Some(table) = changed_table(query)
-            && owner_to_be(table).is_some()
-            && let Some(relation) = open(table)
-            && has_rules(&relation)
-        {
-            ErrorReport::new(
-                PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
-                format!(
-                    "table \"{}\" has rules that fire on replicas, and its owner is no superuser",
-                    relation.name()
-                ),
-                pgrx::function_name!(),
-            )
-            .set_hint("ALTER TABLE … DISABLE RULE here, or use a trigger in its place.")
-            .report(PgLogLevel::ERROR);
+        if is_wanted() {
+            whose::refuse_replaced(query);
         }
         if let Some(next) = NEXT_ANALYSIS.get() {
             pg_sys::ffi::pg_guard_ffi_boundary(|| next(state, query, jumble));
@@ -298,21 +255,13 @@ unsafe extern "C-unwind" fn on_analysis(
     }
 }
 
-fn has_rules(relation: &pgrx::PgRelation) -> bool {
-    // SAFETY: an open relation has a list of its rules or none.
-    unsafe {
-        relation.rd_rules.as_ref().is_some_and(|list| {
-            let count = usize::try_from(list.numLocks).unwrap_or(0);
-            let rules = std::slice::from_raw_parts(list.rules, count);
-            rules.iter().any(|rule| fires((**rule).enabled))
-        })
-    }
-}
-
 #[pg_guard]
 unsafe extern "C-unwind" fn before_plan(query: *mut pg_sys::Query) -> Before {
     // SAFETY: as PostgreSQL called us.
-    unsafe { change(changed_table(query).and_then(|table| owner_to_be(table))) }
+    unsafe {
+        let wanted = is_wanted();
+        change(wanted.then(|| whose::of_query(query)).flatten())
+    }
 }
 
 /// What is the same for all rows is evaluated when the plan is made.
@@ -335,7 +284,7 @@ unsafe extern "C-unwind" fn on_plan(
 unsafe extern "C-unwind" fn before_start(query: *mut pg_sys::QueryDesc) -> Before {
     // SAFETY: as PostgreSQL called us.
     unsafe {
-        let owner = owner_of_plan(query);
+        let owner = owner_of(query);
         let before = change(owner);
         if owner.is_some() {
             // Permissions come first.
@@ -394,7 +343,7 @@ unsafe extern "C-unwind" fn on_permissions(
 #[pg_guard]
 unsafe extern "C-unwind" fn before_run(query: *mut pg_sys::QueryDesc) -> Before {
     // SAFETY: as PostgreSQL called us.
-    unsafe { change(owner_of_plan(query)) }
+    unsafe { change(owner_of(query)) }
 }
 
 #[cfg(not(feature = "pg18"))]
@@ -430,12 +379,21 @@ unsafe extern "C-unwind" fn on_run(
 unsafe extern "C-unwind" fn before_finish(query: *mut pg_sys::QueryDesc) -> Before {
     // SAFETY: as PostgreSQL called us.
     unsafe {
-        let owner = owner_of_plan(query);
-        if owner.is_some() {
-            changed_tables(query).for_each(|table| put_nothing_off(table));
+        let owner = owner_of(query);
+        if is_wanted() {
+            whose::put_nothing_off(query, owner);
         }
         change(owner)
     }
+}
+
+/// # Safety
+/// `query` has a plan.
+unsafe fn owner_of(query: *mut pg_sys::QueryDesc) -> Option<Oid> {
+    // SAFETY: as said.
+    is_wanted()
+        .then(|| unsafe { whose::of_plan(query) })
+        .flatten()
 }
 
 /// Triggers after the statement.
@@ -487,88 +445,66 @@ unsafe extern "C-unwind" fn before_utility(node: *mut pg_sys::Node) -> Oid {
     // SAFETY: a node's tag says what it is.
     let owner = unsafe {
         match (*node).type_ {
-            NodeTag::T_CopyStmt => owner_for_copy(&*node.cast()),
-            NodeTag::T_TruncateStmt => owner_for_truncate(&*node.cast()),
+            _ if !is_wanted() => None,
+            NodeTag::T_CopyStmt => whose::of_copy(&*node.cast()),
+            NodeTag::T_TruncateStmt => whose::of_truncate(&*node.cast()),
             _ => None,
         }
     };
     owner.unwrap_or(pg_sys::InvalidOid)
 }
 
-/// # Safety
-/// Inside a transaction.
-unsafe fn locked(name: *mut pg_sys::RangeVar, lock: pg_sys::LOCKMODE) -> Option<Oid> {
-    let missing_ok = pg_sys::RVROption::RVR_MISSING_OK;
-    // SAFETY: as said; there is no callback.
-    let table =
-        unsafe { pg_sys::RangeVarGetRelidExtended(name, lock, missing_ok, None, null_mut()) };
-    (table != pg_sys::InvalidOid).then_some(table)
-}
-
-/// COPY … FROM STDIN alone is ours: the rest is no bridge's.
-///
-/// # Safety
-/// Inside a transaction.
-unsafe fn owner_for_copy(copy: &pg_sys::CopyStmt) -> Option<Oid> {
-    let from_client = copy.is_from && copy.filename.is_null() && copy.whereClause.is_null();
-    if !from_client || copy.relation.is_null() {
-        return None;
-    }
-    // SAFETY: as said.
-    unsafe {
-        let table = locked(copy.relation, pg_sys::RowExclusiveLock as pg_sys::LOCKMODE)?;
-        let owner = owner_to_be(table)?;
-        put_nothing_off(table);
-        Some(owner)
-    }
-}
-
-/// Only triggers are anybody's code in a TRUNCATE, and only where there are some the owner
-/// needs the right to it. Those of several owners have to do with what the first one may do.
-///
-/// # Safety
-/// Inside a transaction.
-unsafe fn owner_for_truncate(truncate: &pg_sys::TruncateStmt) -> Option<Oid> {
-    let is_for_truncate = |trigger: &pg_sys::Trigger| {
-        trigger.tgtype as u32 & pg_sys::TRIGGER_TYPE_TRUNCATE != 0 && fires(trigger.tgenabled)
-    };
-    // SAFETY: as said; the parser made the list of names.
-    unsafe {
-        let names = truncate.relations;
-        let mut tables = null_mut();
-        for at in 0..names.as_ref().map_or(0, |list| list.length) {
-            let name = (*(*names).elements.add(at as usize)).ptr_value.cast();
-            if let Some(table) = locked(name, pg_sys::AccessExclusiveLock as pg_sys::LOCKMODE) {
-                tables = pg_sys::lappend_oid(tables, table);
-            }
-        }
-        // Those that CASCADE takes in too.
-        while truncate.behavior == pg_sys::DropBehavior::DROP_CASCADE && !tables.is_null() {
-            let more = pg_sys::heap_truncate_find_FKs(tables);
-            if more.is_null() {
-                break;
-            }
-            for at in 0..(*more).length {
-                let table = (*(*more).elements.add(at as usize)).oid_value;
-                pg_sys::LockRelationOid(table, pg_sys::AccessExclusiveLock as pg_sys::LOCKMODE);
-            }
-            tables = pg_sys::list_concat(tables, more);
-        }
-        (0..tables.as_ref().map_or(0, |list| list.length)).find_map(|at| {
-            let table = (*(*tables).elements.add(at as usize)).oid_value;
-            let relation = open(table)?;
-            let has_code = triggers(&relation).iter().any(is_for_truncate);
-            if has_code { owner_to_be(table) } else { None }
-        })
-    }
+/// A COPY under way.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Copying {
+    table: pg_sys::Relation,
+    state: *mut pg_sys::ParseState,
+    before: Before,
 }
 
 /// As `DoCopy` of `commands/copy.c` does it after its look at the permissions, which a
 /// superuser has.
 ///
 /// # Safety
-/// A COPY of this session's client into a table that is locked. Nothing here is to be dropped
-/// when an error jumps over it.
+/// A COPY of this session's client into a table.
+#[pg_guard]
+unsafe extern "C-unwind" fn before_copy(
+    owner: Oid,
+    statement: *mut pg_sys::CopyStmt,
+    text: *const c_char,
+) -> Copying {
+    let lock = pg_sys::RowExclusiveLock as pg_sys::LOCKMODE;
+    // SAFETY: as said.
+    unsafe {
+        let table = pg_sys::table_openrv((*statement).relation, lock);
+        let state = pg_sys::make_parsestate(null_mut());
+        (*state).p_sourcetext = text;
+        pg_sys::addRangeTableEntryForRelation(state, table, lock, null_mut(), false, false);
+        let before = change(Some(owner));
+        Copying {
+            table,
+            state,
+            before,
+        }
+    }
+}
+
+/// # Safety
+/// What [`before_copy`] gave, when all has been copied.
+#[pg_guard]
+unsafe extern "C-unwind" fn after_copy(copying: Copying, rows: pg_sys::CopyFromState) {
+    // SAFETY: as said.
+    unsafe {
+        pg_sys::EndCopyFrom(rows);
+        change_back(copying.before);
+        pg_sys::free_parsestate(copying.state);
+        pg_sys::table_close(copying.table, pg_sys::NoLock as pg_sys::LOCKMODE);
+    }
+}
+
+/// # Safety
+/// As [`before_copy`]. Nothing here is to be dropped when an error jumps over it.
 unsafe fn copy_as(
     owner: Oid,
     statement: *mut pg_sys::CopyStmt,
@@ -577,15 +513,10 @@ unsafe fn copy_as(
 ) {
     // SAFETY: as said.
     unsafe {
-        let lock = pg_sys::RowExclusiveLock as pg_sys::LOCKMODE;
-        let table = pg_sys::table_openrv((*statement).relation, lock);
-        let state = pg_sys::make_parsestate(null_mut());
-        (*state).p_sourcetext = text;
-        pg_sys::addRangeTableEntryForRelation(state, table, lock, null_mut(), false, false);
-        let before = change(Some(owner));
+        let copying = before_copy(owner, statement, text);
         let rows = begin_copy(
-            state,
-            table,
+            copying.state,
+            copying.table,
             null_mut(),
             null(),
             false,
@@ -594,10 +525,7 @@ unsafe fn copy_as(
             (*statement).options,
         );
         let count = copy(rows);
-        pg_sys::EndCopyFrom(rows);
-        change_back(before);
-        pg_sys::free_parsestate(state);
-        pg_sys::table_close(table, pg_sys::NoLock as pg_sys::LOCKMODE);
+        after_copy(copying, rows);
         if let Some(completion) = completion.as_mut() {
             completion.commandTag = pg_sys::CommandTag::CMDTAG_COPY;
             completion.nprocessed = count;

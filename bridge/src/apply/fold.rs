@@ -19,6 +19,7 @@ use std::sync::Arc;
 use bytes::{BufMut, Bytes, BytesMut};
 use hashbrown::{DefaultHashBuilder, HashTable};
 
+use super::relation::Input;
 use crate::pgoutput::{Datum, Message, OldKind, Tuple};
 
 /// A table that can be changed set-wise.
@@ -39,8 +40,8 @@ pub struct Shape {
 pub struct ShapeColumn {
     /// Quoted.
     pub name: String,
-    /// As SQL writes it, without modifier.
-    pub type_name: String,
+    /// How values of it are read.
+    pub input: Input,
     /// Generated here, so that it is not written.
     pub generated: bool,
 }
@@ -450,8 +451,8 @@ impl Shape {
     fn source(&self, columns: &[usize]) -> String {
         let (mut casts, mut arrays) = (Vec::new(), Vec::new());
         for (place, index) in columns.iter().enumerate() {
-            let type_name = &self.columns[*index].type_name;
-            casts.push(format!("c{index}::{type_name} AS c{index}"));
+            let value = self.columns[*index].input.read(&format!("c{index}"));
+            casts.push(format!("{value} AS c{index}"));
             let place = place + 1;
             arrays.push(format!(
                 "pg_catalog.unnest(${place}::pg_catalog.text[]) AS c{index}"
@@ -562,7 +563,10 @@ mod tests {
     fn shape(whole: bool) -> Arc<Shape> {
         let column = |name: &str| ShapeColumn {
             name: name.into(),
-            type_name: "integer".into(),
+            input: Input {
+                type_name: "integer".into(),
+                plain: true,
+            },
             generated: false,
         };
         Arc::new(Shape {

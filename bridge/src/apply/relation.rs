@@ -27,19 +27,40 @@ pub(super) struct LocalColumn {
     pub comparable: bool,
     /// What is equal is the same: there is no other way to write it.
     pub exact: bool,
-    /// Reading a value calls code of whom the type belongs to: domains, and what has one within.
-    pub checked: bool,
-    pub type_name: String,
+    pub input: Input,
+    /// The same for a value that it is compared with: of a domain, the type below.
+    pub compared: Input,
 }
 
-impl LocalColumn {
-    /// The parameter of this number as a value of the column. Where reading it calls somebody's
-    /// code it comes as varchar (from text somebody may have made a cast), and is read by the statement, with the rights of the table's owner
-    /// (`pg_ext/src/owner.rs`), and not when it is bound.
-    pub fn place(&self, number: usize) -> String {
-        match self.checked {
-            true => format!("${number}::pg_catalog.varchar::{}", self.type_name),
-            false => format!("${number}"),
+/// How a value of a type is made from text.
+#[derive(Clone, Debug)]
+pub struct Input {
+    /// As SQL writes it, without modifier.
+    pub type_name: String,
+    /// One of PostgreSQL's own: reading it calls nobody's code.
+    pub plain: bool,
+}
+
+impl Input {
+    /// A parameter as such a value. Its type is always said: told by a column it might be another
+    /// one by now, and what a domain checks would run where the value is bound, with our rights
+    /// (`pg_ext/src/owner.rs`).
+    pub fn parameter(&self, number: usize) -> String {
+        match self.plain {
+            true => format!("${number}::{}", self.type_name),
+            false => self.read(&format!("${number}::pg_catalog.text")),
+        }
+    }
+
+    /// An expression of type text as such a value. A cast might be anybody's.
+    pub fn read(&self, text: &str) -> String {
+        let type_name = &self.type_name;
+        if self.plain {
+            format!("{text}::{type_name}")
+        } else if type_name.ends_with("[]") {
+            format!("terrace.read_array({text}, NULL::{type_name})")
+        } else {
+            format!("terrace.read_value({text}, NULL::{type_name}[])")
         }
     }
 }
@@ -121,10 +142,13 @@ impl Relation {
                       'timestamp'::regtype, 'timestamptz'::regtype)) \
                    AND NOT EXISTS (SELECT FROM pg_collation l \
                       WHERE l.oid = a.attcollation AND NOT l.collisdeterministic), \
-                 t.typtype NOT IN ('b', 'e') OR EXISTS (SELECT FROM pg_type e \
-                     WHERE e.oid = t.typelem AND e.typtype NOT IN ('b', 'e')) \
+                 t.typnamespace = 'pg_catalog'::regnamespace AND t.typtype IN ('b', 'r', 'm'), \
+                 pg_catalog.format_type(b.oid, -1), \
+                 b.typnamespace = 'pg_catalog'::regnamespace AND b.typtype IN ('b', 'r', 'm'), \
+                 k.relkind \
              FROM pg_class k \
-             LEFT JOIN (pg_attribute a JOIN pg_type t ON t.oid = a.atttypid) \
+             LEFT JOIN (pg_attribute a JOIN pg_type t ON t.oid = a.atttypid \
+                        JOIN pg_type b ON b.oid = CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END) \
                ON a.attrelid = k.oid AND a.attnum > 0 AND NOT a.attisdropped \
              WHERE k.oid = pg_catalog.to_regclass($1)";
         let rows = client.query(sql, &[Some(&self.qualified())]).await?;
@@ -132,6 +156,15 @@ impl Relation {
             bail!(
                 "table \"{}\" does not exist on this server; create it here with the columns that \
                  it has at the top",
+                self.table()
+            );
+        }
+        if rows
+            .iter()
+            .any(|row| !matches!(row[12].as_deref(), Some("r" | "p")))
+        {
+            bail!(
+                "\"{}\" is no table on this server; put a table back in its place",
                 self.table()
             );
         }
@@ -158,8 +191,14 @@ impl Relation {
                     primary: is(2),
                     comparable: is(3),
                     exact: is(8),
-                    checked: is(9),
-                    type_name: row[4].clone().unwrap_or_default(),
+                    input: Input {
+                        type_name: row[4].clone().unwrap_or_default(),
+                        plain: is(9),
+                    },
+                    compared: Input {
+                        type_name: row[10].clone().unwrap_or_default(),
+                        plain: is(11),
+                    },
                 };
                 let name = row[0].clone()?;
                 plain &= is(5);
@@ -205,7 +244,10 @@ fn shape(relation: &Relation, locals: &HashMap<String, LocalColumn>) -> Option<S
         keys.extend(key.then_some(index));
         columns.push(ShapeColumn {
             name: quote_ident(&column.name),
-            type_name: local.type_name.clone(),
+            input: match key {
+                true => local.compared.clone(),
+                false => local.input.clone(),
+            },
             generated: local.generated,
         });
     }

@@ -15,6 +15,7 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use super::Session;
+use super::relation::Input;
 use super::relation::other_place;
 use crate::client::{Client, quote_ident, quote_table};
 use crate::open::local_client;
@@ -302,8 +303,8 @@ impl Session<'_> {
         Ok(false)
     }
 
-    /// None of these runs code of the role's, but for that of indexes, from which PostgreSQL
-    /// takes the way back to this session's role.
+    /// These are of indexes, whose code PostgreSQL runs as their table's owner, without a way back
+    /// to this session's role.
     async fn run_outside(&mut self, ddl: &Ddl, role: bool) -> anyhow::Result<()> {
         if role {
             let set = format!("SET ROLE {}", quote_ident(&ddl.role));
@@ -377,7 +378,11 @@ impl Session<'_> {
                 bail!("table \"{namespace}.{name}\" has no column \"{column}\" on this server");
             };
             names.push(quote_ident(column));
-            values.push(format!("(r ->> {place})::{kind}"));
+            let input = Input {
+                type_name: kind.clone(),
+                plain: false,
+            };
+            values.push(input.read(&format!("r ->> {place}")));
         }
         let sql = format!(
             "INSERT INTO {table}{} SELECT {} \

@@ -77,7 +77,10 @@ pub(super) fn texts<const N: usize>(values: [String; N]) -> Vec<Option<Bytes>> {
 
 fn place(column: &Column, number: usize) -> String {
     let local = column.local.as_ref();
-    local.map_or_else(|| format!("${number}"), |local| local.place(number))
+    local.map_or_else(
+        || format!("${number}"),
+        |local| local.input.parameter(number),
+    )
 }
 
 /// Its text, its values, and what it must do.
@@ -213,8 +216,7 @@ fn likeness(
         if ambiguous && matches!(datum, Datum::Text(_)) {
             values.push(value(datum, payload));
             here.push(quote_ident(&column.name));
-            let place = local.place(values.len());
-            there.push(format!("{place}::{}", local.type_name));
+            there.push(local.input.parameter(values.len()));
         }
     }
     if here.is_empty() {
@@ -261,11 +263,11 @@ fn clause(
             Datum::Text(_) => {
                 values.push(value(datum, payload));
                 let number = values.len();
-                let comparable = column.local.as_ref().is_none_or(|local| local.comparable);
-                terms.push(if comparable {
-                    format!("{name} = {}", place(column, number))
-                } else {
-                    format!("{name}::pg_catalog.text = ${number}::pg_catalog.text")
+                terms.push(match &column.local {
+                    Some(local) if local.comparable => {
+                        format!("{name} = {}", local.compared.parameter(number))
+                    }
+                    _ => format!("{name}::pg_catalog.text = ${number}::pg_catalog.text"),
                 });
             }
         }

@@ -23,6 +23,8 @@ use crate::conninfo::ConnInfo;
 use crate::status::Shared;
 use crate::upstream::pinned_settings;
 
+/// Less than this is no reason for one more session.
+const WORTH_A_SESSION: u64 = 4 << 20;
 /// Parts copied at the same time, on a machine with so many cores or fewer …
 const WORKERS: usize = 4;
 /// … and at most: somebody uses the source.
@@ -315,7 +317,8 @@ impl Copying {
     pub async fn run(self: Arc<Copying>) -> anyhow::Result<()> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let mut workers = JoinSet::new();
-        for _ in 0..cores.clamp(WORKERS, MAX_WORKERS) {
+        let useful = usize::try_from(1 + self.total / WORTH_A_SESSION).unwrap_or(MAX_WORKERS);
+        for _ in 0..cores.clamp(WORKERS, MAX_WORKERS).min(useful) {
             let copying = Arc::clone(&self);
             workers.spawn(async move { copying.work().await });
         }

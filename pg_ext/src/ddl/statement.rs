@@ -326,18 +326,31 @@ pub fn drop_of_several(drop: &pg_sys::DropStmt, about: &[Name]) -> Option<String
     (names.len() > 1).then(|| format!("DROP {kind} IF EXISTS {}{behavior}", names.join(", ")))
 }
 
-/// Whether an ALTER TABLE detaches a partition without holding others up.
+/// Of an ALTER TABLE that detaches a partition without holding others up: one that does it at
+/// once. Below it must run with the rights of a role that it cannot leave, as what the table is
+/// partitioned by is evaluated, and so within a transaction.
 ///
 /// # Safety
 /// The statement comes from the parser.
-pub unsafe fn detaches_concurrently(alter: &pg_sys::AlterTableStmt) -> bool {
+pub unsafe fn detach_at_once(alter: &pg_sys::AlterTableStmt) -> Option<String> {
     // SAFETY: the command's kind says what its definition is.
     unsafe {
+        let name = |range: *mut pg_sys::RangeVar| {
+            let schema = text((*range).schemaname);
+            let table = quoted(&text((*range).relname));
+            match schema.is_empty() {
+                true => table,
+                false => format!("{}.{table}", quoted(&schema)),
+            }
+        };
         elements::<pg_sys::AlterTableCmd>(alter.cmds)
             .into_iter()
-            .any(|command| {
-                (*command).subtype == AlterTableType::AT_DetachPartition
-                    && (*(*command).def.cast::<pg_sys::PartitionCmd>()).concurrent
+            .filter(|command| (**command).subtype == AlterTableType::AT_DetachPartition)
+            .map(|command| (*command).def.cast::<pg_sys::PartitionCmd>())
+            .find(|part| (**part).concurrent)
+            .map(|part| {
+                let (whole, part) = (name(alter.relation), name((*part).name));
+                format!("ALTER TABLE {whole} DETACH PARTITION {part}")
             })
     }
 }
