@@ -421,6 +421,7 @@ DECLARE
     setting terrace.sync_table;
     parts regclass[];
     part regclass;
+    why text;
 BEGIN
     IF rel IS NULL THEN
         RETURN;  -- not on this server; the bridge stalls when a change for it comes
@@ -441,9 +442,19 @@ BEGIN
     EXECUTE format('GRANT USAGE ON SCHEMA %I TO terrace_reader', schema_name);
     IF NOT terrace.in_publication(rel) THEN
         -- Those that inherit from it are tables of their own; partitions come along anyhow.
-        EXECUTE format('ALTER PUBLICATION terrace ADD TABLE ONLY %s%s%s', rel,
-            (SELECT '(' || string_agg(quote_ident(c), ', ') || ')' FROM unnest(setting.columns) c),
-            ' WHERE (' || setting.filter || ')');
+        BEGIN
+            EXECUTE format('ALTER PUBLICATION terrace ADD TABLE ONLY %s%s%s', rel,
+                (SELECT '(' || string_agg(quote_ident(c), ', ') || ')' FROM unnest(setting.columns) c),
+                ' WHERE (' || setting.filter || ')');
+        EXCEPTION WHEN feature_not_supported OR syntax_error_or_access_rule_violation THEN
+            IF setting.filter IS NULL THEN
+                RAISE;
+            END IF;
+            GET STACKED DIAGNOSTICS why = PG_EXCEPTION_DETAIL;
+            RAISE EXCEPTION 'filter of table "%" cannot be published: %', rel, SQLERRM
+                USING ERRCODE = SQLSTATE, DETAIL = why,
+                      HINT = 'It may have columns, constants, and immutable functions and operators of PostgreSQL itself.';
+        END;
     END IF;
     FOREACH part IN ARRAY parts LOOP
         PERFORM terrace.ensure_identity(part, setting.columns);

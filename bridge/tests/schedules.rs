@@ -1,7 +1,7 @@
 //! The decision of [`terrace_bridge::domain`] under random schedules of crashes,
 //! restarts, lost disks, disks that hang, broken databases, partitions, slow links,
-//! paused processes, clocks that run wrong or jump, and a parent that forgets what was
-//! confirmed last, with a model of the slot and the queues. A link that is cut one way
+//! paused processes, clocks that run wrong or jump, databases that lag, switchovers to whomever,
+//! and a parent that forgets what was confirmed last, with a model of the slot and the queues. A link that is cut one way
 //! passes nothing, as TCP has it.
 //!
 //! Properties: no server ever skips a part of the history or goes back; when the
@@ -85,6 +85,8 @@ struct Node {
     has_data: bool,
     waiting_to_copy: u64,
     healthy: bool,
+    /// Its database is far behind its queue.
+    lagging: bool,
     /// Its disk has not answered since then.
     hangs_since: Option<u64>,
     link: Link,
@@ -151,6 +153,7 @@ impl World {
                 has_data: true,
                 waiting_to_copy: 0,
                 healthy: true,
+                lagging: false,
                 hangs_since: None,
                 link: Link::None,
                 link_heard: 0,
@@ -241,7 +244,7 @@ impl World {
     fn fault(&mut self) {
         let count = self.count() as u64;
         let node = self.random.below(count) as usize;
-        match self.random.below(12) {
+        match self.random.below(14) {
             0 | 1 if self.nodes[node].up => {
                 self.tell(|| format!("{} crashes", NAMES[node]));
                 self.crash(node);
@@ -291,6 +294,12 @@ impl World {
                 self.nodes[node].jumped += TICK * ticks;
             }
             8 => self.hang(node, self.nodes[node].hangs_since.is_none()),
+            11 => self.switch_over(node),
+            12 => {
+                let lagging = self.random.one_in(2);
+                self.tell(|| format!("database of {} lags: {lagging}", NAMES[node]));
+                self.nodes[node].lagging = lagging;
+            }
             _ => {
                 let healthy = self.random.one_in(2);
                 self.tell(|| format!("database of {} works: {healthy}", NAMES[node]));
@@ -311,6 +320,17 @@ impl World {
             let node = &mut self.nodes[index];
             (node.flush, node.first, node.has_data) = (0, 0, false);
         }
+    }
+
+    /// Who leads is told to hand over to this one, whatever has become of it meanwhile.
+    fn switch_over(&mut self, to: usize) {
+        let leads = |index: &usize| self.nodes[*index].link == Link::Parent && self.runs(*index);
+        let Some(master) = (0..self.count()).find(leads).filter(|index| *index != to) else {
+            return;
+        };
+        self.tell(|| format!("{} is to hand over to {}", NAMES[master], NAMES[to]));
+        let now = self.clock(master);
+        self.nodes[master].decider.yield_to(now, NAMES[to]);
     }
 
     fn hang(&mut self, index: usize, hangs: bool) {
@@ -334,6 +354,7 @@ impl World {
         for index in 0..self.count() {
             self.nodes[index].paused_until = 0;
             self.nodes[index].healthy = true;
+            self.nodes[index].lagging = false;
             self.hang(index, false);
             if !self.nodes[index].up {
                 self.start(index);
@@ -483,7 +504,7 @@ impl World {
             identity: None,
             parent_ok: matches!(node.parent, Sight::Answers),
             master_ok,
-            lagging: false,
+            lagging: node.lagging,
             in_sight: match without("outnumbered") {
                 true => 1,
                 false => 1 + answering,

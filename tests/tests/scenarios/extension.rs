@@ -75,6 +75,10 @@ fn wrong_calls_are_refused() {
             "is no condition",
         ),
         (
+            "SELECT terrace.add_table('t', filter => 'random() < 1')",
+            "cannot be published",
+        ),
+        (
             "SELECT terrace.add_table('t', columns => '{id,nope}')",
             "no column \"nope\"",
         ),
@@ -104,6 +108,14 @@ fn wrong_calls_are_refused() {
             "{sql}: {}",
             explain(&error)
         );
+        // Whoever adds or compares a table is told what to do instead.
+        let tells = [
+            "SELECT terrace.add_table",
+            "SELECT terrace.begin_comparison",
+        ];
+        let hint = error.as_db_error().and_then(|error| error.hint());
+        let wanted = tells.iter().any(|call| sql.starts_with(call)) && !words.contains("label");
+        assert!(hint.is_some() || !wanted, "{sql}: no hint");
     }
 }
 
