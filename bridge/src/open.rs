@@ -115,14 +115,10 @@ pub fn set_queue_aside(shared: &Shared) -> anyhow::Result<()> {
 
 /// Forgets the position of the data here, so that it is copied anew.
 pub async fn forget(shared: &Arc<Shared>, from_parent: bool) {
-    let mut pause = Duration::from_millis(100);
+    let mut patience = Patience::default();
     while let Err(error) = copy::discard(shared, from_parent).await {
-        let problem = format!("cannot discard the data to copy it anew: {error:#}");
-        if shared.set_link(State::Stalled, Some(problem.clone())) {
-            tracing::warn!("{problem}");
-        }
-        sleep(pause).await;
-        pause = (pause * 2).min(MAX_PAUSE);
+        let error = error.context("cannot discard the data to copy it anew");
+        patience.after(shared, error).await;
     }
     timeline::forget_divergence(&shared.config.node.data_dir);
     shared.set_no_data();
@@ -182,64 +178,62 @@ async fn local_progress(shared: &Arc<Shared>) -> anyhow::Result<Option<(Identity
     }
 }
 
-/// A bridge of the top reads the slot of the Postgres beside it; nothing is copied.
+/// A bridge of the top reads the slot of the Postgres beside it; nothing is copied. One that
+/// received would give out its own changes as the top's.
 async fn open_at_top(
     shared: &Arc<Shared>,
     dir: &Path,
-    opened: Option<(Queue, Writer)>,
+    mut opened: Option<(Queue, Writer)>,
 ) -> anyhow::Result<Opened> {
-    refuse_receiver(shared).await?;
-    if let Some((queue, writer)) = opened {
-        shared.set_identity(queue.identity(), true);
-        return Ok(Opened {
-            queue,
-            writer,
-            pinned: None,
-        });
-    }
-    let mut pause = Duration::from_millis(100);
-    loop {
-        match create_slot_at_top(shared).await {
-            Ok((identity, lsn)) => {
-                let (queue, writer) = Queue::create(dir, identity.clone(), lsn)?;
-                shared.set_identity(identity, true);
-                return Ok(Opened {
-                    queue,
-                    writer,
-                    pinned: None,
-                });
-            }
-            Err(error) => {
-                tracing::warn!("{error:#}");
-                shared.set_link(State::Stalled, Some(format!("{error:#}")));
-            }
+    let mut patience = Patience::default();
+    let (queue, writer) = loop {
+        let attempt = match (local_progress(shared).await, opened) {
+            (Ok(Some(_)), _) => bail!(RECEIVER),
+            // Without its Postgres it serves what it has; whose that is shows with the link.
+            (_, Some(opened)) => break opened,
+            (Ok(None), None) => create_slot_at_top(shared).await,
+            (Err(error), None) => Err(error),
+        };
+        opened = None;
+        match attempt {
+            Ok((identity, lsn)) => break Queue::create(dir, identity, lsn)?,
+            Err(error) => patience.after(shared, error).await,
         }
-        sleep(pause).await;
-        pause = (pause * 2).min(MAX_PAUSE);
+    };
+    shared.set_identity(queue.identity(), true);
+    Ok(Opened {
+        queue,
+        writer,
+        pinned: None,
+    })
+}
+
+/// Between tries of what must succeed.
+struct Patience {
+    pause: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Patience {
+        Patience {
+            pause: Duration::from_millis(100),
+        }
     }
 }
 
-/// One that received would give out its own changes as the top's.
-async fn refuse_receiver(shared: &Arc<Shared>) -> anyhow::Result<()> {
-    let mut pause = Duration::from_millis(100);
-    loop {
-        match local_progress(shared).await {
-            Ok(None) => return Ok(()),
-            Ok(Some(_)) => bail!(RECEIVER),
-            Err(error) => {
-                let problem = format!("{error:#}");
-                if shared.set_link(State::Stalled, Some(problem.clone())) {
-                    tracing::warn!("{problem}");
-                }
-            }
+impl Patience {
+    /// Shows what is in the way, and rests longer each time.
+    async fn after(&mut self, shared: &Shared, error: anyhow::Error) {
+        let problem = format!("{error:#}");
+        if shared.set_link(State::Stalled, Some(problem.clone())) {
+            tracing::warn!("{problem}");
         }
-        sleep(pause).await;
-        pause = (pause * 2).min(MAX_PAUSE);
+        sleep(self.pause).await;
+        self.pause = (self.pause * 2).min(MAX_PAUSE);
     }
 }
 
 async fn create_slot_at_top(shared: &Arc<Shared>) -> anyhow::Result<(Identity, Lsn)> {
-    report::prepare_local(shared).await?;
     let info = ConnInfo::parse(&shared.config.database.url)?;
     let (mut client, identity) = connect(&info, &shared.config.node.name).await?;
     let slot = shared.config.slot_name();

@@ -50,7 +50,7 @@ fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
         .map_err(|error| format!("cannot read private key {}: {error}", path.display()))
 }
 
-/// Those of the file, and as what they are trusted.
+/// What is trusted, and, if a file names it, its certificates as they are there.
 fn roots(path: &Path) -> Result<(RootCertStore, Vec<CertificateDer<'static>>), TlsError> {
     let mut roots = RootCertStore::empty();
     let mut named = Vec::new();

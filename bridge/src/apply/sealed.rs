@@ -15,8 +15,7 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use super::Session;
-use super::relation::Input;
-use super::relation::other_place;
+use super::relation::{Input, other_place};
 use crate::client::{Client, quote_ident, quote_table};
 use crate::open::local_client;
 use crate::pgoutput::{Datum, Tuple};

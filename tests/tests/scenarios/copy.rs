@@ -105,7 +105,7 @@ fn a_top_bridge_relays_for_the_top() {
         top: true,
         ..Default::default()
     };
-    let top = Server::start(&scratch, "top", &top_options).expect("boot the top");
+    let mut top = Server::start(&scratch, "top", &top_options).expect("boot the top");
     let below = ["region-1", "site-1"]
         .map(|name| Server::start(&scratch, name, &ServerOptions::default()).expect("boot"));
     // Beside the top, too, a bridge makes the role that SQL is passed on under.
@@ -144,6 +144,16 @@ fn a_top_bridge_relays_for_the_top() {
         top.value("SELECT terrace.wait_for(pg_current_wal_lsn())"),
         "t"
     );
+
+    // What is in its queue is served without its Postgres too.
+    let state = || below[0].value("SELECT state FROM terrace.node_status WHERE self");
+    top_bridge.stop();
+    wait_until("its followers miss it", || state() != "streaming");
+    top.kill9();
+    top_bridge.restart().expect("start");
+    wait_until("they follow it again", || state() == "streaming");
+    top.restart().expect("start the top");
+    wait_until("the top answers", || top.try_connect().is_ok());
 
     // It has nobody to ask for what its slot does not keep, and says so, without haste.
     top_bridge.stop();
