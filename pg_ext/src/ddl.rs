@@ -44,7 +44,6 @@ const SETTINGS: [&CStr; 9] = [
 ];
 
 thread_local! {
-    static NEXT: Cell<pg_sys::ProcessUtility_hook_type> = const { Cell::new(None) };
     /// The hook has seen a statement of this session.
     static SEEING: Cell<bool> = const { Cell::new(false) };
     /// The statement that travels and is being run; see [`forget`].
@@ -61,13 +60,8 @@ pub fn init() {
         GucContext::Userset,
         GucFlags::default(),
     );
-    // SAFETY: hooks are of this process, which runs one session in one thread; one that
-    // was there before is called by ours. The callback lives as long as the library.
-    unsafe {
-        pg_sys::RegisterSubXactCallback(Some(on_part_end), std::ptr::null_mut());
-        NEXT.set(pg_sys::ProcessUtility_hook);
-        pg_sys::ProcessUtility_hook = Some(on_utility);
-    }
+    // SAFETY: the callback lives as long as the library.
+    unsafe { pg_sys::RegisterSubXactCallback(Some(on_part_end), std::ptr::null_mut()) };
 }
 
 #[pg_guard]
@@ -450,64 +444,17 @@ fn is_top() -> bool {
     installed && top().is_ok_and(|top| top == Some(true))
 }
 
-unsafe extern "C-unwind" {
-    // tcop/utility.c; as in pgrx's bindings, but an error of the statement passes by as it is.
-    #[link_name = "standard_ProcessUtility"]
-    fn process(
-        statement: *mut pg_sys::PlannedStmt,
-        text: *const c_char,
-        read_only: bool,
-        context: ProcessUtilityContext::Type,
-        parameters: pg_sys::ParamListInfo,
-        environment: *mut pg_sys::QueryEnvironment,
-        destination: *mut pg_sys::DestReceiver,
-        completion: *mut pg_sys::QueryCompletion,
-    );
-}
-
-/// No `pg_guard`: an error of the statement jumps over this frame, which holds nothing that
-/// would have to be dropped, and keeps its position and context.
-#[allow(clippy::too_many_arguments)]
-unsafe extern "C-unwind" fn on_utility(
-    statement: *mut pg_sys::PlannedStmt,
-    text: *const c_char,
-    read_only: bool,
-    context: ProcessUtilityContext::Type,
-    parameters: pg_sys::ParamListInfo,
-    environment: *mut pg_sys::QueryEnvironment,
-    destination: *mut pg_sys::DestReceiver,
-    completion: *mut pg_sys::QueryCompletion,
-) {
-    // SAFETY: PostgreSQL hands a utility statement in, and takes our call for its own.
-    unsafe {
-        let told = before(statement, text, context);
-        let run = match NEXT.get() {
-            Some(next) => next,
-            None => process,
-        };
-        run(
-            statement,
-            text,
-            read_only,
-            context,
-            parameters,
-            environment,
-            destination,
-            completion,
-        );
-        if told != NOT_TOLD {
-            after(told);
-        }
-    }
-}
-
 /// What [`before`] gives for a statement that does not travel …
-const NOT_TOLD: c_int = -1;
+pub const NOT_TOLD: c_int = -1;
 /// … and for one that ends its transaction; else it is a nesting level.
 const OUTSIDE: c_int = 0;
 
+/// Looks at a utility statement before it runs; gives what [`after`] takes, or [`NOT_TOLD`].
+///
+/// # Safety
+/// As PostgreSQL hands it to its hook.
 #[pg_guard]
-unsafe extern "C-unwind" fn before(
+pub unsafe extern "C-unwind" fn before(
     statement: *mut pg_sys::PlannedStmt,
     text: *const c_char,
     context: ProcessUtilityContext::Type,
@@ -525,8 +472,12 @@ unsafe extern "C-unwind" fn before(
     ddl.map_or(NOT_TOLD, begin)
 }
 
+/// When it has run.
+///
+/// # Safety
+/// What [`before`] gave, in the same session.
 #[pg_guard]
-unsafe extern "C-unwind" fn after(told: c_int) {
+pub unsafe extern "C-unwind" fn after(told: c_int) {
     end(told);
 }
 

@@ -12,6 +12,7 @@ mod ddl;
 mod fill;
 mod guard;
 mod owner;
+mod utility;
 
 use std::cell::{Cell, RefCell};
 use std::ffi::CString;
@@ -68,6 +69,7 @@ pub extern "C-unwind" fn _PG_init() {
     );
     ddl::init();
     owner::init();
+    utility::init();
     // SAFETY: the callback is a plain function that lives as long as the library.
     unsafe { pg_sys::RegisterXactCallback(Some(on_transaction_end), std::ptr::null_mut()) };
 }

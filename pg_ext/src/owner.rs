@@ -18,7 +18,7 @@
 //!
 //! The hooks are of PostgreSQL's way through a statement, in their order: [`on_analysis`],
 //! [`on_plan`], [`on_start`] with [`on_permissions`], [`on_run`], [`on_finish`]; COPY and
-//! TRUNCATE pass [`on_utility`]. An error ends the transaction or a part of it, which puts
+//! TRUNCATE pass [`before_utility`]. An error ends the transaction or a part of it, which puts
 //! user and settings back by itself; the frames of the hooks hold nothing to be dropped, and
 //! what may raise an error through pgrx is guarded.
 
@@ -29,7 +29,7 @@ use std::ffi::{c_char, c_int};
 use std::ptr::{null, null_mut, replace};
 
 use pgrx::guc::{GucContext, GucFlags, GucRegistry, GucSetting};
-use pgrx::pg_sys::{self, NodeTag, Oid, ProcessUtilityContext};
+use pgrx::pg_sys::{self, NodeTag, Oid};
 use pgrx::prelude::*;
 
 /// For functions that look at tables of others.
@@ -46,7 +46,6 @@ thread_local! {
     static NEXT_PERMISSIONS: Cell<pg_sys::ExecutorCheckPerms_hook_type> = const { Cell::new(None) };
     static NEXT_RUN: Cell<pg_sys::ExecutorRun_hook_type> = const { Cell::new(None) };
     static NEXT_FINISH: Cell<pg_sys::ExecutorFinish_hook_type> = const { Cell::new(None) };
-    static NEXT_UTILITY: Cell<pg_sys::ProcessUtility_hook_type> = const { Cell::new(None) };
 }
 
 /// Called once, when the library is loaded.
@@ -76,10 +75,6 @@ pub fn init() {
         NEXT_FINISH.set(replace(
             &raw mut pg_sys::ExecutorFinish_hook,
             Some(on_finish),
-        ));
-        NEXT_UTILITY.set(replace(
-            &raw mut pg_sys::ProcessUtility_hook,
-            Some(on_utility),
         ));
     }
 }
@@ -118,17 +113,6 @@ unsafe extern "C-unwind" {
     fn run(query: *mut pg_sys::QueryDesc, direction: pg_sys::ScanDirection::Type, count: u64);
     #[link_name = "standard_ExecutorFinish"]
     fn finish(query: *mut pg_sys::QueryDesc);
-    #[link_name = "standard_ProcessUtility"]
-    fn process(
-        statement: *mut pg_sys::PlannedStmt,
-        text: *const c_char,
-        read_only: bool,
-        context: ProcessUtilityContext::Type,
-        parameters: pg_sys::ParamListInfo,
-        environment: *mut pg_sys::QueryEnvironment,
-        destination: *mut pg_sys::DestReceiver,
-        completion: *mut pg_sys::QueryCompletion,
-    );
     #[link_name = "BeginCopyFrom"]
     fn begin_copy(
         state: *mut pg_sys::ParseState,
@@ -147,11 +131,33 @@ unsafe extern "C-unwind" {
 /// Who the session was, to be so again.
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct Before {
+pub struct Before {
     user: Oid,
     context: c_int,
     /// Of the settings; 0 when nobody else became.
     level: c_int,
+}
+
+impl Before {
+    const UNCHANGED: Before = Before {
+        user: pg_sys::InvalidOid,
+        context: 0,
+        level: 0,
+    };
+
+    /// Notes who the session is, and begins a nesting level of settings.
+    ///
+    /// # Safety
+    /// Inside a transaction.
+    unsafe fn note() -> Before {
+        let mut before = Before::UNCHANGED;
+        // SAFETY: as said.
+        unsafe {
+            pg_sys::GetUserIdAndSecContext(&mut before.user, &mut before.context);
+            before.level = pg_sys::NewGUCNestLevel();
+        }
+        before
+    }
 }
 
 /// As `owner`, in a restricted operation, if there is one to become.
@@ -159,24 +165,19 @@ struct Before {
 /// # Safety
 /// Inside a transaction.
 unsafe fn change(owner: Option<Oid>) -> Before {
-    let mut before = Before {
-        user: pg_sys::InvalidOid,
-        context: 0,
-        level: 0,
+    let Some(owner) = owner else {
+        return Before::UNCHANGED;
     };
-    if let Some(owner) = owner {
-        // SAFETY: as said.
-        unsafe {
-            pg_sys::GetUserIdAndSecContext(&mut before.user, &mut before.context);
-            before.level = pg_sys::NewGUCNestLevel();
-            be(owner);
-        }
+    // SAFETY: as said.
+    unsafe {
+        let before = Before::note();
+        be(owner);
+        before
     }
-    before
 }
 
 /// # Safety
-/// Inside a transaction, between [`change`] and [`change_back`].
+/// Inside a transaction, between [`Before::note`] and [`change_back`].
 unsafe fn be(owner: Oid) {
     let restricted = pg_sys::SECURITY_LOCAL_USERID_CHANGE | pg_sys::SECURITY_RESTRICTED_OPERATION;
     let (mut user, mut context) = (pg_sys::InvalidOid, 0);
@@ -187,10 +188,12 @@ unsafe fn be(owner: Oid) {
     }
 }
 
+/// As it was.
+///
 /// # Safety
-/// What [`change`] gave, in the same part of the transaction.
+/// What [`change`] or [`before_utility`] gave, in the same part of the transaction.
 #[pg_guard]
-unsafe extern "C-unwind" fn change_back(before: Before) {
+pub unsafe extern "C-unwind" fn change_back(before: Before) {
     if before.level != 0 {
         // SAFETY: as said.
         unsafe {
@@ -284,14 +287,10 @@ unsafe extern "C-unwind" fn on_plan(
 unsafe extern "C-unwind" fn before_start(query: *mut pg_sys::QueryDesc) -> Before {
     // SAFETY: as PostgreSQL called us.
     unsafe {
+        // Permissions come first.
         let owner = owner_of(query);
-        let before = change(owner);
-        if owner.is_some() {
-            // Permissions come first.
-            pg_sys::SetUserIdAndSecContext(before.user, before.context);
-        }
         STARTS_AS.set(owner);
-        before
+        owner.map_or(Before::UNCHANGED, |_| Before::note())
     }
 }
 
@@ -406,52 +405,34 @@ unsafe extern "C-unwind" fn on_finish(query: *mut pg_sys::QueryDesc) {
     }
 }
 
-unsafe extern "C-unwind" fn on_utility(
-    statement: *mut pg_sys::PlannedStmt,
-    text: *const c_char,
-    read_only: bool,
-    context: ProcessUtilityContext::Type,
-    parameters: pg_sys::ParamListInfo,
-    environment: *mut pg_sys::QueryEnvironment,
-    destination: *mut pg_sys::DestReceiver,
-    completion: *mut pg_sys::QueryCompletion,
-) {
-    // SAFETY: PostgreSQL hands a utility statement in, and takes our call for its own.
-    unsafe {
-        let node = (*statement).utilityStmt;
-        let owner = before_utility(node);
-        if owner != pg_sys::InvalidOid && (*node).type_ == NodeTag::T_CopyStmt {
-            return copy_as(owner, node.cast(), text, completion);
-        }
-        let before = change((owner != pg_sys::InvalidOid).then_some(owner));
-        let run = NEXT_UTILITY.get().unwrap_or(process);
-        run(
-            statement,
-            text,
-            read_only,
-            context,
-            parameters,
-            environment,
-            destination,
-            completion,
-        );
-        change_back(before);
-    }
+/// What is done about a utility statement.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub enum Turn {
+    /// It is run, and then this taken back.
+    Run(Before),
+    /// It is a COPY, to be done as this owner.
+    Copy(Oid),
 }
 
-/// Whom to become for this statement, or none.
+/// Becomes whom a TRUNCATE takes, or tells whom a COPY does.
+///
+/// # Safety
+/// As PostgreSQL hands the statement to its hook.
 #[pg_guard]
-unsafe extern "C-unwind" fn before_utility(node: *mut pg_sys::Node) -> Oid {
+pub unsafe extern "C-unwind" fn before_utility(node: *mut pg_sys::Node) -> Turn {
     // SAFETY: a node's tag says what it is.
-    let owner = unsafe {
+    unsafe {
         match (*node).type_ {
-            _ if !is_wanted() => None,
-            NodeTag::T_CopyStmt => whose::of_copy(&*node.cast()),
-            NodeTag::T_TruncateStmt => whose::of_truncate(&*node.cast()),
-            _ => None,
+            _ if !is_wanted() => Turn::Run(Before::UNCHANGED),
+            NodeTag::T_CopyStmt => {
+                let owner = whose::of_copy(&*node.cast());
+                owner.map_or(Turn::Run(Before::UNCHANGED), Turn::Copy)
+            }
+            NodeTag::T_TruncateStmt => Turn::Run(change(whose::of_truncate(&*node.cast()))),
+            _ => Turn::Run(Before::UNCHANGED),
         }
-    };
-    owner.unwrap_or(pg_sys::InvalidOid)
+    }
 }
 
 /// A COPY under way.
@@ -503,9 +484,11 @@ unsafe extern "C-unwind" fn after_copy(copying: Copying, rows: pg_sys::CopyFromS
     }
 }
 
+/// Does a COPY as `owner`.
+///
 /// # Safety
 /// As [`before_copy`]. Nothing here is to be dropped when an error jumps over it.
-unsafe fn copy_as(
+pub unsafe fn copy_as(
     owner: Oid,
     statement: *mut pg_sys::CopyStmt,
     text: *const c_char,
