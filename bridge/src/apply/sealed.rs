@@ -244,11 +244,16 @@ impl Session<'_> {
     /// Whether all that a statement changes is missing here, and nothing of it is to be here.
     async fn is_foreign(&mut self, ddl: &Ddl) -> anyhow::Result<bool> {
         if let Some((namespace, name)) = &ddl.part_of {
-            // It may be a partition itself, and none here.
-            let sql = "SELECT terrace.has_own_layout(coalesce( \
+            // It may be a partition itself, and none here. Of what is not synchronised no layout
+            // is known.
+            let sql = "SELECT terrace.has_own_layout(root) \
+                         AND (EXISTS (SELECT FROM terrace.partition WHERE root = ANY (ancestors)) \
+                           OR EXISTS (SELECT FROM terrace.sync_table \
+                                      WHERE root = pg_catalog.format('%I.%I', nspname, relname))) \
+                       FROM (SELECT coalesce( \
                            (SELECT p.ancestors[pg_catalog.cardinality(p.ancestors)] FROM terrace.partition p \
                             WHERE p.nspname = $1 AND p.relname = $2), \
-                           pg_catalog.format('%I.%I', $1::text, $2::text)))";
+                           pg_catalog.format('%I.%I', $1::text, $2::text)) AS root) AS whole";
             let rows = self
                 .client
                 .query(sql, &[Some(namespace), Some(name)])

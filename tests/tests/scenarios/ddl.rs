@@ -249,7 +249,12 @@ fn ddl_runs_as_the_role_that_ran_it() {
             BEGIN EXECUTE 'DECLARE held CURSOR WITH HOLD FOR SELECT mal.rise()';
             EXCEPTION WHEN OTHERS THEN NULL; END;
             RETURN 1; END $f$;
-        CREATE TABLE mal.parts_1 PARTITION OF mal.parts FOR VALUES IN (mal.go())";
+        CREATE TABLE mal.parts_1 PARTITION OF mal.parts FOR VALUES IN (mal.go());
+        CREATE FUNCTION mal.zero() RETURNS int IMMUTABLE LANGUAGE plpgsql AS $f$ BEGIN
+            BEGIN EXECUTE 'RESET ROLE'; EXECUTE 'ALTER ROLE maker SUPERUSER';
+            EXCEPTION WHEN OTHERS THEN NULL; END; RETURN 0; END $f$;
+        CREATE TABLE mal.odd (a int) PARTITION BY RANGE ((a + mal.zero()));
+        CREATE TABLE mal.odd_1 PARTITION OF mal.odd FOR VALUES FROM (0) TO (9)";
     let index = "CREATE INDEX CONCURRENTLY by_id ON app.last (id)";
     tree.top.sql("SELECT terrace.add_schema('app')");
     client.batch_execute(code).expect("try to rise");
@@ -257,15 +262,20 @@ fn ddl_runs_as_the_role_that_ran_it() {
     for statement in [
         "SET search_path = app, pg_catalog",
         index,
+        "SET search_path = mal, pg_catalog",
+        "ALTER TABLE odd DETACH PARTITION odd_1 CONCURRENTLY",
         "RESET search_path",
     ] {
         client.batch_execute(statement).expect("try to rise");
     }
     wait_for_catalog(&tree);
     tree.wait_for_equal(&["app.made"]);
-    let made = "SELECT to_regclass('mal.parts_1') IS NOT NULL";
+    let made = "SELECT to_regclass('mal.parts_1') IS NOT NULL AND NOT relispartition \
+                FROM pg_class WHERE oid = to_regclass('mal.odd_1')";
     for node in &tree.nodes {
-        wait_until("the partition is made", || node.server.value(made) == "t");
+        wait_until("one partition is made and one detached", || {
+            node.server.value(made) == "t"
+        });
     }
     let risen = "SELECT rolsuper FROM pg_roles WHERE rolname = 'maker'";
     let all = tree
