@@ -57,8 +57,10 @@ pub async fn open_or_copy(
     }
     let mut pause = Duration::from_millis(100);
     let started = Instant::now();
+    // While there is nobody to copy from, one session looks again and again.
+    let mut local = None;
     loop {
-        let attempt = match local_progress(shared).await {
+        let attempt = match local_progress(shared, &mut local).await {
             Ok(Some((identity, lsn))) => return resume(shared, &dir, opened, identity, lsn),
             Ok(None) => {
                 shared.set_empty();
@@ -91,6 +93,7 @@ pub async fn open_or_copy(
                 pause = LOOK_AGAIN;
             }
             Err(error) => {
+                local = None;
                 let problem = format!("{error:#}");
                 if shared.set_link(State::Stalled, Some(problem.clone())) {
                     tracing::warn!("{problem}");
@@ -155,9 +158,14 @@ fn resume(
 /// A session of ours with the Postgres beside the bridge.
 pub async fn local_client(shared: &Shared) -> anyhow::Result<Client> {
     let info = ConnInfo::parse(&shared.config.database.url)?;
+    let gucs = [
+        ("search_path", "pg_catalog"),
+        ("default_transaction_read_only", "off"),
+        ("idle_session_timeout", "0"),
+    ];
     let options = SessionOptions {
         application_name: format!("terrace {}", shared.config.node.name),
-        gucs: vec![("default_transaction_read_only".into(), "off".into())],
+        gucs: gucs.map(|(name, value)| (name.into(), value.into())).into(),
         ..Default::default()
     };
     Client::connect(&info, &options)
@@ -165,13 +173,24 @@ pub async fn local_client(shared: &Shared) -> anyhow::Result<Client> {
         .with_context(|| format!("connect to the local database at {}", info.endpoint()))
 }
 
-async fn local_progress(shared: &Arc<Shared>) -> anyhow::Result<Option<(Identity, Lsn)>> {
-    let mut client = local_client(shared).await?;
-    report::prepare_local(shared).await?;
+/// Leaves the session open for the next time.
+async fn local_progress(
+    shared: &Arc<Shared>,
+    session: &mut Option<Client>,
+) -> anyhow::Result<Option<(Identity, Lsn)>> {
+    let mut client = match session.take() {
+        Some(client) => client,
+        None => {
+            let mut client = local_client(shared).await?;
+            report::prepare_local(&mut client, shared).await?;
+            client
+        }
+    };
     let rows = client
         .query("SELECT identity, lsn::text FROM terrace.progress", &[])
         .await
         .context("read terrace.progress")?;
+    *session = Some(client);
     match rows.first().map(Vec::as_slice) {
         Some([Some(identity), Some(lsn)]) => Ok(Some((identity.parse()?, lsn.parse()?))),
         _ => Ok(None),
@@ -187,7 +206,7 @@ async fn open_at_top(
 ) -> anyhow::Result<Opened> {
     let mut patience = Patience::default();
     let (queue, writer) = loop {
-        let attempt = match (local_progress(shared).await, opened) {
+        let attempt = match (local_progress(shared, &mut None).await, opened) {
             (Ok(Some(_)), _) => bail!(RECEIVER),
             // Without its Postgres it serves what it has; whose that is shows with the link.
             (_, Some(opened)) => break opened,

@@ -31,9 +31,8 @@ static PREPARING: Mutex<()> = Mutex::const_new(());
 
 /// Makes the relay's restricted role what it must be, with this run's password and
 /// without settings, whatever became of it; and learns the local server's parameters.
-pub async fn prepare_local(shared: &Arc<Shared>) -> anyhow::Result<()> {
+pub async fn prepare_local(client: &mut Client, shared: &Shared) -> anyhow::Result<()> {
     let _alone = PREPARING.lock().await;
-    let mut client = connect(&ConnInfo::parse(&shared.config.database.url)?, shared).await?;
     *shared
         .server_parameters
         .lock()
@@ -180,10 +179,16 @@ struct Below {
 
 /// Tells the local database, and learns what it was told from below.
 async fn report_here(shared: &Arc<Shared>, info: &ConnInfo, link: &mut Link, below: &mut Below) {
-    if !link.is_open_to(info)
-        && let Err(error) = prepare_local(shared).await
-    {
-        tracing::debug!("prepare the local database: {error:#}");
+    if !link.is_open_to(info) {
+        let prepared = async {
+            let mut client = connect(info, shared).await?;
+            let prepared = prepare_local(&mut client, shared).await;
+            link.client = Some((info.endpoint(), client));
+            prepared
+        };
+        if let Err(error) = prepared.await {
+            tracing::debug!("prepare the local database: {error:#}");
+        }
     }
     let mut own = shared.status_json();
     own["self"] = true.into();

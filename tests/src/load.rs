@@ -50,6 +50,18 @@ impl Background {
         }
     }
 
+    /// The same with a pause after each step: for where what is tested is not how fast it goes.
+    pub fn paced(
+        server: &Server,
+        mut step: impl FnMut(&mut Client, i64) -> Result<(), postgres::Error> + Send + 'static,
+    ) -> Background {
+        Background::start(server, move |client, n| {
+            step(client, n)?;
+            std::thread::sleep(PACE);
+            Ok(())
+        })
+    }
+
     /// Steps done so far.
     pub fn count(&self) -> i64 {
         self.count.load(Ordering::Relaxed)
@@ -114,13 +126,10 @@ pub fn count_up(server: &Server) -> Background {
         .value("SELECT coalesce(max(n), 0) FROM steps")
         .parse()
         .expect("number");
-    Background::start(server, move |client, n| {
+    Background::paced(server, move |client, n| {
         let step = "WITH s AS (INSERT INTO steps VALUES ($1) ON CONFLICT DO NOTHING RETURNING n) \
                     INSERT INTO trail SELECT n FROM s";
-        client.execute(step, &[&(from + n)])?;
-        // What is tested is not how fast it goes.
-        std::thread::sleep(PACE);
-        Ok(())
+        client.execute(step, &[&(from + n)]).map(drop)
     })
 }
 
@@ -144,11 +153,7 @@ const TRANSFER: &str = "
 
 /// Moves money between accounts: the sum stays as it is.
 pub fn transfers(top: &Server) -> Background {
-    Background::start(top, |client, _| {
-        client.batch_execute(TRANSFER)?;
-        std::thread::sleep(PACE);
-        Ok(())
-    })
+    Background::paced(top, |client, _| client.batch_execute(TRANSFER))
 }
 
 /// Reads a server over and over: the sum of all accounts never changes, and the

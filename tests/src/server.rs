@@ -42,6 +42,14 @@ impl Default for ServerOptions {
     }
 }
 
+/// What sets what a session learns only as it begins.
+const AT_BEGIN: [&str; 4] = [
+    "ALTER ROLE",
+    "ALTER DATABASE",
+    "ALTER SYSTEM",
+    "pg_reload_conf",
+];
+
 /// A server; stopped when dropped.
 pub struct Server {
     /// Name in the tree, and of its directory.
@@ -51,8 +59,9 @@ pub struct Server {
     host: Option<Host>,
     directory: PathBuf,
     process: Option<Process>,
-    /// A session for looking: tests look every few milliseconds, and opening one costs more.
-    looks: Mutex<Option<Client>>,
+    /// A session for looking and writing: tests look every few milliseconds, and opening one
+    /// costs more.
+    session: Mutex<Option<Client>>,
 }
 
 /// Directory of the server programs.
@@ -140,7 +149,7 @@ fn make_template(top: bool, extension: bool) -> Result<PathBuf> {
             host: None,
             directory: scratch,
             process: None,
-            looks: Mutex::default(),
+            session: Mutex::default(),
         };
         let conf = data.join("postgresql.conf");
         let settings = format!(
@@ -260,7 +269,7 @@ impl Server {
             host: options.host.clone(),
             directory,
             process: None,
-            looks: Mutex::default(),
+            session: Mutex::default(),
         };
         server.restart()?;
         Ok(server)
@@ -301,7 +310,7 @@ impl Server {
             host: None,
             directory,
             process: None,
-            looks: Mutex::default(),
+            session: Mutex::default(),
         };
         server.restart()?;
         Ok(server)
@@ -339,8 +348,9 @@ impl Server {
         run(copy, "copy a replication slot")
     }
 
-    /// Starts it again after [`Server::stop`] or [`Server::kill9`].
+    /// Starts it, once it is stopped.
     pub fn restart(&mut self) -> Result<()> {
+        self.stop();
         let deadline = Instant::now() + PATIENCE;
         let log = File::options().create(true).append(true).open(self.log())?;
         loop {
@@ -356,7 +366,8 @@ impl Server {
                 .stderr(log.try_clone()?);
             let mut process = Process::start(postgres, Signal::SIGQUIT)?;
             while process.ended().is_none() && Instant::now() < deadline {
-                if self.try_connect().is_ok() {
+                if let Ok(client) = self.try_connect() {
+                    self.session = Mutex::new(Some(client));
                     self.process = Some(process);
                     return Ok(());
                 }
@@ -450,10 +461,24 @@ impl Server {
         client
     }
 
-    /// Runs statements; an error fails the test.
+    /// Runs statements, as if in a session of their own; an error fails the test.
     pub fn sql(&self, sql: &str) {
-        let result = self.connect().batch_execute(sql);
+        let result = self.write(sql);
         result.unwrap_or_else(|error| panic!("{}: {sql}: {}", self.name, explain(&error)));
+    }
+
+    fn write(&self, sql: &str) -> Result<(), postgres::Error> {
+        let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = session.take();
+        // What is written must not be sent twice, so one learns before whether it is open.
+        let alive = open.and_then(|mut client| client.batch_execute("").map(|()| client).ok());
+        let mut client = alive.map_or_else(|| self.try_connect(), Ok)?;
+        client.batch_execute(sql)?;
+        let settles = |what: &&str| sql.contains(*what);
+        if !AT_BEGIN.iter().any(settles) && client.batch_execute("DISCARD ALL").is_ok() {
+            *session = Some(client);
+        }
+        Ok(())
     }
 
     /// First field of the first row, as text; NULL is the empty string.
@@ -472,15 +497,15 @@ impl Server {
     }
 
     fn look(&self, sql: &str) -> Result<Vec<Vec<String>>, postgres::Error> {
-        let mut looks = self.looks.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
         // One that was opened before the server ended is of no use.
-        if let Some(client) = &mut *looks {
+        if let Some(client) = &mut *session {
             match rows(client, sql) {
                 Err(_) if client.is_closed() => {}
                 result => return result,
             }
         }
-        rows(looks.insert(self.try_connect()?), sql)
+        rows(session.insert(self.try_connect()?), sql)
     }
 
     /// Number and content of the rows of a table, whatever their order and the server's

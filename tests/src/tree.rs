@@ -368,13 +368,10 @@ impl Tree {
                 Ok(sum) => sum,
                 Err(error) => return Some(format!("top, {table}: {error}")),
             };
-            for node in &self.nodes {
-                let name = &node.server.name;
-                match node.server.checksum(table) {
-                    Ok(sum) if sum == wanted => {}
-                    Ok(sum) => return Some(format!("{name}, {table}: {sum}, top: {wanted}")),
-                    Err(error) => return Some(format!("{name}, {table}: {error}")),
-                }
+            let mut nodes = self.nodes.iter();
+            let difference = nodes.find_map(|node| differs(node, table, &wanted));
+            if difference.is_some() {
+                return difference;
             }
         }
         None
@@ -383,14 +380,20 @@ impl Tree {
     /// Waits until the tables hold the same rows everywhere; nobody may write meanwhile.
     pub fn wait_for_equal(&self, tables: &[&str]) {
         let begun = Instant::now();
-        while let Some(difference) = self.difference(tables) {
-            let waited = begun.elapsed();
-            assert!(
-                waited < crate::PATIENCE,
-                "servers still differ: {difference}\n{}",
-                self.show_lag()
-            );
-            std::thread::sleep(crate::pause(waited));
+        for table in tables {
+            let wanted = self.top.checksum(table);
+            let wanted = wanted.unwrap_or_else(|error| panic!("top, {table}: {error}"));
+            for node in &self.nodes {
+                while let Some(difference) = differs(node, table, &wanted) {
+                    let waited = begun.elapsed();
+                    assert!(
+                        waited < crate::PATIENCE,
+                        "servers still differ: {difference}\n{}",
+                        self.show_lag()
+                    );
+                    std::thread::sleep(crate::pause(waited));
+                }
+            }
         }
     }
 
@@ -421,5 +424,15 @@ impl Tree {
             ));
         }
         lines.join("\n")
+    }
+}
+
+/// How a server's table is not what it is to be.
+fn differs(node: &Node, table: &str, wanted: &str) -> Option<String> {
+    let name = &node.server.name;
+    match node.server.checksum(table) {
+        Ok(sum) if sum == wanted => None,
+        Ok(sum) => Some(format!("{name}, {table}: {sum}, top: {wanted}")),
+        Err(error) => Some(format!("{name}, {table}: {error}")),
     }
 }

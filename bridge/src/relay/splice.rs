@@ -8,6 +8,7 @@ use tokio::io::{AsyncWriteExt, copy_bidirectional};
 
 use super::Relay;
 use crate::client::{Client, PATIENT, PgError, SessionOptions, open_stream};
+use crate::open::local_client;
 use crate::report::{RELAY_ROLE, prepare_local};
 use crate::wire::{self, Framed, Way};
 
@@ -34,8 +35,11 @@ pub async fn open(relay: &Relay, parameters: &BTreeMap<String, String>) -> Resul
     match open_guarded(relay, parameters).await {
         Err(Refused { error, ours: true }) => {
             tracing::warn!("the role {RELAY_ROLE} has been changed ({error}), making it again");
-            prepare_local(&relay.shared)
-                .await
+            let made = async {
+                let mut client = local_client(&relay.shared).await?;
+                prepare_local(&mut client, &relay.shared).await
+            };
+            made.await
                 .map_err(|error| PgError::Protocol(format!("{error:#}")))?;
             open_guarded(relay, parameters)
                 .await

@@ -20,7 +20,9 @@ fn the_initial_copy_runs_under_load() {
     let moving = Background::start(&tree.top, |client, step| {
         let id = i32::try_from(step * 7919 % 90000).expect("an int");
         let sql = "UPDATE wide SET js = js || jsonb_build_object('b', $1::int) WHERE id = $1";
-        client.execute(sql, &[&id]).map(|_| ())
+        client.execute(sql, &[&id])?;
+        std::thread::sleep(Duration::from_millis(2));
+        Ok(())
     });
     tree.boot(&[("region", None, 2), ("branch", Some("region"), 1)])
         .expect("boot the servers");

@@ -254,7 +254,7 @@ fn partitions_are_attached_and_detached_in_traffic() {
          SELECT terrace.add_table('parted')",
         &CHAIN,
     );
-    let writing = Background::start(&tree.top, |client, n| {
+    let writing = Background::paced(&tree.top, |client, n| {
         let sql = "INSERT INTO parted SELECT a, $1 FROM unnest($2::int[]) a ON CONFLICT DO NOTHING";
         let attached = "SELECT array_agg(right(inhrelid::regclass::text, 1)::int) \
                         FROM pg_inherits WHERE inhparent = 'parted'::regclass";

@@ -300,7 +300,7 @@ fn what_is_published_changes_while_masters_do() {
         }
     }
     let counting = count_up(&tree.top);
-    let writing = Background::start(&tree.top, |client, n| {
+    let writing = Background::paced(&tree.top, |client, n| {
         let sql = "INSERT INTO later VALUES ($1) ON CONFLICT DO NOTHING";
         client.execute(sql, &[&n]).map(drop)
     });
@@ -407,7 +407,7 @@ fn prepared_transactions_come_whole_where_they_are_committed() {
 
     // Others commit meanwhile, and the master changes. No reader sees a part.
     let branch = &tree.nodes[2].server;
-    let reading = Background::start(branch, |client, _| {
+    let reading = Background::paced(branch, |client, _| {
         let sql = "SELECT count(*), count(*) FILTER (WHERE v = 'gone') FROM t \
                    WHERE id BETWEEN 100 AND 199";
         let row = client.query_one(sql, &[])?;

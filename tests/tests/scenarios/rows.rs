@@ -47,7 +47,7 @@ fn a_table_with_rows_is_added_while_data_flows() {
     }
     let counting = count_up(&tree.top);
     // Somebody goes on writing to the very table.
-    let changing = Background::start(&tree.top, |client, step| {
+    let changing = Background::paced(&tree.top, |client, step| {
         let id = step % 20_000 + 1;
         client
             .batch_execute(&format!(
@@ -137,7 +137,7 @@ fn what_differs_is_found_and_repaired() {
     );
     let mut tree = Tree::grow(&schema, &TREE);
     let counting = count_up(&tree.top);
-    let changing = Background::start(&tree.top, |client, step| {
+    let changing = Background::paced(&tree.top, |client, step| {
         let id = step % 10_000 + 10_001;
         client.batch_execute(&format!("UPDATE stock SET n = n + 1 WHERE id = {id}"))
     });

@@ -487,14 +487,14 @@ fn two_masters_of_a_child_follow_two_servers_above() {
     wait_until("another leads as well, below the other server", || {
         rest.iter().any(|name| follows(&tree, name, second))
     });
-    fill_wide(&tree.top, 0..3);
+    fill_wide(&tree.top, 0..2);
     tree.wait_for_equal(&["wide"]);
     counting.go_on(100);
     assert!(follows(&tree, &one, first), "and the first one still does");
     tree.heal();
     tree.settled_master("branch");
     // The place at the server that nobody follows any more holds nothing up.
-    fill_wide(&tree.top, 3..10);
+    fill_wide(&tree.top, 2..7);
     tree.wait_for_equal(&["wide"]);
     for node in &tree.nodes {
         wait_until("what all have is forgotten", || {
