@@ -16,7 +16,7 @@ use crate::client::{Client, quote_ident, quote_literal};
 use crate::conninfo::ConnInfo;
 use crate::lsn::{Identity, Lsn};
 use crate::queue::write_atomically;
-use crate::schema::{dump, restore};
+use crate::schema::{Dump, restore};
 use crate::status::Shared;
 use crate::timeline;
 use crate::upstream::{BRIDGE_PARAMETER, connect, create_snapshot, timeline_history};
@@ -126,9 +126,8 @@ pub async fn initial_copy(
         .run()
         .await?;
     tracing::info!("all rows are copied");
-    if let Some(without) = &prepared.without {
-        let post = dump(source, &snapshot, &mut reader, "post-data", without).await?;
-        let made = restore(&mut local, &post).await;
+    if let Some(dump) = &prepared.unfinished {
+        let made = restore(&mut local, &dump.after_rows().await?).await;
         tell_left_out(shared, &made.context("create indexes and constraints")?);
     }
     for name in TERRACE_TABLES {
@@ -240,8 +239,8 @@ async fn check_slot(
 struct Prepared {
     /// Says what here is ours.
     marker: String,
-    /// Indexes and constraints are still to be made, but of these tables.
-    without: Option<Vec<String>>,
+    /// Holds the indexes and constraints that are still to be made.
+    unfinished: Option<Dump>,
 }
 
 /// Makes the tables that are missing here, or empties what our own interrupted
@@ -294,9 +293,14 @@ async fn prepare_schema(
     }
     write_atomically(&shared.config.node.data_dir, MARKER, marker.as_bytes())?;
     others.extend(parts_elsewhere(local).await?);
-    if found.iter().any(is_missing) {
-        let pre = dump(source, snapshot, reader, "pre-data", &others).await?;
-        let done = restore(local, &pre).await;
+    let dump = match made.is_empty() {
+        true => None,
+        false => Some(Dump::take(source, snapshot, reader, &others).await?),
+    };
+    if let Some(dump) = &dump
+        && found.iter().any(is_missing)
+    {
+        let done = restore(local, &dump.before_rows().await?).await;
         tell_left_out(shared, &done.context("create the tables")?);
     }
     // They are made as one transaction: where there is one of them, all are.
@@ -305,10 +309,9 @@ async fn prepare_schema(
                   OR EXISTS (SELECT FROM pg_catalog.pg_trigger WHERE tgrelid = to_regclass(t) \
                              AND NOT tgisinternal AND tgname NOT LIKE 'terrace\\_%')";
     let indexed = local.query(sql, &[Some(&made.join("\u{1}"))]).await?;
-    let unfinished = !made.is_empty() && indexed.is_empty();
     Ok(Prepared {
         marker,
-        without: unfinished.then_some(others),
+        unfinished: dump.filter(|_| indexed.is_empty()),
     })
 }
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use anyhow::{Context, bail};
+use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
 use crate::client::{Client, PgError};
@@ -77,73 +78,110 @@ fn parse_major(text: &str) -> Option<u32> {
         .ok()
 }
 
-/// One section of the schema of what is synchronised at the source, as SQL, but for the tables
-/// `without`.
-pub async fn dump(
-    source: &ConnInfo,
-    snapshot: &str,
-    reader: &mut Client,
-    section: &str,
-    without: &[String],
-) -> anyhow::Result<String> {
-    // What is not synchronised must not be locked: the role may not read it.
-    let others = reader
-        .simple(
-            "SELECT format('%I.%I', n.nspname, c.relname) FROM pg_catalog.pg_class c \
-             JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-             WHERE c.relkind IN ('r', 'p', 'f') AND n.nspname NOT LIKE 'pg\\_%' \
-               AND n.nspname NOT IN ('information_schema', 'terrace') \
-               AND NOT EXISTS (SELECT FROM terrace.sync_table s, \
-                    pg_catalog.pg_partition_tree(to_regclass(format('%I.%I', s.nspname, s.relname))) t \
-                    WHERE t.relid = c.oid) \
-               AND NOT EXISTS (SELECT FROM terrace.sync_table s \
-                    WHERE s.nspname = n.nspname AND s.relname = c.relname AND s.columns IS NULL)",
-        )
-        .await?;
-    let mut command = Command::new(pg_dump_for(reader).await?);
-    command
-        .args([
-            "--schema-only",
-            "--no-privileges",
-            "--no-publications",
-            "--no-tablespaces",
-        ])
-        .args([
-            "--no-subscriptions",
-            "--exclude-schema=terrace",
-            "--section",
-            section,
-        ])
-        .arg(format!("--snapshot={snapshot}"))
-        .envs(source.libpq_env())
-        .stdin(Stdio::null())
-        .kill_on_drop(true);
-    let others: Vec<String> = others.into_iter().flatten().flatten().collect();
-    for name in others.iter().chain(without) {
-        command.arg(format!("--exclude-table={name}"));
-    }
-    let output = command.output().await.context("run pg_dump")?;
-    if !output.status.success() {
-        bail!(
-            "pg_dump failed: {}",
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
-    }
-    let text = String::from_utf8(output.stdout).context("output of pg_dump")?;
-    let parts = match section {
-        "pre-data" => PARTS_BEFORE_ROWS,
-        _ => PARTS_AFTER_ROWS,
-    };
-    // Within the transaction of the snapshot; names must say where they are from.
-    reader.simple("SET LOCAL search_path = ''").await?;
-    let parts = reader.simple(parts).await?;
-    let parts: String = parts.into_iter().flatten().flatten().collect();
-    // What they are made of comes before them, what refers to them after.
-    Ok(match section {
-        "pre-data" => text + &parts,
-        _ => parts + &text,
-    })
+/// The schema of what is synchronised at a source, as one run of pg_dump has seen it: over a long
+/// link its many questions take a while.
+pub struct Dump {
+    archive: Vec<u8>,
+    pg_restore: PathBuf,
+    parts_before: String,
+    parts_after: String,
 }
+
+impl Dump {
+    /// Of the source in a snapshot, which `reader` reads as well, but for the tables `without`.
+    pub async fn take(
+        source: &ConnInfo,
+        snapshot: &str,
+        reader: &mut Client,
+        without: &[String],
+    ) -> anyhow::Result<Dump> {
+        // What is not synchronised must not be locked: the role may not read it.
+        let others = reader.simple(OTHERS).await?;
+        let pg_dump = pg_dump_for(reader).await?;
+        let mut command = Command::new(&pg_dump);
+        command
+            .args([
+                "--schema-only",
+                "--no-privileges",
+                "--no-publications",
+                "--no-subscriptions",
+                "--exclude-schema=terrace",
+                "--format=custom",
+            ])
+            .arg(format!("--snapshot={snapshot}"))
+            .envs(source.libpq_env());
+        for name in others.iter().flatten().flatten().chain(without) {
+            command.arg(format!("--exclude-table={name}"));
+        }
+        let archive = output_of(command, "pg_dump", &[]).await?;
+        // Within the transaction of the snapshot; names must say where they are from.
+        reader.simple("SET LOCAL search_path = ''").await?;
+        let before = reader.simple(PARTS_BEFORE_ROWS).await?;
+        let after = reader.simple(PARTS_AFTER_ROWS).await?;
+        Ok(Dump {
+            archive,
+            pg_restore: pg_dump.with_file_name("pg_restore"),
+            parts_before: before.into_iter().flatten().flatten().collect(),
+            parts_after: after.into_iter().flatten().flatten().collect(),
+        })
+    }
+
+    /// What is to be there before the rows come, as SQL.
+    pub async fn before_rows(&self) -> anyhow::Result<String> {
+        // What they are made of comes before them …
+        Ok(self.section("pre-data").await? + &self.parts_before)
+    }
+
+    /// What is made when all rows are there.
+    pub async fn after_rows(&self) -> anyhow::Result<String> {
+        // … and what refers to them after.
+        Ok(self.parts_after.clone() + &self.section("post-data").await?)
+    }
+
+    async fn section(&self, section: &str) -> anyhow::Result<String> {
+        let mut command = Command::new(&self.pg_restore);
+        command.args(["--no-tablespaces", "--section", section, "--file=-"]);
+        let text = output_of(command, "pg_restore", &self.archive).await?;
+        String::from_utf8(text).context("output of pg_restore")
+    }
+}
+
+/// What a program prints that is given `input`.
+async fn output_of(mut command: Command, name: &str, input: &[u8]) -> anyhow::Result<Vec<u8>> {
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
+    let run = || format!("run {name}");
+    let mut child = command.spawn().with_context(run)?;
+    let stdin = child.stdin.take();
+    let give = async {
+        // One that ends early says why by itself.
+        if let Some(mut stdin) = stdin {
+            stdin.write_all(input).await.ok();
+        }
+    };
+    let ((), output) = tokio::join!(give, child.wait_with_output());
+    let output = output.with_context(run)?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        bail!("{name} failed: {}", said.trim());
+    }
+    Ok(output.stdout)
+}
+
+/// The tables that are not synchronised.
+const OTHERS: &str = "\
+    SELECT format('%I.%I', n.nspname, c.relname) FROM pg_catalog.pg_class c \
+    JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+    WHERE c.relkind IN ('r', 'p', 'f') AND n.nspname NOT LIKE 'pg\\_%' \
+      AND n.nspname NOT IN ('information_schema', 'terrace') \
+      AND NOT EXISTS (SELECT FROM terrace.sync_table s, \
+           pg_catalog.pg_partition_tree(to_regclass(format('%I.%I', s.nspname, s.relname))) t \
+           WHERE t.relid = c.oid) \
+      AND NOT EXISTS (SELECT FROM terrace.sync_table s \
+           WHERE s.nspname = n.nspname AND s.relname = c.relname AND s.columns IS NULL)";
 
 /// Of tables that are synchronised by some of their columns, as objects of a dump. pg_dump
 /// is no help: it locks a table, which takes the right to read all of it. Here they hold
