@@ -201,7 +201,7 @@ impl Tree {
         Ok(())
     }
 
-    /// Starts the bridges, which apply nothing before they have everything.
+    /// Starts the bridges, which apply nothing before they, and those above, have everything.
     pub fn start_bridges_on_a_pile(&mut self) {
         let hold = |node: &Node| {
             let mut client = node.server.connect();
@@ -209,14 +209,21 @@ impl Tree {
             client.batch_execute(sql).expect("hold the apply");
             client
         };
-        let holders: Vec<_> = self.nodes.iter().map(hold).collect();
+        let mut holders: Vec<_> = self.nodes.iter().map(hold).collect();
         let end = self.top.value("SELECT pg_current_wal_lsn()");
         self.start_bridges().expect("start the bridges");
-        let there =
-            format!("SELECT count(*) FROM terrace.lag WHERE level > 0 AND flush_lsn >= '{end}'");
-        let all = self.nodes.len().to_string();
-        wait_until("all of it is there", || self.top.value(&there) == all);
-        drop(holders);
+        let with = |what: &str| {
+            let sql =
+                format!("SELECT count(*) FROM terrace.lag WHERE level > 0 AND {what} >= '{end}'");
+            self.top.value(&sql).parse::<usize>().expect("a number")
+        };
+        let all = self.nodes.len();
+        wait_until("all of it is there", || with("flush_lsn") == all);
+        for domain in self.nodes.chunk_by(|one, next| one.domain == next.domain) {
+            let shown = all - holders.len() + domain.len();
+            drop(holders.drain(..domain.len()));
+            wait_until("it is shown", || with("replay_lsn") >= shown);
+        }
     }
 
     /// Waits until nobody holds the slot of a domain of the first level.
