@@ -91,7 +91,7 @@ check:
 # a disk longer than memory, if there is enough.
 ROOMY = 8000000
 # So many at a time.
-STORIES ?= 4
+STORIES ?= 6
 .PHONY: scenarios
 scenarios:
 	@cd /dev/shm && [ -w . ] && [ "$$(df -k --output=avail . | tail -n 1)" -gt $(ROOMY) ] \
