@@ -9,10 +9,17 @@ use postgres_protocol::message::frontend;
 use tokio::time::timeout;
 
 use super::plan::Planned;
+use super::skip::is_of_the_transaction;
 use super::statement::{Expect, Step};
 use super::{Batch, Session, fatal};
+use crate::client::PgError;
 use crate::lsn::Lsn;
 use crate::record::Kind;
+
+/// Class of errors that speak of a value (PostgreSQL's `errcodes.txt`) …
+const DATA_EXCEPTION: &str = "22";
+/// … and what is said when a type has no way to another.
+const DATATYPE_MISMATCH: &str = "42804";
 
 impl Session<'_> {
     /// Leaves the failed transaction and the rest of its pipeline behind.
@@ -120,9 +127,29 @@ impl Session<'_> {
             Planned::Nothing | Planned::Lookup(_) => return Ok(()),
         };
         for step in steps {
-            self.careful_step(payload, &step).await?;
+            let done = self.careful_step(payload, &step).await;
+            done.map_err(|error| self.about_table(payload, error))?;
         }
         Ok(())
+    }
+
+    /// Says which table a refused row is for, and where to look when a value is refused.
+    fn about_table(&self, payload: &Bytes, error: anyhow::Error) -> anyhow::Error {
+        let refused = error.downcast_ref::<PgError>().and_then(PgError::code);
+        let (Some(code), Ok(table)) = (refused, self.planner.table_of(payload)) else {
+            return error;
+        };
+        if !is_of_the_transaction(&error) {
+            return error;
+        }
+        let told = match code {
+            _ if code.starts_with(DATA_EXCEPTION) || code == DATATYPE_MISMATCH => format!(
+                "a column of table \"{table}\" cannot hold its value; give it the type that it has \
+                 above"
+            ),
+            _ => format!("table \"{table}\""),
+        };
+        error.context(told)
     }
 
     async fn careful_step(&mut self, payload: &Bytes, step: &Step) -> anyhow::Result<()> {

@@ -81,7 +81,7 @@ impl Session<'_> {
 }
 
 /// Not that the connection was lost, the server shuts down, or two got in each other's way.
-fn is_of_the_transaction(error: &anyhow::Error) -> bool {
+pub(super) fn is_of_the_transaction(error: &anyhow::Error) -> bool {
     let Some(error) = error
         .chain()
         .find_map(|cause| cause.downcast_ref::<PgError>())

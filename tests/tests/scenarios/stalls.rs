@@ -46,6 +46,15 @@ fn a_missing_table_or_column_stalls_until_it_is_made() {
     );
     node.server.sql("ALTER TABLE price ADD cents int");
     tree.wait_for_equal(&["price"]);
+    node.server
+        .sql("ALTER TABLE price ALTER cents TYPE smallint");
+    tree.top.sql("INSERT INTO price VALUES (2, 70000)");
+    wait_stalled(
+        node,
+        &["of table \"public.price\" cannot hold", "out of range"],
+    );
+    node.server.sql("ALTER TABLE price ALTER cents TYPE int");
+    tree.wait_for_equal(&["price"]);
     tree.wait_streaming();
 }
 
