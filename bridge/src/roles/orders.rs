@@ -15,17 +15,17 @@ impl Roles {
     pub(super) async fn obey(&mut self, (order, reply): Ordered, link: &Link) -> Option<End> {
         let now = self.observer.now();
         let (outcome, end) = match order {
-            Order::Resync => {
-                // What the others hold is no better, unless one of them leads.
-                let state = self.shared.state().0;
-                let lost = self.in_gap || matches!(state, State::Gap | State::Diverged);
-                let lost = lost && !self.shared.is_outvoted();
-                let end = End::CopyAnew {
-                    reason: "asked to copy anew".into(),
-                    from_parent: lost || self.shared.config.peers.is_empty(),
-                };
-                (Ok(()), Some(end))
-            }
+            Order::Resync => match self.resync_from_parent(link) {
+                Ok(from_parent) => {
+                    let reason = "asked to copy anew".into();
+                    let end = End::CopyAnew {
+                        reason,
+                        from_parent,
+                    };
+                    (Ok(()), Some(end))
+                }
+                Err(problem) => (Err(problem.to_owned()), None),
+            },
             Order::Skip(lsn) => (self.shared.order_skip(lsn), None),
             Order::TakeOver(lsn) => {
                 self.decider.take_over(now, lsn);
@@ -44,6 +44,30 @@ impl Roles {
         // Nobody may wait for the answer any more.
         reply.send(outcome).ok();
         end
+    }
+
+    /// Whether the data here is to come anew from the parent, or from the master; the error says
+    /// why it must stay. All servers of a domain are never without data at once: who leads keeps
+    /// what it has, and the others throw theirs away only while one leads.
+    fn resync_from_parent(&self, link: &Link) -> Result<bool, &'static str> {
+        let state = self.shared.state().0;
+        let lost = self.in_gap || matches!(state, State::Gap | State::Diverged);
+        // What the others hold is no better, unless they are the majority.
+        if lost && !self.shared.is_outvoted() || self.shared.config.peers.is_empty() {
+            return Ok(true);
+        }
+        let peers = self.observer.peers();
+        match peers.iter().any(Peer::leads) {
+            true => Ok(false),
+            false if *link == Link::Parent => Err(
+                "this server is the master, from which the others would copy; make another one \
+                 master first, with terrace-bridge switchover",
+            ),
+            false => Err(
+                "no other server of the domain is master, so that there is nobody to copy from; \
+                 wait until one is: terrace.topology shows it",
+            ),
+        }
     }
 
     /// Checks a wish for another master, and starts to hand over.

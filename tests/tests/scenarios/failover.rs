@@ -448,6 +448,18 @@ fn switchover_loses_nothing_and_wrong_ones_change_nothing() {
         tree.rows_arrive("branch-1", Duration::from_secs(5));
         wait_until("the old one is a slave", || tree.is_streaming());
     }
+    // Who leads keeps its data, so that a copy of it may replace those of all others at once.
+    for name in ["region-1", "region-2", "region-3"] {
+        let leads = tree.with_role("region", "master") == name;
+        let output = tree.node(name).bridge.run("resync").expect("run resync");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.success(), !leads, "{name}: {said}");
+        assert!(!leads || said.contains("is the master"), "{said}");
+    }
+    tree.rows_arrive("branch-1", Duration::from_secs(5));
+    let copied = "SELECT count(*) FROM terrace.events WHERE kind = 'copied'";
+    wait_until("both have copied", || tree.top.value(copied) == "6");
+    tree.wait_streaming();
     // A server that is down is refused.
     let master = tree.with_role("region", "master");
     let other = ["region-2", "region-3"]
