@@ -330,6 +330,9 @@ impl Session {
             Ok(options) => options,
             Err(refusal) => return Ok(Err(refusal)),
         };
+        if let Err(refusal) = self.keep_from_others(&slot) {
+            return Ok(Err(refusal));
+        }
         let (open, reader, from) = match self.reader(&slot, from) {
             Ok(opened) => opened,
             Err(refusal) => return Ok(Err(refusal)),

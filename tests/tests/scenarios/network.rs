@@ -161,6 +161,10 @@ fn a_slot_is_there_once_it_was_promised() {
     };
     manage_slot(&conninfo, "stock", "--create-slot").expect("create the slot");
     again(&mut tree);
+    for action in ["--drop-slot", "--create-slot"] {
+        let said = manage_slot(&conninfo, "terrace_branch", action).expect_err("a domain's");
+        assert!(said.contains("reserved for bridges"), "{said}");
+    }
     let said = manage_slot(&conninfo, "stock", "--create-slot").expect_err("it is there");
     assert!(said.contains("already exists"), "{said}");
     manage_slot(&conninfo, "stock", "--drop-slot").expect("drop the slot");

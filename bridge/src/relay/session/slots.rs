@@ -56,6 +56,7 @@ impl Session {
                 "physical replication is not supported by this server",
             );
         }
+        self.keep_from_others(&slot)?;
         let queue = self.open_queue()?.queue;
         if queue.cursors().iter().any(|(name, _, _)| *name == slot) {
             return already_exists(&slot);
@@ -91,7 +92,22 @@ impl Session {
         Ok(())
     }
 
+    /// The place of a domain, which a client that is no bridge may neither move nor drop.
+    pub(super) fn keep_from_others(&self, slot: &str) -> Reply {
+        let is_ours = ["terrace_", "terracecopy_"]
+            .iter()
+            .any(|ours| slot.starts_with(ours));
+        match is_ours && !self.bridge {
+            false => Ok(()),
+            true => refuse(
+                "42939",
+                format!("replication slot name \"{slot}\" is reserved for bridges; choose another"),
+            ),
+        }
+    }
+
     pub(super) async fn drop_slot(&mut self, slot: &str, wait: bool) -> Reply {
+        self.keep_from_others(slot)?;
         let deadline = Instant::now() + SILENCE;
         while let Some(holder) = self.holder(slot) {
             if !wait || Instant::now() > deadline {
