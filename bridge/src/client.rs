@@ -137,6 +137,38 @@ impl PgError {
         matches!(self, PgError::Io(error) if error.kind() == io::ErrorKind::ConnectionRefused)
     }
 
+    /// Whether it is for people to mend, and waiting is of no use: a password, a certificate, a
+    /// line of pg_hba.conf.
+    pub fn is_for_people(&self) -> bool {
+        match self {
+            PgError::Db(error) => {
+                ["28", "3D", "42"].contains(&&error.code[..2.min(error.code.len())])
+            }
+            PgError::Tls(_) | PgError::Auth(_) | PgError::Protocol(_) => true,
+            PgError::Io(_) | PgError::Standby => false,
+        }
+    }
+
+    /// What to do about a session that could not be opened, as far as that is known.
+    pub fn way_out(&self) -> &'static str {
+        match self {
+            _ if self.is_refused() => {
+                "; start it, or correct host and port in its connection string"
+            }
+            PgError::Io(_) => "; correct host and port in its connection string, or let us through",
+            PgError::Tls(_) => "; see sslmode and the other ssl keys of its connection string",
+            _ => match self.code() {
+                Some("28P01") => {
+                    "; correct the password in its connection string or the passfile, or set it there \
+                     with ALTER ROLE"
+                }
+                Some("28000") => "; make the role there, or let it in by a line of pg_hba.conf",
+                Some("3D000") => "; correct dbname in its connection string, or make the database",
+                _ => "",
+            },
+        }
+    }
+
     /// SQLSTATE, when the server gave one.
     pub fn code(&self) -> Option<&str> {
         match self {
@@ -174,6 +206,9 @@ pub const PATIENT: [(&str, &str); 5] = [
     // What keeps people from writing is not meant for what they are to read.
     ("default_transaction_read_only", "off"),
 ];
+
+/// There is no line in pg_hba.conf for this connection (invalid_authorization_specification).
+const NO_ENTRY: &str = "28000";
 
 /// An open session.
 pub struct Client {
@@ -218,6 +253,13 @@ impl Client {
             // As libpq does: a server that refuses plain text may take TLS.
             Err(PgError::Db(error)) if info.ssl_mode() == SslMode::Allow => {
                 let again = Client::connect_over(info, options, way, true).await;
+                again.map_err(|_| PgError::Db(error))
+            }
+            // And one that refuses TLS may take plain text.
+            Err(PgError::Db(error))
+                if info.ssl_mode() == SslMode::Prefer && error.code == NO_ENTRY =>
+            {
+                let again = Client::connect_over(info, options, way, false).await;
                 again.map_err(|_| PgError::Db(error))
             }
             result => result,

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::fs::Metadata;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -107,6 +109,14 @@ impl ConnInfo {
                 return Err(ConnInfoError(format!("missing option \"{required}\"")));
             }
         }
+        let roots = values.get("sslrootcert").map_or("", String::as_str);
+        if ssl_mode == SslMode::VerifyCa && ["", "system"].contains(&roots) {
+            return Err(ConnInfoError(
+                "sslmode=verify-ca takes any name of an authority, so it needs a file of trusted ones in \
+                 sslrootcert; name it, or use verify-full"
+                    .into(),
+            ));
+        }
         if values.get("host").is_some_and(|host| host.contains(',')) {
             return Err(ConnInfoError(
                 "more than one host; list each server on its own".into(),
@@ -193,26 +203,38 @@ impl ConnInfo {
         other
     }
 
-    /// The password: given, or from the password file.
-    pub fn password(&self) -> Option<String> {
+    /// The password, if there is one: given, or from the password file, which counts as it does
+    /// for libpq (`fe-connect.c`, `passwordFromFile`); else what is wrong with that.
+    pub fn password(&self) -> Result<Option<String>, String> {
         if let Some(password) = self.get("password") {
-            return Some(password.to_owned());
+            return Ok(Some(password.to_owned()));
         }
         let named = std::env::var_os("PGPASSFILE").filter(|path| !path.is_empty());
-        let path = match self.get("passfile").map(Into::into).or(named) {
-            Some(path) => PathBuf::from(path),
-            None => PathBuf::from(std::env::var_os("HOME")?).join(".pgpass"),
+        let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".pgpass"));
+        let path = self.get("passfile").map(Into::into).or(named);
+        let Some(path) = path.map(PathBuf::from).or_else(home) else {
+            return Ok(None);
         };
-        let text = std::fs::read_to_string(path).ok()?;
-        let host = if self.host().starts_with('/') {
-            "localhost"
-        } else {
-            self.host()
+        let Ok(text) = std::fs::read_to_string(&path) else {
+            return Ok(None);
         };
+        let open = |about: Metadata| about.is_file() && about.permissions().mode() & 0o077 != 0;
+        if std::fs::metadata(&path).is_ok_and(open) {
+            return Err(format!(
+                "password file \"{}\" is open to others, and not used; chmod it to 0600",
+                path.display()
+            ));
+        }
         let port = self.port.to_string();
-        let wanted = [host, &port, self.dbname(), self.user()];
-        text.lines()
-            .find_map(|line| password_of_line(line, &wanted))
+        let of_host = |host: &str| {
+            let wanted = [host, &port, self.dbname(), self.user()];
+            text.lines()
+                .find_map(|line| password_of_line(line, &wanted))
+        };
+        let password = of_host(self.host());
+        // The usual directory of sockets, which is not the same everywhere, goes by that name.
+        let is_socket = self.host().starts_with('/');
+        Ok(password.or_else(|| is_socket.then(|| of_host("localhost")).flatten()))
     }
 
     /// The same as environment of libpq programs such as pg_dump.
@@ -237,7 +259,7 @@ impl ConnInfo {
             .filter_map(|(key, name)| Some(((*name).to_owned(), self.get(key)?.to_owned())))
             .collect();
         // pg_dump before version 16 does not know "system", and none takes the system's roots unasked.
-        if self.ssl_mode() >= SslMode::VerifyCa
+        if self.ssl_mode() == SslMode::VerifyFull
             && matches!(self.get("sslrootcert"), None | Some("system"))
             && let Some(bundle) = crate::tls::system_roots()
         {
@@ -246,6 +268,7 @@ impl ConnInfo {
         }
         env.extend(
             self.password()
+                .unwrap_or_default()
                 .map(|password| ("PGPASSWORD".to_owned(), password)),
         );
         env
@@ -431,11 +454,11 @@ mod tests {
             (info.endpoint().as_str(), info.user()),
             ("10.0.0.1:7432", "a b")
         );
-        assert_eq!(info.password().as_deref(), Some("it's"));
+        assert_eq!(info.password(), Ok(Some("it's".into())));
         assert_eq!(info.ssl_mode(), SslMode::VerifyFull);
         let uri = ConnInfo::parse("postgres://u:p%40w@[::1]:99/db?sslmode=disable").unwrap();
         assert_eq!((uri.host(), uri.port(), uri.dbname()), ("::1", 99, "db"));
-        assert_eq!(uri.password().as_deref(), Some("p@w"));
+        assert_eq!(uri.password(), Ok(Some("p@w".into())));
         let socket = ConnInfo::parse("host=/run/postgresql user=u dbname=d").unwrap();
         let path = socket.socket_path().unwrap();
         assert_eq!(path, Path::new("/run/postgresql/.s.PGSQL.5432"));
@@ -456,6 +479,14 @@ mod tests {
             (
                 "host=a user=u dbname=d sslmode=yes password=secret",
                 "invalid sslmode \"yes\"",
+            ),
+            (
+                "host=a user=u dbname=d sslmode=verify-ca password=secret",
+                "needs a file",
+            ),
+            (
+                "host=a user=u dbname=d sslmode=verify-ca sslrootcert=system password=secret",
+                "needs a file",
             ),
             (
                 "host=a user=u dbname=d channel_binding=yes password=secret",

@@ -108,8 +108,14 @@ impl Dump {
                 "--exclude-schema=terrace",
                 "--format=custom",
             ])
-            .arg(format!("--snapshot={snapshot}"))
-            .envs(source.libpq_env());
+            .arg(format!("--snapshot={snapshot}"));
+        // What libpq would take from the environment is none of this session's.
+        let inherited =
+            std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"PG"));
+        for (name, _) in inherited {
+            command.env_remove(name);
+        }
+        command.envs(source.libpq_env());
         for name in others.iter().flatten().flatten().chain(without) {
             command.arg(format!("--exclude-table={name}"));
         }

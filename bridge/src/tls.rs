@@ -4,6 +4,7 @@
 //! the configured roots, `verify-full` only a certificate for the host; weaker
 //! modes encrypt without knowing to whom, as libpq's do.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -45,7 +46,18 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     }
 }
 
+/// As PostgreSQL (`be-secure-common.c`, `check_ssl_key_file_permissions`) and libpq have it: for the
+/// owner alone; when that is root, a group may read it too.
 fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
+    if let Ok(about) = std::fs::metadata(path) {
+        let others = if about.uid() == 0 { 0o037 } else { 0o077 };
+        if about.mode() & others != 0 {
+            return Err(format!(
+                "private key {} is open to others; chmod it to 0600, or 0640 if root owns it",
+                path.display()
+            ));
+        }
+    }
     PrivateKeyDer::from_pem_file(path)
         .map_err(|error| format!("cannot read private key {}: {error}", path.display()))
 }

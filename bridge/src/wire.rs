@@ -42,6 +42,9 @@ const LOOPBACK_BUFFER: u32 = 32 << 10;
 /// Segments must fit into it several times, or they wait for each other.
 const LOOPBACK_SEGMENT: u32 = 16 << 10;
 
+/// An address of several that has not answered for so long is left for the next one.
+const NEXT_ADDRESS: Duration = Duration::from_secs(2);
+
 /// Connects to the first address of `host` that answers.
 ///
 /// A walsender writes message by message. Over loopback each becomes a segment, which
@@ -50,7 +53,8 @@ const LOOPBACK_SEGMENT: u32 = 16 << 10;
 /// window is a small one.
 pub async fn connect(host: (&str, u16), way: Way) -> io::Result<TcpStream> {
     let mut failed = io::Error::other("the host name has no address");
-    for address in lookup_host(host).await? {
+    let mut addresses = lookup_host(host).await?.peekable();
+    while let Some(address) = addresses.next() {
         let socket = match address {
             SocketAddr::V4(_) => TcpSocket::new_v4()?,
             SocketAddr::V6(_) => TcpSocket::new_v6()?,
@@ -59,9 +63,12 @@ pub async fn connect(host: (&str, u16), way: Way) -> io::Result<TcpStream> {
             socket.set_recv_buffer_size(LOOPBACK_BUFFER)?;
             SockRef::from(&socket).set_tcp_mss(LOOPBACK_SEGMENT)?;
         }
-        match socket.connect(address).await {
-            Ok(stream) => return tune(&stream).map(|()| stream),
-            Err(error) => failed = error,
+        // One that swallows everything must not keep us from the next one.
+        let limit = addresses.peek().map_or(Duration::MAX, |_| NEXT_ADDRESS);
+        match timeout(limit, socket.connect(address)).await {
+            Ok(Ok(stream)) => return tune(&stream).map(|()| stream),
+            Ok(Err(error)) => failed = error,
+            Err(_) => failed = io::ErrorKind::TimedOut.into(),
         }
     }
     Err(failed)

@@ -31,10 +31,13 @@ impl Client {
                 "client_encoding",
                 options.client_encoding.as_deref().unwrap_or("UTF8"),
             ),
+            // By our own we are told apart; what the connection string says is for who has none.
             (
                 "application_name",
-                info.get("application_name")
-                    .unwrap_or(&options.application_name),
+                match options.application_name.as_str() {
+                    "" => info.get("application_name").unwrap_or_default(),
+                    own => own,
+                },
             ),
         ];
         if options.replication {
@@ -149,7 +152,8 @@ impl Client {
 }
 
 fn password(info: &ConnInfo) -> Result<String> {
-    info.password().ok_or_else(|| {
+    let password = info.password().map_err(PgError::Auth)?;
+    password.ok_or_else(|| {
         let user = info.user();
         PgError::Auth(format!(
             "no password for role \"{user}\" in the connection string or passfile"

@@ -337,8 +337,10 @@ fn the_top_may_be_reached_over_tls() {
         let wrong = options(&server, "region", &[parent(host, authority)]);
         bridge.configure(&wrong).expect("configure");
         bridge.restart().expect("start");
+        let refused = "SELECT count(*) FROM terrace.node_status WHERE self AND state = 'stalled' \
+                       AND reason LIKE '%certificate%sslmode%'";
         wait_until("the certificate is refused", || {
-            bridge.logged().contains("certificate")
+            server.value(refused) == "1"
         });
         bridge.stop();
         fs::remove_file(bridge.log()).expect("remove the log");
@@ -370,6 +372,19 @@ fn the_top_may_be_reached_over_tls() {
     tree.top.sql("INSERT INTO t VALUES (3, 'allowed')");
     wait_for_rows(&tree.top, &server);
     assert_eq!(tree.top.value(encrypted), "t");
+
+    // "prefer" begins with TLS, and goes on in plain text where that is refused.
+    fs::write(&rules, text.replace("\nhost ", "\nhostnossl ")).expect("write");
+    tree.top.sql("SELECT pg_reload_conf()");
+    bridge.stop();
+    let preferring = tree.top.conninfo() + " sslmode=prefer";
+    bridge
+        .configure(&options(&server, "region", &[preferring]))
+        .expect("configure");
+    bridge.restart().expect("start");
+    tree.top.sql("INSERT INTO t VALUES (4, 'preferred')");
+    wait_for_rows(&tree.top, &server);
+    assert_eq!(tree.top.value(encrypted), "f");
 }
 
 #[test]
@@ -423,6 +438,10 @@ fn the_password_file_may_be_named_by_the_environment() {
         told(status.output().expect("run status"))
     };
     status(&passfile).unwrap_or_else(|said| panic!("{said}"));
+    fs::set_permissions(&passfile, fs::Permissions::from_mode(0o640)).expect("chmod");
+    let said = status(&passfile).expect_err("others may read it");
+    let named = said.contains("passfile\" is open to others");
+    assert!(named && said.contains("0600"), "{said}");
     let said = status(Path::new("/nowhere")).expect_err("no password");
     assert!(said.contains("passfile"), "{said}");
 }
