@@ -110,7 +110,8 @@ impl Report {
             Ok(client) => Some((client, info)),
             Err(error) => {
                 let place = info.endpoint();
-                self.bad(format!("{what}: cannot connect to {place}: {error}"));
+                let way = error.way_out();
+                self.bad(format!("{what}: cannot connect to {place}: {error}{way}"));
                 None
             }
         }

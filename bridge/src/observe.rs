@@ -66,6 +66,8 @@ struct Seen {
     standby: bool,
     status: Option<Status>,
     problem: Option<String>,
+    /// Why it does not let us in, if people must mend that.
+    trouble: Option<String>,
 }
 
 impl Seen {
@@ -282,7 +284,10 @@ impl Observer {
                 }
                 Err(_) => {
                     session = None;
-                    self.note(&server.name, |seen| seen.fail(seen.refused));
+                    self.note(&server.name, |seen| {
+                        seen.fail(seen.refused);
+                        seen.trouble = None;
+                    });
                     Some("no answer".to_owned())
                 }
             };
@@ -304,7 +309,38 @@ impl Observer {
     }
 
     fn note_failure(&self, server: &Watched, error: &PgError) {
-        self.note(&server.name, |seen| seen.fail(error.is_refused()));
+        let trouble = error.is_for_people().then(|| {
+            let key = if server.peer { "peers." } else { "parent " };
+            format!("{key}{}: {error}{}", server.name, error.way_out())
+        });
+        let known = self
+            .seen()
+            .get(&server.name)
+            .and_then(|seen| seen.trouble.clone());
+        if let Some(text) = trouble.as_ref().filter(|_| trouble != known) {
+            tracing::warn!("{text}");
+        }
+        self.note(&server.name, |seen| {
+            seen.fail(error.is_refused());
+            seen.trouble = trouble;
+        });
+    }
+
+    /// What keeps us from the servers of the parent domain, and is for people to mend.
+    pub fn parent_troubles(&self) -> Vec<String> {
+        self.troubles(&self.parents)
+    }
+
+    /// The same of any server, for people.
+    pub fn trouble(&self) -> Option<String> {
+        let peers = self.troubles(&self.peers);
+        peers.into_iter().chain(self.parent_troubles()).next()
+    }
+
+    fn troubles(&self, servers: &[Watched]) -> Vec<String> {
+        let seen = self.seen();
+        let trouble = |server: &Watched| seen.get(&server.name)?.trouble.clone();
+        servers.iter().filter_map(trouble).collect()
     }
 
     /// Asks once, over the open session or a new one.
@@ -344,6 +380,7 @@ impl Observer {
                 // A stranger's words count for nothing.
                 status: problem.is_none().then_some(status),
                 problem,
+                trouble: None,
             };
         });
         Ok(())

@@ -318,6 +318,10 @@ async fn copy_from_somewhere(
             anywhere.flush = Lsn::MAX;
             let index = choose_parent(&anywhere, &parents, None, &[], limit);
             let Some(index) = index else {
+                let troubles = observer.parent_troubles();
+                if !troubles.is_empty() {
+                    bail!(troubles.join("; "));
+                }
                 let names: Vec<&str> = parents.iter().map(|p| p.name.as_str()).collect();
                 bail!(
                     "no parent server is ready to be copied from ({})",
@@ -358,7 +362,9 @@ fn publish_view(shared: &Shared, observer: &Observer, copying: bool) {
         parent_ok: in_sight.is_some(),
         copying,
         report_to: in_sight,
-        problem: observer.problem(&shared.told()),
+        problem: observer
+            .problem(&shared.told())
+            .or_else(|| observer.trouble()),
         domains: vec![shared.config.node.domain.clone()],
         ..View::default()
     });

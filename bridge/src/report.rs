@@ -82,6 +82,21 @@ pub async fn prepare_local(client: &mut Client, shared: &Shared) -> anyhow::Resu
     Ok(())
 }
 
+/// Who follows this server, or copies from it, looks into its database as that role.
+async fn try_relay_role(shared: &Shared, info: &ConnInfo) {
+    let restricted = info.with_user_password(RELAY_ROLE, &shared.relay_password);
+    let opened = Client::connect(&restricted, &SessionOptions::default()).await;
+    let problem = match opened {
+        Err(error) if error.is_for_people() => Some(format!(
+            "those who come through the relay are not let in: {error}; let role {RELAY_ROLE} in by \
+             password (scram-sha-256) at {}, with a line of pg_hba.conf before those that say otherwise",
+            info.endpoint()
+        )),
+        _ => None,
+    };
+    shared.set_relay_problem(problem);
+}
+
 async fn connect(info: &ConnInfo, shared: &Shared) -> Result<Client, PgError> {
     let gucs = [
         ("search_path", "pg_catalog"),
@@ -184,7 +199,9 @@ async fn report_here(shared: &Arc<Shared>, info: &ConnInfo, link: &mut Link, bel
             let mut client = connect(info, shared).await?;
             let prepared = prepare_local(&mut client, shared).await;
             link.client = Some((info.endpoint(), client));
-            prepared
+            prepared?;
+            try_relay_role(shared, info).await;
+            anyhow::Ok(())
         };
         if let Err(error) = prepared.await {
             tracing::debug!("prepare the local database: {error:#}");

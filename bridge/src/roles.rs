@@ -512,7 +512,7 @@ impl Roles {
             domains,
             yields_to: self.decider.yields_to(),
             report_to: self.observer.parent_in_sight(parents),
-            problem: self.problem(),
+            problem: self.problem().or_else(|| self.observer.trouble()),
         });
         is_led
     }

@@ -39,6 +39,8 @@ struct Inner {
     apply_problem: Option<String>,
     apply_failing_since: Option<Instant>,
     report_problem: Option<String>,
+    /// Who comes through the relay is not let in by the database here.
+    relay_problem: Option<String>,
     degraded: Option<String>,
     upstream: Option<ConnInfo>,
     upstream_name: Option<String>,
@@ -427,6 +429,15 @@ impl Shared {
             }
             inner.report_problem = problem;
         }
+    }
+
+    /// Says why those who come through the relay cannot look into the database.
+    pub fn set_relay_problem(&self, problem: Option<String>) {
+        let mut inner = self.inner();
+        if let Some(problem) = problem.as_ref().filter(|_| inner.relay_problem != problem) {
+            tracing::warn!("{problem}");
+        }
+        inner.relay_problem = problem;
     }
 
     /// Bytes copied of the estimated whole; `None` when no copy runs.

@@ -163,6 +163,7 @@ fn state_of(inner: &Inner, replayed: Lsn, disk: Option<String>) -> (State, Optio
     // A wrong configuration is behind much else.
     let reason = inner.view.problem.clone();
     let reason = reason
+        .or_else(|| inner.relay_problem.clone())
         .or_else(|| inner.full.then(full))
         .or_else(|| inner.link_problem.clone())
         .or_else(|| inner.degraded.clone());

@@ -175,9 +175,17 @@ fn a_bad_file_ends_the_bridge_and_a_bad_password_does_not_lose_it() {
     bridge.configure(&good).expect("configure");
     top.sql("ALTER ROLE terrace PASSWORD 'other'");
     bridge.restart().expect("start");
-    wait_until("the log names the password", || {
-        bridge.logged().contains("password authentication failed")
+    let told = |words: &str| {
+        let reason =
+            server.value("SELECT reason FROM terrace.node_status WHERE self AND state = 'stalled'");
+        reason.contains(words) && bridge.logged().contains(words)
+    };
+    wait_until("the password is named", || {
+        told("password authentication failed") && told("correct the password")
     });
+    // Not only at first.
+    std::thread::sleep(Duration::from_secs(5));
+    assert!(told("password authentication failed"));
     assert!(bridge.is_running(), "{}", bridge.logged());
     top.sql("ALTER ROLE terrace PASSWORD 'terrace'");
     wait_until("the row arrives", || {
