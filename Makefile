@@ -1,6 +1,9 @@
 # make demo: a tree on this machine. make test: everything that is checked.
 # PG_CONFIG names the PostgreSQL to use.
-PG_CONFIG ?= $(shell ls -d /usr/lib/postgresql/*/bin/pg_config 2>/dev/null | sort -V | tail -n 1)
+# Of those that are installed with server and headers the newest; clients alone have one, too.
+PG_CONFIG ?= $(shell for v in $$(ls /usr/lib/postgresql 2>/dev/null | sort -V); do \
+  b=/usr/lib/postgresql/$$v/bin; \
+  [ -x $$b/postgres ] && [ -f /usr/include/postgresql/$$v/server/postgres.h ] && echo $$b/pg_config; done | tail -n 1)
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 export PG_CONFIG
 export PGRX_PG_CONFIG_PATH = $(PG_CONFIG)
@@ -15,9 +18,8 @@ RELEASE = $(if $(filter release,$(PROFILE)),--release)
 # and start a server of its own, which nobody here asked for.
 NO_SERVER = /etc/postgresql-common/createcluster.d/terrace-build.conf
 deps:
-	@if ! ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 \
-	  || ! ls /usr/include/postgresql/*/server/postgres.h >/dev/null 2>&1 \
-	  || ! ls /usr/lib/llvm-*/lib/libclang*.so* >/dev/null 2>&1; then \
+	@if [ -z "$(PG_CONFIG)" ] || ! [ -x "$$($(PG_CONFIG) --bindir)/postgres" ] \
+	  || ! [ -f "$$($(PG_CONFIG) --includedir-server)/postgres.h" ] || ! ls /usr/lib/llvm-*/lib/libclang*.so* >/dev/null 2>&1; then \
 	  echo "installing postgresql, its headers and libclang"; \
 	  trap 'exit 130' INT TERM; \
 	  trap '$(SUDO) rm -f $(NO_SERVER); $(SUDO) rmdir --ignore-fail-on-non-empty $(dir $(NO_SERVER))' EXIT; \

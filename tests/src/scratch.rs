@@ -19,6 +19,7 @@ pub fn remove_all() {
 /// A temporary directory: removed at the end, kept when the test has failed.
 pub struct Scratch {
     path: PathBuf,
+    kept: bool,
 }
 
 impl Scratch {
@@ -33,7 +34,12 @@ impl Scratch {
         let path = directory.keep();
         let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
         made.push(path.clone());
-        Ok(Scratch { path })
+        Ok(Scratch { path, kept: false })
+    }
+
+    /// Leaves it there when it ends.
+    pub fn keep(&mut self) {
+        self.kept = true;
     }
 
     /// Where it is.
@@ -44,11 +50,8 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!(
-                "logs and data of the failed test are in {}",
-                self.path.display()
-            );
+        if self.kept || std::thread::panicking() {
+            eprintln!("logs and data are left in {}", self.path.display());
         } else {
             let _ = std::fs::remove_dir_all(&self.path);
         }

@@ -54,6 +54,7 @@ fn demo(once: bool) -> Result<()> {
             eprintln!("{}:", node.bridge.log().display());
             lines.iter().rev().for_each(|line| eprintln!("    {line}"));
         }
+        tree.scratch.keep();
         bail!("{error:#}");
     }
     println!("\nwrite at the top, read anywhere:");
