@@ -835,7 +835,8 @@ BEGIN
         PERFORM terrace.with_ancestors(ARRAY[parent]);
     END IF;
     IF EXISTS (SELECT FROM terrace.domain d WHERE d.name = create_domain.name) THEN
-        RAISE EXCEPTION 'domain "%" already exists', name USING ERRCODE = 'duplicate_object';
+        RAISE EXCEPTION 'domain "%" already exists', name
+            USING ERRCODE = 'duplicate_object', HINT = 'See terrace.domains.';
     END IF;
     INSERT INTO terrace.domain VALUES (create_domain.name, create_domain.parent);
     IF current_setting('wal_level') <> 'logical' THEN
@@ -868,7 +869,8 @@ CREATE FUNCTION forget_node(node text) RETURNS void
 BEGIN
     DELETE FROM terrace.status s WHERE s.node = forget_node.node AND NOT s.self;
     IF NOT FOUND THEN
-        RAISE EXCEPTION 'node "%" has not reported to this server', node USING ERRCODE = 'undefined_object';
+        RAISE EXCEPTION 'node "%" has not reported to this server', node
+            USING ERRCODE = 'undefined_object', HINT = 'See terrace.lag.';
     END IF;
 END $$;
 
@@ -939,11 +941,13 @@ DECLARE
     added integer := 0;
 BEGIN
     IF to_regnamespace(quote_ident(name)) IS NULL THEN
-        RAISE EXCEPTION 'schema "%" does not exist', name USING ERRCODE = 'undefined_schema';
+        RAISE EXCEPTION 'schema "%" does not exist', name
+            USING ERRCODE = 'undefined_schema', HINT = 'Give its name as it is, without quotes.';
     END IF;
     PERFORM terrace.must_be_top();
     IF name IN ('terrace', 'pg_catalog', 'information_schema') THEN
-        RAISE EXCEPTION 'schema "%" belongs to the system', name USING ERRCODE = 'wrong_object_type';
+        RAISE EXCEPTION 'schema "%" belongs to the system', name
+            USING ERRCODE = 'wrong_object_type', HINT = 'Put your tables into a schema of your own.';
     END IF;
     INSERT INTO terrace.sync_schema VALUES (name) ON CONFLICT DO NOTHING;
     FOR rel IN SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -977,7 +981,8 @@ BEGIN
     PERFORM terrace.must_be_top();
     DELETE FROM terrace.sync_schema s WHERE s.nspname = remove_schema.name;
     IF NOT FOUND THEN
-        RAISE EXCEPTION 'schema "%" is not synchronised', name USING ERRCODE = 'undefined_object';
+        RAISE EXCEPTION 'schema "%" is not synchronised', name
+            USING ERRCODE = 'undefined_object', HINT = 'See terrace.sync_schema.';
     END IF;
 END $$;
 
@@ -1197,7 +1202,8 @@ BEGIN
     made.columns := terrace.columns_of(rel, setting.columns);
     made.bounds := '{}';
     IF ranges NOT BETWEEN 1 AND 1000 THEN
-        RAISE EXCEPTION 'a comparison has 1 to 1000 ranges' USING ERRCODE = 'invalid_parameter_value';
+        RAISE EXCEPTION 'a comparison has 1 to 1000 ranges'
+            USING ERRCODE = 'invalid_parameter_value', HINT = 'Give a number from 1 to 1000; 100 is the default.';
     END IF;
     made.key := terrace.key_of(rel);
     IF made.key IS NOT NULL THEN
@@ -1230,7 +1236,7 @@ BEGIN
     -- The caller says what it is about, as the snapshot does not show it yet.
     IF setting IS NULL THEN
         RAISE EXCEPTION 'table "%.%" is not synchronised', made.nspname, made.relname
-            USING ERRCODE = 'undefined_object';
+            USING ERRCODE = 'undefined_object', HINT = 'See terrace.tables.';
     END IF;
     made.columns := terrace.columns_of(rel, setting.columns);
     made.key := terrace.key_of(rel);

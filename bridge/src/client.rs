@@ -132,6 +132,17 @@ impl PgError {
         }
     }
 
+    /// The same with what to do, where the server says that.
+    pub fn advice(&self) -> String {
+        match self {
+            PgError::Db(error) => match &error.hint {
+                Some(hint) => format!("{}; hint: {hint}", error.message),
+                None => error.message.clone(),
+            },
+            error => error.to_string(),
+        }
+    }
+
     /// Nobody listens there: the host answered that, at once.
     pub fn is_refused(&self) -> bool {
         matches!(self, PgError::Io(error) if error.kind() == io::ErrorKind::ConnectionRefused)

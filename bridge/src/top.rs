@@ -89,7 +89,7 @@ async fn ask_server(
     let asked = client
         .simple(&format!("AT_TOP '{}'", text.replace('\'', "''")))
         .await;
-    let rows = asked.map_err(|error| anyhow::anyhow!(error.message()))?;
+    let rows = asked.map_err(told)?;
     let answer = rows.first().and_then(|row| row.first()?.as_deref());
     Ok(serde_json::from_str(answer.context("no answer")?)?)
 }
@@ -132,9 +132,19 @@ async fn at_top(mut client: Client, info: &ConnInfo, request: &Request) -> anyho
     };
     let parameters: Vec<Option<&str>> = parameters.iter().map(|text| Some(text.as_str())).collect();
     let rows = client.query(sql, &parameters).await;
-    let rows = rows.map_err(|error| anyhow::anyhow!(error.message()))?;
+    let rows = rows.map_err(told)?;
     let answer = rows.first().and_then(|row| row.first()?.as_deref());
     Ok(serde_json::from_str(answer.context("no answer")?)?)
+}
+
+/// What the top says to a request, with what to do: a table that it does not know at all has no hint.
+fn told(error: PgError) -> anyhow::Error {
+    match error.code() {
+        Some("42P01" | "3F000") => {
+            anyhow::anyhow!("{}; hint: See terrace.tables at the top.", error.message())
+        }
+        _ => anyhow::anyhow!(error.advice()),
+    }
 }
 
 /// An array literal.
@@ -170,7 +180,7 @@ async fn compare(mut holder: Client, info: &ConnInfo, table: &str) -> anyhow::Re
                 holder.simple("ROLLBACK").await?;
                 sleep(Duration::from_millis(200)).await;
             }
-            Err(error) => bail!(error.message()),
+            Err(error) => return Err(told(error)),
         }
     };
     let [Some(made), Some(id)] = made.first().map(Vec::as_slice).unwrap_or_default() else {
@@ -193,6 +203,6 @@ async fn compare(mut holder: Client, info: &ConnInfo, table: &str) -> anyhow::Re
         reader.simple("COMMIT").await.map(drop)
     }
     .await;
-    summed.map_err(|error| anyhow::anyhow!(error.message()))?;
+    summed.map_err(told)?;
     Ok(serde_json::from_str(id)?)
 }

@@ -199,7 +199,8 @@ fn what_differs_is_found_and_repaired() {
         ("pg_class", "is not synchronised"),
     ] {
         let (well, text) = command(&mut tree, "branch-1", "compare", &["--table", name]);
-        assert!(!well && text.contains(reason), "{text}");
+        let hint = text.contains("See terrace.tables");
+        assert!(!well && text.contains(reason) && hint, "{text}");
     }
     // One that is down is told, and waited for no longer than that is known.
     tree.node("branch-2").bridge.kill9();
