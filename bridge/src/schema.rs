@@ -35,33 +35,50 @@ async fn pg_dump_for(server: &mut Client) -> anyhow::Result<PathBuf> {
         .map(|(version, path)| format!("{} is of {version}", path.display()))
         .collect();
     bail!(
-        "no pg_dump of PostgreSQL {major} or newer is installed beside this bridge{}{}; install \
+        "no pg_dump and pg_restore of PostgreSQL {major} or newer are installed beside this bridge{}{}; install \
          postgresql-client-{major} or put its directory in PATH",
         if known.is_empty() { "" } else { ": " },
         known.join(", ")
     )
 }
 
-/// Every pg_dump that can be found: those in PATH, then those of each installed version.
+/// Every pg_dump that can be found with its pg_restore: those of each installed version, then those
+/// in PATH. Debian's own program there is none: it runs another version from call to call.
 fn candidates() -> Vec<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let mut directories: Vec<PathBuf> = std::env::split_paths(&path).collect();
-    let mut versioned: Vec<PathBuf> = std::fs::read_dir("/usr/lib/postgresql")
+    let in_path = std::env::split_paths(&path);
+    let mut directories: Vec<PathBuf> = std::fs::read_dir("/usr/lib/postgresql")
         .into_iter()
         .flatten()
         .flatten()
         .map(|entry| entry.path().join("bin"))
         .collect();
-    versioned.sort();
-    directories.append(&mut versioned);
+    directories.sort();
     let programs = directories
-        .iter()
+        .into_iter()
+        .chain(in_path)
         .map(|directory| directory.join("pg_dump"));
-    programs.filter(|path| path.is_file()).collect()
+    let is_one = |path: &PathBuf| {
+        let real = path.canonicalize();
+        real.is_ok_and(|real| real.is_file() && !real.ends_with("pg_wrapper"))
+            && path.with_file_name("pg_restore").is_file()
+    };
+    programs.filter(is_one).collect()
+}
+
+/// To run a program of PostgreSQL. What libpq would take from the environment is none of ours.
+fn program(path: &Path) -> Command {
+    let mut command = Command::new(path);
+    let inherited =
+        std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"PG"));
+    for (name, _) in inherited {
+        command.env_remove(name);
+    }
+    command
 }
 
 async fn major_of(pg_dump: &Path) -> Option<u32> {
-    let output = Command::new(pg_dump)
+    let output = program(pg_dump)
         .arg("--version")
         .stdin(Stdio::null())
         .output();
@@ -98,7 +115,7 @@ impl Dump {
         // What is not synchronised must not be locked: the role may not read it.
         let others = reader.simple(OTHERS).await?;
         let pg_dump = pg_dump_for(reader).await?;
-        let mut command = Command::new(&pg_dump);
+        let mut command = program(&pg_dump);
         command
             .args([
                 "--schema-only",
@@ -107,14 +124,9 @@ impl Dump {
                 "--no-subscriptions",
                 "--exclude-schema=terrace",
                 "--format=custom",
+                "--encoding=UTF8",
             ])
             .arg(format!("--snapshot={snapshot}"));
-        // What libpq would take from the environment is none of this session's.
-        let inherited =
-            std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"PG"));
-        for (name, _) in inherited {
-            command.env_remove(name);
-        }
         command.envs(source.libpq_env());
         for name in others.iter().flatten().flatten().chain(without) {
             command.arg(format!("--exclude-table={name}"));
@@ -145,7 +157,7 @@ impl Dump {
     }
 
     async fn section(&self, section: &str) -> anyhow::Result<String> {
-        let mut command = Command::new(&self.pg_restore);
+        let mut command = program(&self.pg_restore);
         command.args(["--no-tablespaces", "--section", section, "--file=-"]);
         let text = output_of(command, "pg_restore", &self.archive).await?;
         String::from_utf8(text).context("output of pg_restore")
