@@ -271,7 +271,10 @@ impl Client {
                 if info.ssl_mode() == SslMode::Prefer && error.code == NO_ENTRY =>
             {
                 let again = Client::connect_over(info, options, way, false).await;
-                again.map_err(|_| PgError::Db(error))
+                again.map_err(|second| match second {
+                    PgError::Db(second) if second.code != NO_ENTRY => PgError::Db(second),
+                    _ => PgError::Db(error),
+                })
             }
             result => result,
         }

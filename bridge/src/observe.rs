@@ -326,21 +326,28 @@ impl Observer {
         });
     }
 
-    /// What keeps us from the servers of the parent domain, and is for people to mend.
-    pub fn parent_troubles(&self) -> Vec<String> {
-        self.troubles(&self.parents)
+    /// Why these servers of the parent domain do not answer, where that is for people to mend, or
+    /// their names; and whether that is so of all.
+    pub fn why_not(&self, parents: &[Peer]) -> (bool, Vec<String>) {
+        let seen = self.seen();
+        let trouble = |name: &str| seen.get(name)?.trouble.clone();
+        let troubles: Vec<Option<String>> =
+            parents.iter().map(|parent| trouble(&parent.name)).collect();
+        let all = !troubles.is_empty() && troubles.iter().all(Option::is_some);
+        let words = troubles.into_iter().zip(parents);
+        (
+            all,
+            words
+                .map(|(trouble, parent)| trouble.unwrap_or_else(|| parent.name.clone()))
+                .collect(),
+        )
     }
 
-    /// The same of any server, for people.
+    /// What keeps us from any server, and is for people to mend.
     pub fn trouble(&self) -> Option<String> {
-        let peers = self.troubles(&self.peers);
-        peers.into_iter().chain(self.parent_troubles()).next()
-    }
-
-    fn troubles(&self, servers: &[Watched]) -> Vec<String> {
         let seen = self.seen();
         let trouble = |server: &Watched| seen.get(&server.name)?.trouble.clone();
-        servers.iter().filter_map(trouble).collect()
+        self.peers.iter().chain(&self.parents).find_map(trouble)
     }
 
     /// Asks once, over the open session or a new one.

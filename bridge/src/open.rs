@@ -318,14 +318,13 @@ async fn copy_from_somewhere(
             anywhere.flush = Lsn::MAX;
             let index = choose_parent(&anywhere, &parents, None, &[], limit);
             let Some(index) = index else {
-                let troubles = observer.parent_troubles();
-                if !troubles.is_empty() {
-                    bail!(troubles.join("; "));
+                let (troubled, words) = observer.why_not(&parents);
+                if troubled {
+                    bail!(words.join("; "));
                 }
-                let names: Vec<&str> = parents.iter().map(|p| p.name.as_str()).collect();
                 bail!(
                     "no parent server is ready to be copied from ({})",
-                    names.join(", ")
+                    words.join(", ")
                 );
             };
             (observer.parent_info(index), true)
@@ -362,9 +361,8 @@ fn publish_view(shared: &Shared, observer: &Observer, copying: bool) {
         parent_ok: in_sight.is_some(),
         copying,
         report_to: in_sight,
-        problem: observer
-            .problem(&shared.told())
-            .or_else(|| observer.trouble()),
+        problem: observer.problem(&shared.told()),
+        trouble: observer.trouble(),
         domains: vec![shared.config.node.domain.clone()],
         ..View::default()
     });

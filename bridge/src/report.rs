@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use serde::Deserialize;
@@ -23,6 +23,8 @@ const AT_MOST: Duration = Duration::from_millis(200);
 const AT_LEAST: Duration = Duration::from_secs(1);
 /// Longest time for a report to be taken.
 const CALL_LIMIT: Duration = Duration::from_secs(5);
+/// The relay's role is tried this often.
+const RELAY_AGAIN: Duration = Duration::from_secs(30);
 /// Role of what the relay passes through to the local Postgres.
 pub const RELAY_ROLE: &str = "terrace_relay";
 
@@ -83,17 +85,30 @@ pub async fn prepare_local(client: &mut Client, shared: &Shared) -> anyhow::Resu
 }
 
 /// Who follows this server, or copies from it, looks into its database as that role.
-async fn try_relay_role(shared: &Shared, info: &ConnInfo) {
+async fn try_relay_role(shared: &Shared, info: &ConnInfo, link: &mut Link) {
+    let now = Instant::now();
+    if link.relay_next.is_some_and(|next| now < next) {
+        return;
+    }
     let restricted = info.with_user_password(RELAY_ROLE, &shared.relay_password);
-    let opened = Client::connect(&restricted, &SessionOptions::default()).await;
+    let options = SessionOptions::default();
+    let opened = timeout(CALL_LIMIT, Client::connect(&restricted, &options)).await;
     let problem = match opened {
-        Err(error) if error.is_for_people() => Some(format!(
+        Ok(Err(error)) if error.is_for_people() => Some(format!(
             "those who come through the relay are not let in: {error}; let role {RELAY_ROLE} in by \
-             password (scram-sha-256) at {}, with a line of pg_hba.conf before those that say otherwise",
+             password (scram-sha-256) at {}, with a line of pg_hba.conf before those that say otherwise, \
+             and let it CONNECT",
             info.endpoint()
         )),
         _ => None,
     };
+    // What is being mended is looked at sooner.
+    let pause = if problem.is_some() {
+        CALL_LIMIT
+    } else {
+        RELAY_AGAIN
+    };
+    link.relay_next = Some(now + pause);
     shared.set_relay_problem(problem);
 }
 
@@ -143,6 +158,8 @@ pub async fn run(shared: Arc<Shared>, cancel: CancellationToken) -> anyhow::Resu
 #[derive(Default)]
 struct Link {
     client: Option<(String, Client)>,
+    /// When the relay's role is tried next.
+    relay_next: Option<Instant>,
 }
 
 impl Link {
@@ -199,9 +216,8 @@ async fn report_here(shared: &Arc<Shared>, info: &ConnInfo, link: &mut Link, bel
             let mut client = connect(info, shared).await?;
             let prepared = prepare_local(&mut client, shared).await;
             link.client = Some((info.endpoint(), client));
-            prepared?;
-            try_relay_role(shared, info).await;
-            anyhow::Ok(())
+            link.relay_next = None;
+            prepared
         };
         if let Err(error) = prepared.await {
             tracing::debug!("prepare the local database: {error:#}");
@@ -234,6 +250,7 @@ async fn report_here(shared: &Arc<Shared>, info: &ConnInfo, link: &mut Link, bel
             let gone = shared.set_domains(paths.keys().cloned().collect());
             gone.iter().for_each(|domain| forget_domain(shared, domain));
             shared.set_domain_path(paths.remove(&node.domain).unwrap_or_default());
+            try_relay_role(shared, info, link).await;
         }
         Err(error) => {
             tracing::debug!("report to the local database: {error}");

@@ -512,7 +512,8 @@ impl Roles {
             domains,
             yields_to: self.decider.yields_to(),
             report_to: self.observer.parent_in_sight(parents),
-            problem: self.problem().or_else(|| self.observer.trouble()),
+            problem: self.problem(),
+            trouble: self.observer.trouble(),
         });
         is_led
     }

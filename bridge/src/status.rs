@@ -121,6 +121,8 @@ pub struct View {
     pub report_to: Option<ConnInfo>,
     /// What is wrong with how the servers of the domain name each other.
     pub problem: Option<String>,
+    /// What keeps us from other servers, and is for people to mend.
+    pub trouble: Option<String>,
 }
 
 /// The queue while there is one, and when it is done with.

@@ -181,6 +181,8 @@ pub(super) async fn secure(info: &ConnInfo, way: Way, tls: bool) -> Result<(Fram
         b'S' => {}
         b'N' if info.ssl_mode() == SslMode::Prefer => return Ok((framed, Binding::None)),
         b'N' => return Err(PgError::Tls("the server does not support TLS".into())),
+        // A server that cannot start a session says so, and ends.
+        b'E' => return Err(io::Error::other("the server takes no connection now").into()),
         _ => return Err(PgError::Protocol("unexpected answer to SSLRequest".into())),
     }
     let connector = TlsConnector::from(tls::client_config(info).map_err(PgError::Tls)?);
@@ -188,7 +190,14 @@ pub(super) async fn secure(info: &ConnInfo, way: Way, tls: bool) -> Result<(Fram
     let stream = connector
         .connect(name, framed.into_stream()?)
         .await
-        .map_err(|error| PgError::Tls(error.to_string()))?;
+        .map_err(|error| match error.kind() {
+            // It went away; that says nothing of TLS.
+            io::ErrorKind::UnexpectedEof
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::BrokenPipe => PgError::Io(error),
+            _ => PgError::Tls(error.to_string()),
+        })?;
     let certificates = stream.get_ref().1.peer_certificates().unwrap_or_default();
     let hash = certificates
         .first()

@@ -61,7 +61,8 @@ impl Roles {
             true => Ok(false),
             false if *link == Link::Parent => Err(
                 "this server is the master, from which the others would copy; make another one \
-                 master first, with terrace-bridge switchover",
+                 master first, with terrace-bridge switchover; if there is none any more, take \
+                 them out of [peers] and start this bridge again",
             ),
             false => Err(
                 "no other server of the domain is master, so that there is nobody to copy from; \

@@ -64,7 +64,7 @@ impl Roles {
             });
         }
         let now = self.observer.now();
-        let (state, problem) = why_no_parent(&own.told, parents, &self.observer.parent_troubles());
+        let (state, problem) = why_no_parent(&own.told, parents, self.observer.why_not(parents));
         match problem {
             NoParent::Forgotten(first) => self.decider.refused(now, Refusal::Ahead(first)),
             NoParent::Other(problem) => {
@@ -130,7 +130,11 @@ enum NoParent {
     Other(String),
 }
 
-fn why_no_parent(own: &domain::Told, parents: &[Peer], troubles: &[String]) -> (State, NoParent) {
+fn why_no_parent(
+    own: &domain::Told,
+    parents: &[Peer],
+    (troubled, words): (bool, Vec<String>),
+) -> (State, NoParent) {
     let live = parents
         .iter()
         .filter(|parent| parent.sight == Sight::Answers);
@@ -149,12 +153,9 @@ fn why_no_parent(own: &domain::Told, parents: &[Peer], troubles: &[String]) -> (
             State::Down,
             NoParent::Other("no parent server is fit to be followed".into()),
         ),
-        None if told.is_empty() && !troubles.is_empty() => {
-            (State::Stalled, NoParent::Other(troubles.join("; ")))
-        }
+        None if told.is_empty() && troubled => (State::Stalled, NoParent::Other(words.join("; "))),
         None if told.is_empty() => {
-            let names: Vec<&str> = parents.iter().map(|parent| parent.name.as_str()).collect();
-            let text = format!("no parent server answers ({})", names.join(", "));
+            let text = format!("no parent server answers ({})", words.join(", "));
             (State::Down, NoParent::Other(text))
         }
         None => (

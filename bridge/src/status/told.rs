@@ -163,10 +163,19 @@ fn state_of(inner: &Inner, replayed: Lsn, disk: Option<String>) -> (State, Optio
     // A wrong configuration is behind much else.
     let reason = inner.view.problem.clone();
     let reason = reason
-        .or_else(|| inner.relay_problem.clone())
         .or_else(|| inner.full.then(full))
         .or_else(|| inner.link_problem.clone())
         .or_else(|| inner.degraded.clone());
+    // These come beside whatever else there is.
+    let besides = [&inner.view.trouble, &inner.relay_problem];
+    let reason = besides
+        .into_iter()
+        .flatten()
+        .fold(reason, |reason, more| match reason {
+            Some(reason) if reason.contains(more.as_str()) => Some(reason),
+            Some(reason) => Some(format!("{reason}; {more}")),
+            None => Some(more.clone()),
+        });
     match (inner.link, inner.copy_progress) {
         (State::Copying, Some((done, total))) => (
             State::Copying,

@@ -1,5 +1,7 @@
 //! What stops a server, says why, loses nothing, and goes on when it is mended.
 
+use std::fs;
+
 use terrace_tests::bridge::options;
 use terrace_tests::load::{GAPLESS, STEPS, count_up};
 use terrace_tests::{Bridge, Disk, Node, Scratch, Server, ServerOptions, Tree, wait_until};
@@ -225,4 +227,24 @@ fn a_full_disk_under_the_queue_stops_it_cleanly() {
     assert!(tree.nodes[0].bridge.is_running(), "it never ended");
     // Before the disk goes.
     tree.nodes[0].bridge.stop();
+}
+
+#[test]
+fn a_database_that_does_not_let_the_relays_clients_in_is_told_of() {
+    let mut tree = Tree::grow(STEPS, &ONE);
+    let rules = tree.nodes[0].server.socket_dir().join("data/pg_hba.conf");
+    let text = fs::read_to_string(&rules).expect("read");
+    let reason = "SELECT count(*) FROM terrace.lag WHERE reason LIKE '%let role terrace_relay in%'";
+    let refused = format!("host all terrace_relay 127.0.0.1/32 reject\n{text}");
+    for (rules_now, told) in [(&refused, "1"), (&text, "0")] {
+        fs::write(&rules, rules_now).expect("write");
+        let node = &mut tree.nodes[0];
+        node.server.sql("SELECT pg_reload_conf()");
+        if told == "1" {
+            node.bridge.stop();
+            node.bridge.restart().expect("start");
+        }
+        wait_until("what is told is so", || tree.top.value(reason) == told);
+    }
+    tree.wait_streaming();
 }
