@@ -134,13 +134,14 @@ impl PgError {
 
     /// The same with what to do, where the server says that.
     pub fn advice(&self) -> String {
-        match self {
-            PgError::Db(error) => match &error.hint {
-                Some(hint) => format!("{}; hint: {hint}", error.message),
-                None => error.message.clone(),
-            },
-            error => error.to_string(),
-        }
+        let hint = match self {
+            PgError::Db(error) => error.hint.as_ref(),
+            _ => None,
+        };
+        hint.map_or_else(
+            || self.message(),
+            |hint| format!("{}; hint: {hint}", self.message()),
+        )
     }
 
     /// Nobody listens there: the host answered that, at once.
@@ -152,9 +153,7 @@ impl PgError {
     /// line of pg_hba.conf.
     pub fn is_for_people(&self) -> bool {
         match self {
-            PgError::Db(error) => {
-                ["28", "3D", "42"].contains(&&error.code[..2.min(error.code.len())])
-            }
+            PgError::Db(_) => matches!(self.class(), Some("28" | "3D" | "42")),
             PgError::Tls(_) | PgError::Auth(_) | PgError::Protocol(_) => true,
             PgError::Io(_) | PgError::Standby => false,
         }
@@ -178,6 +177,11 @@ impl PgError {
                 _ => "",
             },
         }
+    }
+
+    /// Class of the SQLSTATE, its first two characters.
+    pub fn class(&self) -> Option<&str> {
+        self.code()?.get(..2)
     }
 
     /// SQLSTATE, when the server gave one.
@@ -652,5 +656,15 @@ mod tests {
         assert_eq!(of("23502").to_string(), "refused [SQLSTATE 23502]");
         assert!(of("23502").detail_of_rows().is_some());
         assert!(of("42P01").to_string().contains("Failing row"));
+    }
+
+    #[test]
+    fn a_sqlstate_may_be_anything() {
+        for (code, class) in [("28P01", Some("28")), ("\u{20ac}", None), ("", None)] {
+            let body = format!("SFATAL\0C{code}\0Mno\0\0");
+            let error = PgError::from_error_response(&Bytes::from(body));
+            assert_eq!((error.code(), error.class()), (Some(code), class));
+            assert_eq!(error.is_for_people(), class.is_some());
+        }
     }
 }

@@ -135,21 +135,22 @@ impl Session<'_> {
 
     /// Says which table a refused row is for, and where to look when a value is refused.
     fn about_table(&self, payload: &Bytes, error: anyhow::Error) -> anyhow::Error {
-        let refused = error.downcast_ref::<PgError>().and_then(PgError::code);
-        let (Some(code), Ok(table)) = (refused, self.planner.table_of(payload)) else {
+        let (Some(refused), Ok(table)) = (error.downcast_ref(), self.planner.table_of(payload))
+        else {
             return error;
         };
         if !is_of_the_transaction(&error) {
             return error;
         }
-        let told = match code {
-            _ if code.starts_with(DATA_EXCEPTION) || code == DATATYPE_MISMATCH => format!(
+        let of_value = PgError::class(refused) == Some(DATA_EXCEPTION)
+            || refused.code() == Some(DATATYPE_MISMATCH);
+        error.context(match of_value {
+            true => format!(
                 "a column of table \"{table}\" cannot hold its value; give it the type that it has \
                  above"
             ),
-            _ => format!("table \"{table}\""),
-        };
-        error.context(told)
+            false => format!("table \"{table}\""),
+        })
     }
 
     async fn careful_step(&mut self, payload: &Bytes, step: &Step) -> anyhow::Result<()> {

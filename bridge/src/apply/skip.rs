@@ -88,8 +88,6 @@ pub(super) fn is_of_the_transaction(error: &anyhow::Error) -> bool {
     else {
         return true;
     };
-    match error.code() {
-        Some(code) => !["08", "40", "53", "57", "58"].contains(&&code[..2.min(code.len())]),
-        None => false,
-    }
+    let passes = |class| ["08", "40", "53", "57", "58"].contains(&class);
+    error.code().is_some() && !error.class().is_some_and(passes)
 }
