@@ -72,9 +72,10 @@ struct Seen {
 
 impl Seen {
     /// What it told of itself counts until it is gone.
-    fn fail(&mut self, refused: bool) {
+    fn fail(&mut self, refused: bool, trouble: Option<String>) {
         self.tried = true;
         self.refused = refused;
+        self.trouble = trouble;
         if refused || self.heard.is_none_or(|heard| heard.elapsed() > GONE) {
             self.problem = None;
         }
@@ -284,10 +285,7 @@ impl Observer {
                 }
                 Err(_) => {
                     session = None;
-                    self.note(&server.name, |seen| {
-                        seen.fail(seen.refused);
-                        seen.trouble = None;
-                    });
+                    self.note(&server.name, |seen| seen.fail(seen.refused, None));
                     Some("no answer".to_owned())
                 }
             };
@@ -313,41 +311,33 @@ impl Observer {
             let key = if server.peer { "peers." } else { "parent " };
             format!("{key}{}: {error}{}", server.name, error.way_out())
         });
-        let known = self
-            .seen()
-            .get(&server.name)
-            .and_then(|seen| seen.trouble.clone());
+        let known = self.trouble_of(&server.name);
         if let Some(text) = trouble.as_ref().filter(|_| trouble != known) {
             tracing::warn!("{text}");
         }
-        self.note(&server.name, |seen| {
-            seen.fail(error.is_refused());
-            seen.trouble = trouble;
-        });
+        self.note(&server.name, |seen| seen.fail(error.is_refused(), trouble));
+    }
+
+    fn trouble_of(&self, name: &str) -> Option<String> {
+        self.seen().get(name)?.trouble.clone()
     }
 
     /// Why these servers of the parent domain do not answer, where that is for people to mend, or
     /// their names; and whether that is so of all.
     pub fn why_not(&self, parents: &[Peer]) -> (bool, Vec<String>) {
-        let seen = self.seen();
-        let trouble = |name: &str| seen.get(name)?.trouble.clone();
-        let troubles: Vec<Option<String>> =
-            parents.iter().map(|parent| trouble(&parent.name)).collect();
+        let troubles = parents.iter().map(|parent| self.trouble_of(&parent.name));
+        let troubles: Vec<Option<String>> = troubles.collect();
         let all = !troubles.is_empty() && troubles.iter().all(Option::is_some);
-        let words = troubles.into_iter().zip(parents);
-        (
-            all,
-            words
-                .map(|(trouble, parent)| trouble.unwrap_or_else(|| parent.name.clone()))
-                .collect(),
-        )
+        let word = |(trouble, parent): (Option<String>, &Peer)| {
+            trouble.unwrap_or_else(|| parent.name.clone())
+        };
+        (all, troubles.into_iter().zip(parents).map(word).collect())
     }
 
     /// What keeps us from any server, and is for people to mend.
     pub fn trouble(&self) -> Option<String> {
-        let seen = self.seen();
-        let trouble = |server: &Watched| seen.get(&server.name)?.trouble.clone();
-        self.peers.iter().chain(&self.parents).find_map(trouble)
+        let mut servers = self.peers.iter().chain(&self.parents);
+        servers.find_map(|server| self.trouble_of(&server.name))
     }
 
     /// Asks once, over the open session or a new one.

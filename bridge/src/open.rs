@@ -55,7 +55,7 @@ pub async fn open_or_copy(
     if shared.config.parent.is_none() {
         return open_at_top(shared, &dir, opened).await;
     }
-    let mut pause = Duration::from_millis(100);
+    let mut patience = Patience::default();
     let started = Instant::now();
     // While there is nobody to copy from, one session looks again and again.
     let mut local = None;
@@ -90,18 +90,14 @@ pub async fn open_or_copy(
             Ok(None) => {
                 let reason = "waiting for a server to copy from".into();
                 shared.set_link(State::Copying, Some(reason));
-                pause = LOOK_AGAIN;
+                patience.pause = LOOK_AGAIN;
+                sleep(LOOK_AGAIN).await;
             }
             Err(error) => {
                 local = None;
-                let problem = format!("{error:#}");
-                if shared.set_link(State::Stalled, Some(problem.clone())) {
-                    tracing::warn!("{problem}");
-                }
-                pause = (pause * 2).min(MAX_PAUSE);
+                patience.after(shared, error).await;
             }
         }
-        sleep(pause).await;
     }
 }
 

@@ -23,8 +23,10 @@ const AT_MOST: Duration = Duration::from_millis(200);
 const AT_LEAST: Duration = Duration::from_secs(1);
 /// Longest time for a report to be taken.
 const CALL_LIMIT: Duration = Duration::from_secs(5);
-/// The relay's role is tried this often.
+/// The relay's role is tried this often …
 const RELAY_AGAIN: Duration = Duration::from_secs(30);
+/// … and where it is not let in, which somebody may be mending.
+const RELAY_SOON: Duration = Duration::from_secs(5);
 /// Role of what the relay passes through to the local Postgres.
 pub const RELAY_ROLE: &str = "terrace_relay";
 
@@ -102,13 +104,10 @@ async fn try_relay_role(shared: &Shared, info: &ConnInfo, link: &mut Link) {
         )),
         _ => None,
     };
-    // What is being mended is looked at sooner.
-    let pause = if problem.is_some() {
-        CALL_LIMIT
-    } else {
-        RELAY_AGAIN
-    };
-    link.relay_next = Some(now + pause);
+    link.relay_next = Some(match problem {
+        Some(_) => now + RELAY_SOON,
+        None => now + RELAY_AGAIN,
+    });
     shared.set_relay_problem(problem);
 }
 

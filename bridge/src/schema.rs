@@ -126,8 +126,8 @@ impl Dump {
                 "--format=custom",
                 "--encoding=UTF8",
             ])
-            .arg(format!("--snapshot={snapshot}"));
-        command.envs(source.libpq_env());
+            .arg(format!("--snapshot={snapshot}"))
+            .envs(source.libpq_env());
         for name in others.iter().flatten().flatten().chain(without) {
             command.arg(format!("--exclude-table={name}"));
         }

@@ -63,7 +63,7 @@ async fn look(shared: &Arc<Shared>, long: bool) -> anyhow::Result<Option<String>
                FROM pg_catalog.pg_stat_activity apply \
                CROSS JOIN LATERAL pg_catalog.unnest(pg_catalog.pg_blocking_pids(apply.pid)) blocker \
                JOIN pg_catalog.pg_stat_activity holder ON holder.pid = blocker \
-               WHERE apply.application_name = $1::name::text AND apply.wait_event_type = 'Lock' \
+               WHERE apply.application_name = $1::pg_catalog.name::text AND apply.wait_event_type = 'Lock' \
                  AND apply.datname = current_database()";
     let applies = format!("terrace apply {}", shared.config.node.name);
     let holders = client.query(sql, &[Some(&applies)]).await?;

@@ -358,33 +358,27 @@ fn the_top_may_be_reached_over_tls() {
     let encrypted = "SELECT bool_and(ssl) FROM pg_stat_replication JOIN pg_stat_ssl USING (pid)";
     assert_eq!(tree.top.value(encrypted), "t");
 
-    // "allow" begins in plain text, and goes on with TLS where that is refused.
+    // "allow" begins in plain text and "prefer" with TLS; either goes on the other way where that
+    // is refused.
     let rules = tree.top.socket_dir().join("data/pg_hba.conf");
     let text = fs::read_to_string(&rules).expect("read");
-    fs::write(&rules, text.replace("\nhost ", "\nhostssl ")).expect("write");
-    tree.top.sql("SELECT pg_reload_conf()");
-    bridge.stop();
-    let allowing = tree.top.conninfo() + " sslmode=allow";
-    bridge
-        .configure(&options(&server, "region", &[allowing]))
-        .expect("configure");
-    bridge.restart().expect("start");
-    tree.top.sql("INSERT INTO t VALUES (3, 'allowed')");
-    wait_for_rows(&tree.top, &server);
-    assert_eq!(tree.top.value(encrypted), "t");
-
-    // "prefer" begins with TLS, and goes on in plain text where that is refused.
-    fs::write(&rules, text.replace("\nhost ", "\nhostnossl ")).expect("write");
-    tree.top.sql("SELECT pg_reload_conf()");
-    bridge.stop();
-    let preferring = tree.top.conninfo() + " sslmode=prefer";
-    bridge
-        .configure(&options(&server, "region", &[preferring]))
-        .expect("configure");
-    bridge.restart().expect("start");
-    tree.top.sql("INSERT INTO t VALUES (4, 'preferred')");
-    wait_for_rows(&tree.top, &server);
-    assert_eq!(tree.top.value(encrypted), "f");
+    for (id, mode, line, with_tls) in [
+        (3, "allow", "hostssl", "t"),
+        (4, "prefer", "hostnossl", "f"),
+    ] {
+        fs::write(&rules, text.replace("\nhost ", &format!("\n{line} "))).expect("write");
+        tree.top.sql("SELECT pg_reload_conf()");
+        bridge.stop();
+        let parent = tree.top.conninfo() + &format!(" sslmode={mode}");
+        bridge
+            .configure(&options(&server, "region", &[parent]))
+            .expect("configure");
+        bridge.restart().expect("start");
+        tree.top
+            .sql(&format!("INSERT INTO t VALUES ({id}, '{mode}')"));
+        wait_for_rows(&tree.top, &server);
+        assert_eq!(tree.top.value(encrypted), with_tls, "{mode}");
+    }
 }
 
 #[test]
