@@ -4,6 +4,7 @@
 //! first two need the protocol as it is: CopyBoth, and pipelines whose answers
 //! are counted, not awaited one by one. [`Client::message`] is cancel-safe.
 
+mod error;
 mod login;
 
 use std::collections::BTreeMap;
@@ -16,182 +17,13 @@ use postgres_protocol::message::frontend;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
+pub use error::{DbError, PgError};
+
 use crate::conninfo::{ConnInfo, SslMode};
 use crate::wire::{self, Framed, MAX_MESSAGE, Message, Stream, Way, take_cstr};
 
 /// A row of text values.
 pub type Row = Vec<Option<String>>;
-
-/// What a server says of a failure.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct DbError {
-    /// ERROR, FATAL …
-    pub severity: String,
-    /// SQLSTATE.
-    pub code: String,
-    /// Primary message.
-    pub message: String,
-    /// DETAIL.
-    pub detail: Option<String>,
-    /// HINT.
-    pub hint: Option<String>,
-}
-
-impl DbError {
-    /// Reads the body of an ErrorResponse or NoticeResponse.
-    pub fn parse(body: &Bytes) -> DbError {
-        let mut error = DbError::default();
-        let mut body = body.clone();
-        while body.has_remaining() {
-            let field = body.get_u8();
-            let Some(value) = (field != 0).then(|| take_cstr(&mut body)).flatten() else {
-                break;
-            };
-            match field {
-                b'S' => error.severity = value,
-                b'C' => error.code = value,
-                b'M' => error.message = value,
-                b'D' => error.detail = Some(value),
-                b'H' => error.hint = Some(value),
-                _ => {}
-            }
-        }
-        error
-    }
-
-    /// Whether the detail may hold values of a row. Reasons are read by everybody, at the top
-    /// too, and PostgreSQL itself keeps these from who may not read the table: class 22 is of
-    /// data, 23 of constraints.
-    fn tells_of_rows(&self) -> bool {
-        self.code.starts_with("22") || self.code.starts_with("23")
-    }
-
-    /// That detail, for the log of this server.
-    pub fn detail_of_rows(&self) -> Option<&str> {
-        self.detail.as_deref().filter(|_| self.tells_of_rows())
-    }
-}
-
-impl std::fmt::Display for DbError {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.message)?;
-        if let Some(detail) = self.detail.as_ref().filter(|_| !self.tells_of_rows()) {
-            write!(f, " ({detail})")?;
-        }
-        if let Some(hint) = &self.hint {
-            write!(f, "; hint: {hint}")?;
-        }
-        write!(f, " [SQLSTATE {}]", self.code)
-    }
-}
-
-/// Why a session failed.
-#[derive(Debug, thiserror::Error)]
-pub enum PgError {
-    /// The server answered with an error.
-    #[error("{0}")]
-    Db(Box<DbError>),
-    /// The connection failed.
-    #[error("connection failed: {0}")]
-    Io(io::Error),
-    /// TLS could not be set up.
-    #[error("TLS: {0}")]
-    Tls(String),
-    /// Authentication could not be completed.
-    #[error("authentication: {0}")]
-    Auth(String),
-    /// The server sent what the protocol does not allow here.
-    #[error("protocol violation: {0}")]
-    Protocol(String),
-    /// The server replays the WAL of another one.
-    #[error(
-        "the server is a standby; name the primary that it follows, or promote it (a bridge that \
-         waits for that goes on by itself)"
-    )]
-    Standby,
-}
-
-// Not as a source, which would be told twice.
-impl From<io::Error> for PgError {
-    fn from(error: io::Error) -> PgError {
-        PgError::Io(error)
-    }
-}
-
-impl PgError {
-    /// From the body of an ErrorResponse.
-    pub fn from_error_response(body: &Bytes) -> PgError {
-        PgError::Db(Box::new(DbError::parse(body)))
-    }
-
-    /// For a person, without the SQLSTATE when it comes from a server.
-    pub fn message(&self) -> String {
-        match self {
-            PgError::Db(error) => error.message.clone(),
-            error => error.to_string(),
-        }
-    }
-
-    /// The same with what to do, where the server says that.
-    pub fn advice(&self) -> String {
-        let hint = match self {
-            PgError::Db(error) => error.hint.as_ref(),
-            _ => None,
-        };
-        hint.map_or_else(
-            || self.message(),
-            |hint| format!("{}; hint: {hint}", self.message()),
-        )
-    }
-
-    /// Nobody listens there: the host answered that, at once.
-    pub fn is_refused(&self) -> bool {
-        matches!(self, PgError::Io(error) if error.kind() == io::ErrorKind::ConnectionRefused)
-    }
-
-    /// Whether it is for people to mend, and waiting is of no use: a password, a certificate, a
-    /// line of pg_hba.conf.
-    pub fn is_for_people(&self) -> bool {
-        match self {
-            PgError::Db(_) => matches!(self.class(), Some("28" | "3D" | "42")),
-            PgError::Tls(_) | PgError::Auth(_) | PgError::Protocol(_) => true,
-            PgError::Io(_) | PgError::Standby => false,
-        }
-    }
-
-    /// What to do about a session that could not be opened, as far as that is known.
-    pub fn way_out(&self) -> &'static str {
-        match self {
-            _ if self.is_refused() => {
-                "; start it, or correct host and port in its connection string"
-            }
-            PgError::Io(_) => "; correct host and port in its connection string, or let us through",
-            PgError::Tls(_) => "; see sslmode and the other ssl keys of its connection string",
-            _ => match self.code() {
-                Some("28P01") => {
-                    "; correct the password in its connection string or the passfile, or set it there \
-                     with ALTER ROLE"
-                }
-                Some("28000") => "; make the role there, or let it in by a line of pg_hba.conf",
-                Some("3D000") => "; correct dbname in its connection string, or make the database",
-                _ => "",
-            },
-        }
-    }
-
-    /// Class of the SQLSTATE, its first two characters.
-    pub fn class(&self) -> Option<&str> {
-        self.code()?.get(..2)
-    }
-
-    /// SQLSTATE, when the server gave one.
-    pub fn code(&self) -> Option<&str> {
-        match self {
-            PgError::Db(error) => Some(&error.code),
-            _ => None,
-        }
-    }
-}
 
 type Result<T> = std::result::Result<T, PgError>;
 
@@ -638,33 +470,5 @@ pub fn quote_literal(text: &str) -> String {
         format!(" E'{}'", quoted.replace('\\', "\\\\"))
     } else {
         format!("'{quoted}'")
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_error_tells_everybody_nothing_of_rows() {
-        let of = |code: &str| DbError {
-            code: code.into(),
-            message: "refused".into(),
-            detail: Some("Failing row contains (secret)".into()),
-            ..DbError::default()
-        };
-        assert_eq!(of("23502").to_string(), "refused [SQLSTATE 23502]");
-        assert!(of("23502").detail_of_rows().is_some());
-        assert!(of("42P01").to_string().contains("Failing row"));
-    }
-
-    #[test]
-    fn a_sqlstate_may_be_anything() {
-        for (code, class) in [("28P01", Some("28")), ("\u{20ac}", None), ("", None)] {
-            let body = format!("SFATAL\0C{code}\0Mno\0\0");
-            let error = PgError::from_error_response(&Bytes::from(body));
-            assert_eq!((error.code(), error.class()), (Some(code), class));
-            assert_eq!(error.is_for_people(), class.is_some());
-        }
     }
 }
