@@ -1,9 +1,9 @@
 //! Who is master, and whom to follow: the decision, without I/O or a clock of its own.
 //!
 //! In: what this node is ([`Own`]), what it sees of the other servers of its domain
-//! ([`Peer`]), the time. Out: a [`Decision`]. [`Decider`] remembers only what cannot
-//! be seen: since when no master is in sight, and how the last tries at the parent
-//! ended. Correctness never depends on it: every server holds a prefix of one
+//! and of those of the parent domain ([`Peer`]), the time. Out: a [`Decision`]. [`Decider`] remembers
+//! only what cannot be seen: since when no master is in sight, and how the last tries at the
+//! parent ended. Correctness never depends on it: every server holds a prefix of one
 //! history, and whoever takes the slot verifies that nothing is missing. Deciding
 //! well saves time and bandwidth.
 //!
@@ -26,9 +26,10 @@
 //!    then the priority, then the name, tries the parent first; each other one
 //!    waits its turn. A refused connection means dead at once; silence counts
 //!    after `takeover_after`.
-//! 5. *What the slot has confirmed and we lack* is fetched from siblings first. If
-//!    nobody has it, that is a gap; the parent is asked again now and then, for its
-//!    position may have gone back.
+//! 5. *What the slot has confirmed and we lack*, or what all servers of the parent domain have let
+//!    go, is fetched from siblings first. If nobody has it, that is a gap: one server of the
+//!    domain copies anew, if that is allowed and everybody has been heard; the parent is asked
+//!    again now and then, for its position may have gone back.
 //! 6. *A slot that is held by nobody in sight* may be taken from its holder by a
 //!    majority, at growing intervals. What is ended is the one session that was in
 //!    the way all the while, not one that has come after it: that may be a sibling's,
@@ -36,19 +37,28 @@
 //!    network that fails us too: a try at the parent that gets no answer begins the
 //!    wait anew, only who answers at once counts for the majority, and nobody may
 //!    know of a master.
+//! 7. *Of several servers of the parent domain* the present one is followed while it is sound, reads
+//!    the top as lately as the others and keeps what follows our end; else the first of them
+//!    that does (`parents.rs`).
+//!
+//! Who has no data yet copies from a sibling that has some, else from the parent, one server after
+//! the other (`source.rs`).
 
+mod parents;
 mod source;
 mod view;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-pub use source::{Source, choose_parent, copies_first, copy_source};
-pub use view::{Link, Own, Peer, Sight, Told, in_sight, stranger};
+pub use parents::choose_parent;
+pub use source::{Source, copy_source, held_by_others};
+pub use view::{Link, Own, Peer, Sight, Told, in_sight, parent_sight, stranger};
 
 use crate::lsn::Lsn;
 use crate::status::Role;
-use view::{View, goes_before, key, name_hash};
+use parents::keeps_it;
+use view::{View, goes_before, key, name_hash, with_life};
 
 /// Time since the bridge started.
 pub type Now = Duration;
@@ -77,6 +87,8 @@ pub enum Decision {
     Stay,
     /// Follow the parent: try to become master.
     Lead {
+        /// Which of the servers of the parent domain, in the order of the configuration.
+        parent: usize,
         /// First end this session, if it still holds the slot.
         depose: Option<Session>,
     },
@@ -91,17 +103,32 @@ pub enum Decision {
         /// For people.
         reason: String,
     },
-    /// Nobody in sight has what lies between our end and this position.
+    /// No server of the parent domain can be followed.
+    NoParent,
+    /// Nobody in sight can go on from our end.
     Gap {
-        /// What the parent has forgotten goes up to here.
-        confirmed: Lsn,
-        /// Members that do not answer, and may have it.
+        /// Why.
+        missing: Missing,
+        /// Servers that do not answer, and may have what is missing.
         unseen: Vec<String>,
-        /// They have been waited for, for [`LAST_CALL`].
-        waited: bool,
+        /// Nobody can have it any more, or those have been waited for, for [`LAST_CALL`].
+        sure: bool,
     },
-    /// Everybody has forgotten what follows our end: copy the data anew.
-    CopyAnew,
+    /// Copy the data anew.
+    CopyAnew {
+        /// What nobody has, so that the copy is one of the parent; else everybody in the domain has
+        /// forgotten what follows our end, and it comes from a sibling.
+        missing: Option<Missing>,
+    },
+}
+
+/// What keeps a whole domain from going on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Missing {
+    /// The parent has forgotten what lies between our end and this position.
+    Forgotten(Lsn),
+    /// The parent has no slot of the domain any more.
+    Slot,
 }
 
 /// A connection at the parent, by the number that it has there.
@@ -114,6 +141,8 @@ pub enum Refusal {
     Busy(Session),
     /// The slot has confirmed this position, which is beyond our end.
     Ahead(Lsn),
+    /// There is no slot of the domain.
+    NoSlot,
 }
 
 /// Memory between decisions.
@@ -121,6 +150,14 @@ pub enum Refusal {
 pub struct Decider {
     takeover_after: Duration,
     members: usize,
+    resync_on_gap: bool,
+    /// The server of the parent domain that is followed or was tried last.
+    parent: Option<usize>,
+    /// Those that failed lately.
+    tried: Vec<(usize, Now)>,
+    /// Those that have no slot for us, and whether the last try has shown that.
+    without_slot: BTreeSet<usize>,
+    slot_missing: bool,
     masterless_since: Option<Now>,
     /// Since when, to us as master, others that go first have been in sight.
     rivals: BTreeMap<String, Now>,
@@ -156,11 +193,17 @@ struct Handover {
 }
 
 impl Decider {
-    /// For a domain of `members` servers.
-    pub fn new(takeover_after: Duration, members: usize) -> Decider {
+    /// For a domain of `members` servers, one of which copies from the parent after a gap if it
+    /// may.
+    pub fn new(takeover_after: Duration, members: usize, resync_on_gap: bool) -> Decider {
         Decider {
             takeover_after,
             members,
+            resync_on_gap,
+            parent: None,
+            tried: Vec::new(),
+            without_slot: BTreeSet::new(),
+            slot_missing: false,
             masterless_since: None,
             rivals: BTreeMap::new(),
             outnumbered_since: None,
@@ -174,7 +217,12 @@ impl Decider {
         }
     }
 
-    /// Notes that a try at the parent did not succeed.
+    /// The server of the parent domain that is followed or was tried last.
+    pub fn parent(&self) -> Option<usize> {
+        self.parent
+    }
+
+    /// Notes that the parent server that was tried last did not let us lead, and why.
     pub fn refused(&mut self, now: Now, refusal: Refusal) {
         match refusal {
             Refusal::Busy(holder) => {
@@ -190,26 +238,27 @@ impl Decider {
                     asked: now,
                 });
             }
+            Refusal::NoSlot => {
+                self.slot_missing = true;
+                self.without_slot.extend(self.parent);
+                self.failed(now);
+            }
         }
         self.next_try = now + TURN / 2;
     }
 
-    /// Notes that the parent could not be followed for another reason.
+    /// Notes that the parent server that was tried or followed last could not be, for another
+    /// reason.
     pub fn failed(&mut self, now: Now) {
         self.busy = None;
         self.next_try = now + TURN / 2;
+        self.tried.extend(self.parent.map(|parent| (parent, now)));
     }
 
     /// Notes that the parent let us lead and then sent nothing: somebody else may fare better.
     pub fn led_in_vain(&mut self, now: Now) {
-        self.busy = None;
+        self.failed(now);
         self.next_try = now + self.takeover_after;
-    }
-
-    /// Notes that another server of the parent domain is asked: who is in the way at one of
-    /// them is nobody there.
-    pub fn goes_elsewhere(&mut self) {
-        self.busy = None;
     }
 
     /// Notes that a holder is being deposed, as was decided.
@@ -221,9 +270,10 @@ impl Decider {
         self.depose_pause = (self.depose_pause * 2).min(MAX_DEPOSE_PAUSE);
     }
 
-    /// Notes that we are master, with all that was confirmed before.
-    pub fn leads(&mut self) {
+    /// We are master, with all that was confirmed before.
+    fn leads(&mut self) {
         (self.busy, self.lacking) = (None, None);
+        self.without_slot.clear();
         if self.handover.as_ref().is_some_and(|h| h.to.is_none()) {
             self.handover = None;
         }
@@ -259,7 +309,7 @@ impl Decider {
     }
 
     /// Decides; see the module's rules.
-    pub fn decide(&mut self, now: Now, own: &Own, peers: &[Peer]) -> Decision {
+    pub fn decide(&mut self, now: Now, own: &Own, peers: &[Peer], parents: &[Peer]) -> Decision {
         let is_dead = |to: String| {
             let mut peers = peers.iter();
             peers.any(|peer| peer.name == to && peer.sight == Sight::Refused)
@@ -271,15 +321,19 @@ impl Decider {
         }
         let view = View {
             own,
+            peers: with_life(own, peers),
+            parents,
             limit: self.takeover_after,
-            peers,
+            members: self.members,
         };
         if own.link == Link::Parent {
+            self.leads();
             self.masterless_since = None;
             return self.as_master(now, &view);
         }
         self.rivals.clear();
         self.outnumbered_since = None;
+        let slot_missing = std::mem::take(&mut self.slot_missing);
         let is_done = |to: String| view.master().is_some_and(|master| master.name == to);
         if self.yields_to().is_some_and(is_done) {
             // Should it die the next moment, this is no reason to wait.
@@ -293,6 +347,9 @@ impl Decider {
             self.busy = None;
             return self.follow(now, &view, master);
         }
+        if slot_missing {
+            return self.without_slot(&view);
+        }
         let since = *self.masterless_since.get_or_insert(now);
         if let Some(sibling) = view.sibling_with_master(now - since) {
             (self.busy, self.unserved_since) = (None, None);
@@ -303,7 +360,7 @@ impl Decider {
         } else if let Some(peer) = view.longest_that_serves(own.told.flush) {
             return view.go_to(&peer.name);
         } else if self.is_missed(now, &view) {
-            return Decision::CopyAnew;
+            return copy_anew(&view);
         }
         self.without_master(now, since, &view)
     }
@@ -312,39 +369,72 @@ impl Decider {
         if let Some(to) = self.yields_to() {
             return hand_over(&to, "it is asked to");
         }
-        let own = &view.own.told;
         if let Some(name) = self.rival(now, view) {
             return Decision::Leave(format!("{name} is master as well and goes first"));
         }
         let alone = self.is_outnumbered(now, view);
-        let sound = |told: &Told| told.has_data && told.healthy && told.parent_ok;
-        let best = |fit: &dyn Fn(&Told) -> bool| {
-            let fit = view.live().filter(|(_, told)| sound(told) && fit(told));
-            fit.max_by_key(|(_, told)| key(told)).map(|(name, _)| name)
+        self.makes_room(view, alone)
+            .or_else(|| self.is_one_too_many(now, view, alone))
+            .unwrap_or_else(|| self.better_parent(now, view))
+    }
+
+    /// For a slave that leads better. One that follows another master is no such slave.
+    fn makes_room(&self, view: &View<'_>, alone: bool) -> Option<Decision> {
+        let fit = |told: &Told| told.has_data && told.healthy && told.parent_ok;
+        let fit = |told: &Told| {
+            fit(told) && !view.follows_another(told) && parents::can_go_on(view, told)
         };
-        if let Some(name) = best(&|_| true) {
-            if !own.healthy {
-                return hand_over(name, "this server is out of order, that one is not");
-            }
-            if !view.own.parent.is_live(self.takeover_after) && view.own.parent != Sight::Unknown {
-                return hand_over(name, "the parent is in reach from there, and not from here");
-            }
+        let best = |better: &dyn Fn(&Told) -> bool| {
+            let better = view.live().filter(|(_, told)| fit(told) && better(told));
+            better
+                .max_by_key(|(_, told)| key(told))
+                .map(|(name, _)| name)
+        };
+        let anybody = best(&|_| true);
+        if let Some(name) = anybody.filter(|_| !view.own.told.healthy) {
+            let reason = "this server is out of order, that one is not";
+            return Some(hand_over(name, reason));
+        }
+        let parent = view.parent();
+        let cut_off = !parent.is_live(self.takeover_after) && parent != Sight::Unknown;
+        if let Some(name) = anybody.filter(|_| cut_off) {
+            let reason = "the parent is in reach from there, and not from here";
+            return Some(hand_over(name, reason));
         }
         let reaches_more = |told: &Told| 2 * told.in_sight > self.members;
-        match best(&reaches_more).filter(|_| alone) {
-            Some(name) => hand_over(
-                name,
-                "most servers of the domain are in reach from there, and not from here",
-            ),
-            None => Decision::Stay,
+        if let Some(name) = best(&reaches_more).filter(|_| alone) {
+            let reason = "most servers of the domain are in reach from there, and not from here";
+            return Some(hand_over(name, reason));
         }
+        let first = self.only_kept_elsewhere(view)?;
+        let has_it = |told: &Told| told.flush >= first && view.gives(told);
+        let reason = "it can go on from a parent server that reads the top, and this one cannot";
+        best(&has_it).map(|name| hand_over(name, reason))
+    }
+
+    /// Another one leads at another server of the parent domain, and only siblings see it.
+    fn is_one_too_many(&mut self, now: Now, view: &View<'_>, alone: bool) -> Option<Decision> {
+        if let Some(sibling) = view.sibling_with_master(view.limit)
+            && alone
+        {
+            // Until it says so again, which is asked for at once.
+            self.next_try = now + UNSEEN;
+            let reason = format!("{} follows another master", sibling.name);
+            return Some(Decision::Leave(reason));
+        }
+        let stuck = self.only_kept_elsewhere(view).is_some() && view.is_master_seen(view.limit);
+        if !stuck {
+            self.unserved_since = None;
+            return None;
+        }
+        self.is_missed(now, view).then(|| copy_anew(view))
     }
 
     /// Another master that goes first and has told so again since it came in sight.
     fn rival(&mut self, now: Now, view: &View<'_>) -> Option<String> {
         let goes_first = |peer: &&Peer| {
             let told = View::told(peer);
-            told.role == Role::Master && goes_before(told, &view.own.told)
+            told.role == Role::Master && goes_before(told, &view.own.told, self.members)
         };
         let rivals: Vec<&Peer> = view.live_peers().filter(goes_first).collect();
         let since = |peer: &&Peer| {
@@ -364,7 +454,7 @@ impl Decider {
 
     /// Whether a majority of the domain has been out of reach for so long that it is no hiccup.
     fn is_outnumbered(&mut self, now: Now, view: &View<'_>) -> bool {
-        if view.is_majority(self.members) {
+        if view.is_majority() {
             self.outnumbered_since = None;
             return false;
         }
@@ -372,7 +462,7 @@ impl Decider {
     }
 
     /// During a switchover only the two that take part act.
-    fn handing_over(&self, now: Now, view: &View<'_>) -> Option<Decision> {
+    fn handing_over(&mut self, now: Now, view: &View<'_>) -> Option<Decision> {
         let told_by_other = || {
             view.live().any(|(_, told)| {
                 told.yields_to
@@ -383,20 +473,23 @@ impl Decider {
         match self.handover {
             Some(Handover { to: None, end, .. }) => {
                 let own = view.own.told.flush;
-                // Mostly what is missing comes over the link that there is.
-                if own < end && view.own.link == Link::None {
-                    let from = view.longest_that_serves(own);
-                    return Some(from.map_or(Decision::Stay, |peer| view.go_to(&peer.name)));
+                let linked = view.own.link != Link::None;
+                if own < end
+                    && !linked
+                    && let Some(peer) = view.longest_that_serves(own)
+                {
+                    return Some(view.go_to(&peer.name));
                 }
-                let ready = own >= end && now >= self.next_try;
+                // Mostly what is missing comes over the link that there is; what no sibling keeps
+                // the parent may.
+                let ready = (own >= end || !linked) && now >= self.next_try;
                 // The old master lets the slot go, unless it is cut off from the parent or its
                 // disk hangs. As long as it asks, no majority is needed to end its session;
                 // somebody else who leads by now is left alone.
                 let asked = view.master().is_none() && view.is_asked_to_lead();
+                let depose = self.unseen(now).filter(|_| asked);
                 Some(match ready {
-                    true => Decision::Lead {
-                        depose: self.unseen(now).filter(|_| asked),
-                    },
+                    true => self.lead(now, view, depose),
                     false => Decision::Stay,
                 })
             }
@@ -419,7 +512,7 @@ impl Decider {
             return view.go_to(&peer.name);
         }
         match self.is_missed(now, view) {
-            true => Decision::CopyAnew,
+            true => copy_anew(view),
             false => Decision::Stay,
         }
     }
@@ -446,9 +539,8 @@ impl Decider {
             Some(at) if now >= at.max(self.next_try) => {}
             _ => return Decision::Stay,
         }
-        Decision::Lead {
-            depose: self.may_depose(now, since, view),
-        }
+        let depose = self.may_depose(now, since, view);
+        self.lead(now, view, depose)
     }
 
     /// From a sibling that has more, as long as there is one. `None` when the parent is
@@ -458,7 +550,7 @@ impl Decider {
         if let Some(sibling) = view.longest_that_serves(view.own.told.flush) {
             return Some(view.go_to(&sibling.name));
         }
-        if now - lacking.asked >= self.takeover_after {
+        if now - lacking.asked >= self.takeover_after || keeps_it(view) {
             return None;
         }
         // One that has it all but not from our end on will be master, and copied from.
@@ -471,11 +563,7 @@ impl Decider {
         let unseen = view.unheard(now - lacking.asked);
         let told = unseen.is_empty() || now - lacking.since >= self.takeover_after;
         Some(match told {
-            true => Decision::Gap {
-                confirmed,
-                unseen,
-                waited: now - lacking.since >= LAST_CALL,
-            },
+            true => self.forgotten(now, view, lacking, unseen),
             false => Decision::Stay,
         })
     }
@@ -484,7 +572,7 @@ impl Decider {
     fn may_depose(&self, now: Now, since: Now, view: &View<'_>) -> Option<Session> {
         // One that lacks what the holder has brought home could not lead in its place.
         let may = self.lacking.is_none()
-            && view.is_majority(self.members)
+            && view.is_majority()
             && !view.is_master_known(now - since)
             && now >= self.next_depose;
         self.unseen(now).filter(|_| may)
@@ -498,7 +586,7 @@ impl Decider {
 
     /// When we may try the parent; `None` while somebody may still be master.
     fn next_turn(&self, now: Now, since: Now, view: &View<'_>) -> Option<Now> {
-        for peer in view.peers {
+        for peer in view.peers.iter() {
             let was_master = peer
                 .told
                 .as_ref()
@@ -522,6 +610,17 @@ impl Decider {
             false => Duration::ZERO,
         };
         Some(since + TURN * rank + jitter + patience)
+    }
+}
+
+/// From a sibling that has more. One that is out of order may have nothing to give in the end.
+fn copy_anew(view: &View<'_>) -> Decision {
+    let end = view.own.told.flush;
+    let has_more = |told: &Told| told.has_data && told.flush > end;
+    let sound = |told: &Told| has_more(told) && told.healthy && view.gives(told);
+    match !view.own.doubtful && view.live().any(|(_, told)| sound(told)) {
+        true => Decision::CopyAnew { missing: None },
+        false => Decision::Stay,
     }
 }
 

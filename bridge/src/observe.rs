@@ -62,7 +62,6 @@ struct Seen {
     tried: bool,
     heard: Option<Instant>,
     refused: bool,
-    /// A Postgres that is a standby: nobody can follow it, or report to it.
     standby: bool,
     status: Option<Status>,
     problem: Option<String>,
@@ -177,15 +176,9 @@ impl Observer {
 
     /// Address of the first of these servers of the parent domain that answers.
     pub fn parent_in_sight(&self, parents: &[Peer]) -> Option<ConnInfo> {
-        let answers =
-            |parent: &Peer| parent.sight == Sight::Answers && !self.is_standby(&parent.name);
+        let answers = |parent: &Peer| parent.sight == Sight::Answers && !parent.standby;
         let index = parents.iter().position(answers)?;
         self.parent_info(index).cloned()
-    }
-
-    /// Whether this server of the parent domain is a standby.
-    pub fn is_standby(&self, name: &str) -> bool {
-        self.seen().get(name).is_some_and(|seen| seen.standby)
     }
 
     /// Positions of child domains as the other servers of the domain know them.
@@ -236,6 +229,7 @@ impl Observer {
                 sight: self.sight(seen),
                 told: seen.status.as_ref().map(|status| status.told.clone()),
                 age: seen.heard.map_or(Duration::MAX, |heard| heard.elapsed()),
+                standby: seen.standby,
             }
         };
         servers.iter().map(look).collect()

@@ -11,11 +11,11 @@ use tokio::time::sleep;
 
 use crate::client::{Client, SessionOptions};
 use crate::conninfo::ConnInfo;
-use crate::domain::{MISSED, Peer, Sight, Source, Told, choose_parent, copy_source};
+use crate::domain::{Source, choose_parent, copy_source, held_by_others};
 use crate::lsn::{Identity, Lsn};
 use crate::observe::Observer;
 use crate::queue::{Queue, QueueError, Writer};
-use crate::status::{Role, Shared, State, View};
+use crate::status::{Shared, State, View};
 use crate::upstream::connect;
 use crate::{copy, report, timeline};
 
@@ -63,7 +63,7 @@ pub async fn open_or_copy(
         let attempt = match local_progress(shared, &mut local).await {
             Ok(Some((identity, lsn))) => return resume(shared, &dir, opened, identity, lsn),
             Ok(None) => {
-                shared.set_empty();
+                shared.set_empty(copy::is_from_parent(shared));
                 // Of data that is none any more. Were it still there after a crash at the end of
                 // the copy, it would be gone on with.
                 if opened.take().is_some() {
@@ -120,7 +120,7 @@ pub async fn forget(shared: &Arc<Shared>, from_parent: bool) {
         patience.after(shared, error).await;
     }
     timeline::forget_divergence(&shared.config.node.data_dir);
-    shared.set_no_data();
+    shared.set_no_data(from_parent);
 }
 
 fn resume(
@@ -289,20 +289,7 @@ async fn copy_from_somewhere(
     let limit = shared.config.failover.takeover_after;
     let told = shared.told();
     let parents = observer.parents();
-    let mut peers = observer.peers();
-    if copy::is_from_parent(shared) {
-        // One that has not been heard of yet may lead, or be about to.
-        let unheard = |peer: &Peer| peer.told.is_none() && peer.sight != Sight::Refused;
-        if waited < MISSED && peers.iter().any(unheard) {
-            return Ok(None);
-        }
-        // What the others hold has been found wanting, but a master has the parent's.
-        peers.retain(|peer| {
-            let told = peer.told.as_ref();
-            told.is_some_and(|told| told.role == Role::Master || told.copying)
-        });
-    }
-    let (source, from_parent) = match copy_source(waited, &told, &peers, limit) {
+    let (source, from_parent) = match copy_source(waited, &told, &observer.peers(), limit) {
         Source::Wait => return Ok(None),
         Source::Peer(name) => (observer.peer_info(&name), false),
         Source::Parent => {
@@ -342,15 +329,6 @@ async fn copy_from_somewhere(
     }
 }
 
-/// End of what a sound server of the domain has, which may lead with it; one that has just
-/// fallen silent may be one of these.
-fn held_by_others(peers: &[Peer]) -> Lsn {
-    let sound = |told: &&Told| told.has_data && told.serves && told.healthy;
-    let heard = peers.iter().filter(|peer| peer.age < MISSED);
-    let held = heard.filter_map(|peer| peer.told.as_ref()).filter(sound);
-    held.map(|told| told.flush).max().unwrap_or(Lsn::ZERO)
-}
-
 fn publish_view(shared: &Shared, observer: &Observer, copying: bool) {
     let in_sight = observer.parent_in_sight(&observer.parents());
     shared.set_view(View {
@@ -362,37 +340,4 @@ fn publish_view(shared: &Shared, observer: &Observer, copying: bool) {
         domains: vec![shared.config.node.domain.clone()],
         ..View::default()
     });
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_slot_is_kept_for_a_sound_server_that_was_heard_of() {
-        let peer = |flush: u64, edit: &dyn Fn(&mut Peer)| {
-            let told = Told {
-                has_data: true,
-                serves: true,
-                healthy: true,
-                flush: Lsn(flush),
-                ..Told::default()
-            };
-            let mut peer = Peer {
-                name: String::new(),
-                sight: Sight::Silent(Duration::from_secs(8)),
-                told: Some(told),
-                age: Duration::from_secs(8),
-            };
-            edit(&mut peer);
-            peer
-        };
-        let diverged = |peer: &mut Peer| peer.told.as_mut().unwrap().serves = false;
-        let empty = |peer: &mut Peer| peer.told.as_mut().unwrap().has_data = false;
-        let gone = |peer: &mut Peer| peer.age = MISSED;
-        let mut peers = vec![peer(70, &diverged), peer(80, &empty), peer(90, &gone)];
-        assert_eq!(held_by_others(&peers), Lsn::ZERO);
-        peers.push(peer(60, &|_| ()));
-        assert_eq!(held_by_others(&peers), Lsn(60));
-    }
 }

@@ -64,6 +64,8 @@ struct Inner {
     has_data: bool,
     /// It is known that there is none.
     empty: bool,
+    /// It was thrown away to copy the parent's.
+    anew: bool,
     diverged: Option<String>,
     matching: Matching,
     /// How often each kind of event has happened.
@@ -458,19 +460,22 @@ impl Shared {
             inner.identity = Some(identity);
             inner.has_data = has_data;
             inner.empty &= !has_data;
+            inner.anew &= !has_data;
             inner.copy_progress = None;
         });
     }
 
-    /// The database has said that it has no data.
-    pub fn set_empty(&self) {
-        self.change(|inner| inner.empty = true);
+    /// The database has said that it has no data; it may have been thrown away to copy the
+    /// parent's `anew`.
+    pub fn set_empty(&self, anew: bool) {
+        self.change(|inner| (inner.empty, inner.anew) = (true, anew));
     }
 
-    /// The data here is to be copied anew.
-    pub fn set_no_data(&self) {
+    /// The data here is to be copied anew, from the parent or from somebody who has better.
+    pub fn set_no_data(&self, from_parent: bool) {
+        self.set_empty(from_parent);
         self.change(|inner| {
-            (inner.has_data, inner.empty) = (false, true);
+            inner.has_data = false;
             inner.diverged = None;
             inner.matching = Matching::default();
             inner.received = Lsn::ZERO;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use terrace_bridge::domain::{Decider, Decision, Link, Own, Peer, Refusal, Sight, Told};
+use terrace_bridge::domain::{Decider, Decision, Link, Missing, Own, Peer, Refusal, Sight, Told};
 use terrace_bridge::lsn::{Identity, Lsn};
 use terrace_bridge::status::Role;
 
@@ -28,14 +28,26 @@ fn peer(told: Told) -> Peer {
         sight: Sight::Answers,
         told: Some(told),
         age: Duration::ZERO,
+        standby: false,
     }
+}
+
+/// The parent, which answers.
+fn top() -> [Peer; 1] {
+    [Peer {
+        name: "top".into(),
+        told: None,
+        ..peer(told("top", Role::None, 0))
+    }]
 }
 
 fn own(flush: u64, link: Link) -> Own {
     Own {
         told: told("one", Role::None, flush),
         link,
-        parent: Sight::Answers,
+        heard: None,
+        opening: false,
+        doubtful: false,
     }
 }
 
@@ -47,7 +59,7 @@ fn seconds(seconds: u64) -> Duration {
 // for what the old master had beyond its end.
 #[test]
 fn who_takes_over_without_a_link_fetches_what_it_lacks() {
-    let mut decider = Decider::new(TAKEOVER_AFTER, 3);
+    let mut decider = Decider::new(TAKEOVER_AFTER, 3, false);
     let peers = [
         peer(told("two", Role::None, 90)),
         peer(told("three", Role::None, 50)),
@@ -55,15 +67,21 @@ fn who_takes_over_without_a_link_fetches_what_it_lacks() {
     decider.take_over(seconds(10), Lsn(90));
     let follow = Decision::Follow("two".into());
     assert_eq!(
-        decider.decide(seconds(10), &own(50, Link::None), &peers),
+        decider.decide(seconds(10), &own(50, Link::None), &peers, &top()),
         follow
     );
     // Over a link that there is, it comes by itself.
     let linked = own(50, Link::Peer("three".into()));
-    assert_eq!(decider.decide(seconds(10), &linked, &peers), Decision::Stay);
-    let lead = Decision::Lead { depose: None };
     assert_eq!(
-        decider.decide(seconds(11), &own(90, Link::None), &peers),
+        decider.decide(seconds(10), &linked, &peers, &top()),
+        Decision::Stay
+    );
+    let lead = Decision::Lead {
+        parent: 0,
+        depose: None,
+    };
+    assert_eq!(
+        decider.decide(seconds(11), &own(90, Link::None), &peers, &top()),
         lead
     );
 }
@@ -93,21 +111,24 @@ fn a_server_of_another_history_is_as_if_it_were_not_there() {
         own.told.identity = history(1);
         own
     };
-    let mut decider = Decider::new(TAKEOVER_AFTER, 2);
+    let mut decider = Decider::new(TAKEOVER_AFTER, 2, false);
     for at in 10..20 {
-        let decision = decider.decide(seconds(at), &ours(Link::Parent), &seen(at));
+        let decision = decider.decide(seconds(at), &ours(Link::Parent), &seen(at), &top());
         assert_eq!(decision, Decision::Stay);
     }
-    let mut decider = Decider::new(TAKEOVER_AFTER, 2);
-    let lead = Decision::Lead { depose: None };
-    let decision = decider.decide(seconds(10), &ours(Link::None), &seen(10));
+    let mut decider = Decider::new(TAKEOVER_AFTER, 2, false);
+    let lead = Decision::Lead {
+        parent: 0,
+        depose: None,
+    };
+    let decision = decider.decide(seconds(10), &ours(Link::None), &seen(10), &top());
     assert_eq!(decision, lead);
     let problem = terrace_bridge::domain::stranger(&ours(Link::None).told, &seen(10));
     assert!(problem.unwrap().contains("node two holds another history"));
     // Of one's own history it is what it says.
     let mut peers = seen(10);
     peers[0].told.as_mut().unwrap().identity = history(1);
-    let decision = decider.decide(seconds(11), &ours(Link::None), &peers);
+    let decision = decider.decide(seconds(11), &ours(Link::None), &peers, &top());
     assert_eq!(decision, Decision::Follow("two".into()));
 }
 
@@ -125,8 +146,8 @@ fn a_master_that_most_cannot_reach_hands_over_to_one_that_they_can() {
         [peer(sibling), silent.clone()]
     };
     for (in_sight, members, goes) in [(3, 4, true), (2, 4, false), (3, 3, false)] {
-        let mut decider = Decider::new(TAKEOVER_AFTER, members);
-        let mut decide = |at| decider.decide(seconds(at), &own, &sees(in_sight));
+        let mut decider = Decider::new(TAKEOVER_AFTER, members, false);
+        let mut decide = |at| decider.decide(seconds(at), &own, &sees(in_sight), &top());
         assert_eq!(decide(10), Decision::Stay);
         assert_eq!(decide(12), Decision::Stay);
         let went = matches!(decide(13), Decision::HandOver { to, .. } if to == "two");
@@ -138,11 +159,16 @@ fn a_master_that_most_cannot_reach_hands_over_to_one_that_they_can() {
 #[test]
 fn a_master_leaves_for_another_one_that_goes_on_saying_so() {
     for (says_again, leaves) in [(false, false), (true, true)] {
-        let mut decider = Decider::new(TAKEOVER_AFTER, 3);
+        let mut decider = Decider::new(TAKEOVER_AFTER, 3, false);
         let mut decide = |at: u64, age: u64| {
             let mut rival = peer(told("two", Role::Master, 100));
             rival.age = Duration::from_millis(age);
-            decider.decide(Duration::from_millis(at), &own(100, Link::Parent), &[rival])
+            decider.decide(
+                Duration::from_millis(at),
+                &own(100, Link::Parent),
+                &[rival],
+                &top(),
+            )
         };
         assert_eq!(decide(10_000, 0), Decision::Stay);
         assert_eq!(decide(10_900, 100), Decision::Stay);
@@ -157,7 +183,7 @@ fn a_master_leaves_for_another_one_that_goes_on_saying_so() {
 #[test]
 fn who_takes_over_ends_a_session_that_nobody_in_sight_has() {
     for (role, depose) in [(Role::Slave, Some(7)), (Role::Master, None)] {
-        let mut decider = Decider::new(TAKEOVER_AFTER, 3);
+        let mut decider = Decider::new(TAKEOVER_AFTER, 3, false);
         let asks = Told {
             yields_to: Some("one".into()),
             ..told("two", Role::None, 90)
@@ -165,8 +191,8 @@ fn who_takes_over_ends_a_session_that_nobody_in_sight_has() {
         let peers = [peer(asks), peer(told("three", role, 90))];
         decider.take_over(seconds(10), Lsn(90));
         decider.refused(seconds(10), Refusal::Busy(7));
-        let decision = decider.decide(seconds(12), &own(90, Link::None), &peers);
-        assert_eq!(decision, Decision::Lead { depose }, "{role}");
+        let decision = decider.decide(seconds(12), &own(90, Link::None), &peers, &top());
+        assert_eq!(decision, Decision::Lead { parent: 0, depose }, "{role}");
     }
 }
 
@@ -174,30 +200,33 @@ fn who_takes_over_ends_a_session_that_nobody_in_sight_has() {
 // the one that had just got it, and the third one led.
 #[test]
 fn who_has_just_taken_the_slot_is_given_time_to_say_so() {
-    let mut decider = Decider::new(TAKEOVER_AFTER, 3);
+    let mut decider = Decider::new(TAKEOVER_AFTER, 3, false);
     let peers = [
         peer(told("two", Role::None, 90)),
         peer(told("three", Role::None, 90)),
     ];
     let me = own(90, Link::None);
-    decider.decide(seconds(10), &me, &peers);
+    decider.decide(seconds(10), &me, &peers, &top());
     decider.refused(seconds(15), Refusal::Busy(7));
     decider.refused(seconds(17), Refusal::Busy(8));
-    let lead = |depose| Decision::Lead { depose };
+    let lead = |depose| Decision::Lead { parent: 0, depose };
     let at = seconds(17) + TAKEOVER_AFTER / 4;
-    assert_eq!(decider.decide(at, &me, &peers), lead(None));
+    assert_eq!(decider.decide(at, &me, &peers, &top()), lead(None));
     // It is some other client's.
-    assert_eq!(decider.decide(seconds(20), &me, &peers), lead(Some(8)));
+    assert_eq!(
+        decider.decide(seconds(20), &me, &peers, &top()),
+        lead(Some(8))
+    );
 }
 
 /// Somebody holds the slot whom nobody in sight knows of.
 fn in_the_way() -> (Decider, Vec<Peer>, Own) {
-    let mut decider = Decider::new(TAKEOVER_AFTER, 3);
+    let mut decider = Decider::new(TAKEOVER_AFTER, 3, false);
     let mut master = peer(told("two", Role::Master, 90));
     (master.sight, master.age) = (Sight::Silent(seconds(5)), seconds(5));
     let peers = vec![peer(told("three", Role::None, 90)), master];
     let me = own(90, Link::None);
-    decider.decide(seconds(10), &me, &peers);
+    decider.decide(seconds(10), &me, &peers, &top());
     decider.refused(seconds(11), Refusal::Busy(7));
     (decider, peers, me)
 }
@@ -206,19 +235,25 @@ fn in_the_way() -> (Decider, Vec<Peer>, Own) {
 // questions to the master had failed for the same reason.
 #[test]
 fn who_gets_no_answers_himself_deposes_nobody() {
-    let lead = |depose| Decision::Lead { depose };
+    let lead = |depose| Decision::Lead { parent: 0, depose };
     let (mut decider, peers, me) = in_the_way();
-    assert_eq!(decider.decide(seconds(13), &me, &peers), lead(Some(7)));
+    assert_eq!(
+        decider.decide(seconds(13), &me, &peers, &top()),
+        lead(Some(7))
+    );
     decider.failed(seconds(13));
     decider.refused(seconds(14), Refusal::Busy(7));
     let at = seconds(14) + TAKEOVER_AFTER / 4;
-    assert_eq!(decider.decide(at, &me, &peers), lead(None));
-    assert_eq!(decider.decide(seconds(16), &me, &peers), lead(Some(7)));
+    assert_eq!(decider.decide(at, &me, &peers, &top()), lead(None));
+    assert_eq!(
+        decider.decide(seconds(16), &me, &peers, &top()),
+        lead(Some(7))
+    );
 
     // Of a majority that was there a moment ago.
     let (mut decider, mut peers, me) = in_the_way();
     peers[0].sight = Sight::Silent(seconds(2));
-    assert_eq!(decider.decide(seconds(13), &me, &peers), lead(None));
+    assert_eq!(decider.decide(seconds(13), &me, &peers, &top()), lead(None));
 
     // Where somebody knows of a master, whom we cannot follow him to.
     let (mut decider, mut peers, me) = in_the_way();
@@ -228,7 +263,7 @@ fn who_gets_no_answers_himself_deposes_nobody() {
         ..told("three", Role::Slave, 90)
     };
     peers[0] = peer(behind_us);
-    assert_eq!(decider.decide(seconds(13), &me, &peers), lead(None));
+    assert_eq!(decider.decide(seconds(13), &me, &peers, &top()), lead(None));
 }
 
 // What is decided and not done, as while a link is being opened, costs nothing; and a master
@@ -236,9 +271,12 @@ fn who_gets_no_answers_himself_deposes_nobody() {
 #[test]
 fn the_pause_grows_with_what_is_done() {
     let (mut decider, mut peers, me) = in_the_way();
-    let lead = |depose| Decision::Lead { depose };
+    let lead = |depose| Decision::Lead { parent: 0, depose };
     for _ in 0..5 {
-        assert_eq!(decider.decide(seconds(13), &me, &peers), lead(Some(7)));
+        assert_eq!(
+            decider.decide(seconds(13), &me, &peers, &top()),
+            lead(Some(7))
+        );
     }
     let mut now = seconds(13);
     let mut pauses = Vec::new();
@@ -247,12 +285,12 @@ fn the_pause_grows_with_what_is_done() {
         let deposed = now;
         // A glimpse of it.
         (peers[1].sight, peers[1].age) = (Sight::Answers, Duration::ZERO);
-        decider.decide(now, &me, &peers);
+        decider.decide(now, &me, &peers, &top());
         (peers[1].sight, peers[1].age) = (Sight::Silent(seconds(5)), seconds(5));
         loop {
             now += Duration::from_millis(500);
             decider.refused(now, Refusal::Busy(7));
-            if decider.decide(now + TAKEOVER_AFTER / 10, &me, &peers) == lead(Some(7)) {
+            if decider.decide(now + TAKEOVER_AFTER / 10, &me, &peers, &top()) == lead(Some(7)) {
                 break;
             }
         }
@@ -272,8 +310,14 @@ fn who_is_asked_no_more_deposes_by_the_majority_alone() {
     peers[0].sight = Sight::Silent(seconds(5));
     decider.take_over(seconds(12), Lsn(90));
     decider.refused(seconds(12), Refusal::Busy(7));
-    let decision = decider.decide(seconds(14), &me, &peers);
-    assert_eq!(decision, Decision::Lead { depose: None });
+    let decision = decider.decide(seconds(14), &me, &peers, &top());
+    assert_eq!(
+        decision,
+        Decision::Lead {
+            parent: 0,
+            depose: None
+        }
+    );
 }
 
 fn keeps(node: &str, role: Role, first: u64, flush: u64) -> Peer {
@@ -288,7 +332,7 @@ fn keeps(node: &str, role: Role, first: u64, flush: u64) -> Peer {
 #[test]
 fn who_is_silent_for_a_moment_may_have_what_is_missing() {
     for sight in [Sight::Unknown, Sight::Silent(seconds(5)), Sight::Refused] {
-        let mut decider = Decider::new(TAKEOVER_AFTER, 3);
+        let mut decider = Decider::new(TAKEOVER_AFTER, 3, false);
         let master = keeps("two", Role::Master, 80, 100);
         let mut sibling = keeps("three", Role::Slave, 10, 100);
         (sibling.sight, sibling.age) = (sight, seconds(5));
@@ -297,14 +341,20 @@ fn who_is_silent_for_a_moment_may_have_what_is_missing() {
         }
         let own = own(50, Link::None);
         let peers = [master.clone(), sibling];
-        assert_eq!(decider.decide(seconds(10), &own, &peers), Decision::Stay);
-        assert_eq!(decider.decide(seconds(20), &own, &peers), Decision::Stay);
+        assert_eq!(
+            decider.decide(seconds(10), &own, &peers, &top()),
+            Decision::Stay
+        );
+        assert_eq!(
+            decider.decide(seconds(20), &own, &peers, &top()),
+            Decision::Stay
+        );
         // One that never comes back is not waited for for ever.
-        let decision = decider.decide(seconds(41), &own, &peers);
-        assert_eq!(decision, Decision::CopyAnew, "{sight:?}");
+        let decision = decider.decide(seconds(41), &own, &peers, &top());
+        assert_eq!(decision, Decision::CopyAnew { missing: None }, "{sight:?}");
         let back = [master, keeps("three", Role::Slave, 10, 100)];
         let follow = Decision::Follow("three".into());
-        assert_eq!(decider.decide(seconds(42), &own, &back), follow);
+        assert_eq!(decider.decide(seconds(42), &own, &back, &top()), follow);
     }
 }
 
@@ -312,29 +362,32 @@ fn who_is_silent_for_a_moment_may_have_what_is_missing() {
 // to wait for ever for a server that had died for good.
 #[test]
 fn the_parent_is_asked_again_for_what_it_has_confirmed() {
-    let mut decider = Decider::new(TAKEOVER_AFTER, 2);
+    let mut decider = Decider::new(TAKEOVER_AFTER, 2, false);
     let mut dead = peer(told("two", Role::None, 90));
     (dead.sight, dead.age) = (Sight::Refused, seconds(100));
     let (own, peers) = (own(50, Link::None), [dead]);
     decider.refused(seconds(10), Refusal::Ahead(Lsn(90)));
-    assert_eq!(decider.decide(seconds(11), &own, &peers), Decision::Stay);
+    assert_eq!(
+        decider.decide(seconds(11), &own, &peers, &top()),
+        Decision::Stay
+    );
     // It is known who may have it, and not sure that nobody has.
     decider.refused(seconds(20), Refusal::Ahead(Lsn(90)));
     let gap = Decision::Gap {
-        confirmed: Lsn(90),
+        missing: Missing::Forgotten(Lsn(90)),
         unseen: vec!["two".into()],
-        waited: false,
+        sure: false,
     };
-    assert_eq!(decider.decide(seconds(21), &own, &peers), gap);
-    let lead = Decision::Lead { depose: None };
-    assert_eq!(decider.decide(seconds(24), &own, &peers), lead);
+    assert_eq!(decider.decide(seconds(21), &own, &peers, &top()), gap);
+    let lead = Decision::Lead {
+        parent: 0,
+        depose: None,
+    };
+    assert_eq!(decider.decide(seconds(24), &own, &peers, &top()), lead);
     // It may be dead for good.
     decider.refused(seconds(310), Refusal::Ahead(Lsn(90)));
-    let last = decider.decide(seconds(311), &own, &peers);
-    assert!(
-        matches!(last, Decision::Gap { waited: true, .. }),
-        "{last:?}"
-    );
+    let last = decider.decide(seconds(311), &own, &peers, &top());
+    assert!(matches!(last, Decision::Gap { sure: true, .. }), "{last:?}");
 }
 
 // Positions of another history are none, and one that has diverged serves nobody.
@@ -348,13 +401,16 @@ fn who_tells_another_history_is_neither_followed_nor_waited_for() {
     let mut other = told("three", Role::None, 90);
     other.identity = identity(2);
     let peers = [peer(diverged), peer(other)];
-    let mut decider = Decider::new(TAKEOVER_AFTER, 3);
-    let lead = Decision::Lead { depose: None };
-    assert_eq!(decider.decide(seconds(10), &me, &peers), lead);
+    let mut decider = Decider::new(TAKEOVER_AFTER, 3, false);
+    let lead = Decision::Lead {
+        parent: 0,
+        depose: None,
+    };
+    assert_eq!(decider.decide(seconds(10), &me, &peers, &top()), lead);
     decider.refused(seconds(11), Refusal::Ahead(Lsn(90)));
     let gap =
         |decision: &Decision| matches!(decision, Decision::Gap { unseen, .. } if unseen.is_empty());
-    let decision = decider.decide(seconds(12), &me, &peers);
+    let decision = decider.decide(seconds(12), &me, &peers, &top());
     assert!(gap(&decision), "{decision:?}");
 }
 
@@ -365,10 +421,10 @@ fn whose_database_is_far_behind_leads_last() {
     let leads_at = |lagging: bool| {
         let mut more = told("two", Role::None, 90);
         more.lagging = lagging;
-        let mut decider = Decider::new(TAKEOVER_AFTER, 3);
+        let mut decider = Decider::new(TAKEOVER_AFTER, 3, false);
         let peers = [peer(more), peer(told("three", Role::None, 10))];
         let leads = |at: &u64| {
-            let decision = decider.decide(Duration::from_millis(*at), &me, &peers);
+            let decision = decider.decide(Duration::from_millis(*at), &me, &peers, &top());
             matches!(decision, Decision::Lead { .. })
         };
         (10_000..20_000).step_by(10).find(leads).expect("it leads")
@@ -379,14 +435,14 @@ fn whose_database_is_far_behind_leads_last() {
 #[test]
 fn a_handover_to_one_that_has_died_is_over() {
     let leads_at = |sight: Sight| {
-        let mut decider = Decider::new(TAKEOVER_AFTER, 3);
+        let mut decider = Decider::new(TAKEOVER_AFTER, 3, false);
         decider.yield_to(seconds(10), "two");
         let mut two = peer(told("two", Role::Slave, 50));
         two.sight = sight;
         let peers = [two, peer(told("three", Role::None, 50))];
         let me = own(90, Link::None);
         let leads = |at: &u64| {
-            let decision = decider.decide(Duration::from_millis(*at), &me, &peers);
+            let decision = decider.decide(Duration::from_millis(*at), &me, &peers, &top());
             matches!(decision, Decision::Lead { .. })
         };
         (10_000..20_000).step_by(10).find(leads).expect("it leads")

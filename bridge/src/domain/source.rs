@@ -1,9 +1,10 @@
-//! Where to copy from, and which server of the parent domain to attach to.
+//! Where a node without data copies from.
 
 use std::time::Duration;
 
-use super::view::{Peer, STALE_MICROS, Sight, Told, key};
+use super::view::{Peer, Sight, Told, key};
 use super::{MISSED, TURN};
+use crate::lsn::Lsn;
 use crate::status::Role;
 
 /// What a node without data does.
@@ -19,7 +20,24 @@ pub enum Source {
 
 /// Whom a node without data copies from: one that has data, a sound one before
 /// others, then the master; else the parent, one member after the other.
+///
+/// When it has thrown its data away to copy anew from the parent, as no server of the domain
+/// could go on, what the others hold is no better, unless one of them leads by now, or follows
+/// one that does.
 pub fn copy_source(waited: Duration, own: &Told, peers: &[Peer], limit: Duration) -> Source {
+    let anew = own.anew;
+    // One that has not been heard of yet may lead, or be about to.
+    let unheard = |peer: &Peer| peer.told.is_none() && peer.sight != Sight::Refused;
+    if anew && waited < MISSED && peers.iter().any(unheard) {
+        return Source::Wait;
+    }
+    let is_led = |told: &Told| match told.role {
+        Role::Master => true,
+        Role::Slave => told.master_ok,
+        Role::None => told.copying,
+    };
+    let counts = |peer: &&Peer| !anew || peer.told.as_ref().is_some_and(is_led);
+    let peers: Vec<&Peer> = peers.iter().filter(counts).collect();
     let view = peers
         .iter()
         .filter(|peer| peer.sight.is_live(limit))
@@ -55,51 +73,51 @@ pub fn copy_source(waited: Duration, own: &Told, peers: &[Peer], limit: Duration
 /// Whether, of the servers of a domain that none can go on, this one is to copy from the
 /// parent: the first by the order in which they would lead, and one at a time.
 pub fn copies_first(own: &Told, peers: &[Peer], limit: Duration) -> bool {
+    let copies = |told: &Told| told.copying || told.anew && told.healthy && told.parent_ok;
     let live = peers.iter().filter(|peer| peer.sight.is_live(limit));
     live.filter_map(|peer| peer.told.as_ref())
-        .all(|told| !told.copying && (!told.has_data || key(told) < key(own)))
+        .all(|told| !copies(told) && (!told.has_data || key(told) < key(own)))
 }
 
-/// Which server of the parent domain to attach to: the present one while it is
-/// sound, else the first in the configured order that is sound, reads the top as
-/// lately as the others, keeps what follows our end, and is not below us itself.
-/// `tried` holds those that failed just now.
-pub fn choose_parent(
-    own: &Told,
-    parents: &[Peer],
-    present: Option<usize>,
-    tried: &[usize],
-    limit: Duration,
-) -> Option<usize> {
-    let latest = parents
-        .iter()
-        .filter_map(|parent| Some(parent.told.as_ref()?.top_time))
-        .max()
-        .unwrap_or(0);
-    let grade = |index: usize, parent: &Peer| {
-        let usable = match &parent.told {
-            // A Postgres; whether it can be followed shows when it is tried.
-            None => true,
-            Some(told) => {
-                let serves = told.has_data && told.serves && told.first <= own.flush;
-                !told.domains.contains(&own.domain) && serves
-            }
+/// End of what a sound server of the domain has, which may lead with it; one that has just
+/// fallen silent may be one of these.
+pub fn held_by_others(peers: &[Peer]) -> Lsn {
+    let sound = |told: &&Told| told.has_data && told.serves && told.healthy;
+    let heard = peers.iter().filter(|peer| peer.age < MISSED);
+    let held = heard.filter_map(|peer| peer.told.as_ref()).filter(sound);
+    held.map(|told| told.flush).max().unwrap_or(Lsn::ZERO)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_is_kept_for_a_sound_server_that_was_heard_of() {
+        let peer = |flush: u64, edit: &dyn Fn(&mut Peer)| {
+            let told = Told {
+                has_data: true,
+                serves: true,
+                healthy: true,
+                flush: Lsn(flush),
+                ..Told::default()
+            };
+            let mut peer = Peer {
+                name: String::new(),
+                sight: Sight::Silent(Duration::from_secs(8)),
+                told: Some(told),
+                age: Duration::from_secs(8),
+                standby: false,
+            };
+            edit(&mut peer);
+            peer
         };
-        let told = parent.told.as_ref();
-        let sound = told.is_none_or(|told| told.healthy && latest - told.top_time < STALE_MICROS);
-        (
-            usable && parent.sight.is_live(limit),
-            !tried.contains(&index),
-            sound,
-            present == Some(index),
-        )
-    };
-    let graded = parents
-        .iter()
-        .enumerate()
-        .map(|(index, parent)| (grade(index, parent), index));
-    graded
-        .filter(|(grade, _)| grade.0)
-        .max_by_key(|(grade, index)| (*grade, std::cmp::Reverse(*index)))
-        .map(|(_, index)| index)
+        let diverged = |peer: &mut Peer| peer.told.as_mut().unwrap().serves = false;
+        let empty = |peer: &mut Peer| peer.told.as_mut().unwrap().has_data = false;
+        let gone = |peer: &mut Peer| peer.age = MISSED;
+        let mut peers = vec![peer(70, &diverged), peer(80, &empty), peer(90, &gone)];
+        assert_eq!(held_by_others(&peers), Lsn::ZERO);
+        peers.push(peer(60, &|_| ()));
+        assert_eq!(held_by_others(&peers), Lsn(60));
+    }
 }

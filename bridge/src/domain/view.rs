@@ -1,5 +1,6 @@
 //! What a node sees of its domain, and the order of its servers.
 
+use std::borrow::Cow;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -10,6 +11,10 @@ use crate::status::Role;
 
 /// A master whose knowledge of the top is older than the other's by this loses.
 pub(super) const STALE_MICROS: i64 = 3_000_000;
+/// A bridge sends something twice a second; one that has not for so long may be gone.
+const FLOWS: Duration = Duration::from_millis(1500);
+/// What a server told longer ago says nothing of what it is.
+const STALE: Duration = Duration::from_secs(30);
 
 /// What one server tells another (`SHOW terrace.status`), as far as it matters here.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
@@ -25,8 +30,10 @@ pub struct Told {
     pub opening: bool,
     /// Whether it has been copied to.
     pub has_data: bool,
-    /// Whether it copies from the parent now.
+    /// Whether it copies from the parent now …
     pub copying: bool,
+    /// … or has thrown its data away to do so.
+    pub anew: bool,
     /// Its database and the disk under its queue work, and it serves.
     pub healthy: bool,
     /// Its history is not known to be another one than the top's or the domain's, so
@@ -96,6 +103,8 @@ pub struct Peer {
     pub told: Option<Told>,
     /// How long ago it told that.
     pub age: Duration,
+    /// A Postgres that is a standby: nobody can follow it, or report to it.
+    pub standby: bool,
 }
 
 impl Peer {
@@ -124,24 +133,78 @@ pub struct Own {
     pub told: Told,
     /// Whom it follows.
     pub link: Link,
-    /// How the parent domain looks.
-    pub parent: Sight,
+    /// How long ago anything came over that link.
+    pub heard: Option<Duration>,
+    /// A link to the server of the parent domain that was decided on last is being opened: that
+    /// takes its time over a long way, and another one would take as much.
+    pub opening: bool,
+    /// The servers of the domain do not name each other as they should, so that what is seen of
+    /// it may not be all: nothing is to be done that cannot be undone.
+    pub doubtful: bool,
 }
 
-/// The domain as one decision sees it.
+/// How the parent domain looks. What comes over the link says that it is there, also where so
+/// many packets get lost that questions go unanswered.
+pub fn parent_sight(
+    link: &Link,
+    heard: Option<Duration>,
+    parents: &[Peer],
+    limit: Duration,
+) -> Sight {
+    let order = |sight: &Sight| match sight {
+        Sight::Answers => (0, Duration::ZERO),
+        Sight::Silent(age) => (1, *age),
+        Sight::Unknown => (2, Duration::ZERO),
+        Sight::Refused => (3, Duration::ZERO),
+    };
+    if *link == Link::Parent && heard.is_some_and(|heard| heard < limit) {
+        return Sight::Answers;
+    }
+    let primaries = parents.iter().filter(|parent| !parent.standby);
+    let best = primaries.map(|parent| parent.sight).min_by_key(order);
+    best.unwrap_or(Sight::Unknown)
+}
+
+/// What comes over a link says that a member is there, as long as something comes all the time;
+/// what it told last still holds, as far as we know.
+pub(super) fn with_life<'a>(own: &Own, peers: &'a [Peer]) -> Cow<'a, [Peer]> {
+    let mut peers = Cow::Borrowed(peers);
+    let flows = own.heard.filter(|heard| *heard < FLOWS);
+    let (Link::Peer(followed), Some(heard)) = (&own.link, flows) else {
+        return peers;
+    };
+    // For ever that would hold us at one that has become another meanwhile.
+    let knows = |peer: &Peer| peer.name == *followed && peer.age < STALE;
+    if let Some(at) = peers.iter().position(knows)
+        && let Sight::Silent(age) = peers[at].sight
+    {
+        peers.to_mut()[at].sight = Sight::Silent(age.min(heard));
+    }
+    peers
+}
+
+/// The domain and its parent as one decision sees them.
 pub(super) struct View<'a> {
     pub own: &'a Own,
-    pub peers: &'a [Peer],
+    pub peers: Cow<'a, [Peer]>,
+    pub parents: &'a [Peer],
     pub limit: Duration,
+    /// Servers of the domain.
+    pub members: usize,
 }
 
 impl<'a> View<'a> {
-    pub fn live(&self) -> impl Iterator<Item = (&'a str, &'a Told)> + use<'a> {
+    /// How the parent domain looks.
+    pub fn parent(&self) -> Sight {
+        parent_sight(&self.own.link, self.own.heard, self.parents, self.limit)
+    }
+
+    pub fn live(&self) -> impl Iterator<Item = (&str, &Told)> {
         self.live_peers()
             .filter_map(|peer| Some((peer.name.as_str(), peer.told.as_ref()?)))
     }
 
-    pub fn live_peers(&self) -> impl Iterator<Item = &'a Peer> + use<'a> {
+    pub fn live_peers(&self) -> impl Iterator<Item = &Peer> {
         let (limit, own) = (self.limit, &self.own.told);
         self.peers
             .iter()
@@ -152,16 +215,16 @@ impl<'a> View<'a> {
             })
     }
 
-    pub fn told(peer: &'a Peer) -> &'a Told {
+    pub fn told(peer: &Peer) -> &Told {
         peer.told.as_ref().expect("a live peer has told")
     }
 
     /// The master that goes first of those in sight.
-    pub fn master(&self) -> Option<&'a Peer> {
+    pub fn master(&self) -> Option<&Peer> {
         self.live_peers()
             .filter(|peer| Self::told(peer).role == Role::Master && Self::told(peer).has_data)
             .reduce(|a, b| {
-                if goes_before(Self::told(b), Self::told(a)) {
+                if goes_before(Self::told(b), Self::told(a), self.members) {
                     b
                 } else {
                     a
@@ -177,7 +240,7 @@ impl<'a> View<'a> {
         }
     }
 
-    pub fn longest_that_serves(&self, end: Lsn) -> Option<&'a Peer> {
+    pub fn longest_that_serves(&self, end: Lsn) -> Option<&Peer> {
         self.live_peers()
             .filter(|peer| {
                 let told = Self::told(peer);
@@ -197,8 +260,13 @@ impl<'a> View<'a> {
         told.path.contains(&self.own.told.node)
     }
 
+    /// It follows a master that is not us.
+    pub fn follows_another(&self, told: &Told) -> bool {
+        told.role == Role::Slave && told.master_ok && !self.is_behind_us(told)
+    }
+
     /// A sibling that follows a master, and keeps what follows our end.
-    pub fn sibling_with_master(&self, masterless: Duration) -> Option<&'a Peer> {
+    pub fn sibling_with_master(&self, masterless: Duration) -> Option<&Peer> {
         self.siblings_with_master(masterless)
             .filter(|peer| Self::told(peer).first <= self.own.told.flush)
             .min_by_key(|peer| (Self::told(peer).path.len(), &peer.name))
@@ -210,17 +278,10 @@ impl<'a> View<'a> {
     }
 
     /// What was told before the master went out of our sight says nothing of now.
-    fn siblings_with_master(
-        &self,
-        masterless: Duration,
-    ) -> impl Iterator<Item = &'a Peer> + use<'_, 'a> {
+    fn siblings_with_master(&self, masterless: Duration) -> impl Iterator<Item = &Peer> {
         self.live_peers().filter(move |peer| {
             let told = Self::told(peer);
-            peer.age < masterless
-                && told.role == Role::Slave
-                && told.master_ok
-                && self.gives(told)
-                && !self.is_behind_us(told)
+            peer.age < masterless && self.follows_another(told) && self.gives(told)
         })
     }
 
@@ -244,8 +305,8 @@ impl<'a> View<'a> {
     }
 
     /// Whether a majority of the domain answers us.
-    pub fn is_majority(&self, members: usize) -> bool {
-        2 * in_sight(self.peers) > members
+    pub fn is_majority(&self) -> bool {
+        2 * in_sight(&self.peers) > self.members
     }
 
     /// Whether anybody in sight has told of a master after it went out of our sight.
@@ -309,12 +370,17 @@ pub(super) fn key(told: &Told) -> (bool, bool, bool, Lsn, i64, &str) {
 
 /// Which of two masters stays: both get the same history, so positions only tell
 /// who is read later. One that has lost sight of the top goes.
-pub(super) fn goes_before(one: &Told, other: &Told) -> bool {
+pub(super) fn goes_before(one: &Told, other: &Told, members: usize) -> bool {
     let fresher = one.top_time - other.top_time;
     if one.top_time != 0 && other.top_time != 0 && fresher.abs() > STALE_MICROS {
         return fresher > 0;
     }
-    let key = |told: &Told| (told.healthy, told.priority, told.node.clone());
+    // Those that only a few servers reach are left to these.
+    let reached = |told: &Told| 2 * told.in_sight > members;
+    let key = |told: &Told| {
+        let (healthy, node) = (told.healthy, told.node.clone());
+        (healthy, reached(told), told.priority, node)
+    };
     key(one) > key(other)
 }
 

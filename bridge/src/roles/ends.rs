@@ -64,10 +64,7 @@ impl Roles {
             }
             LinkEnd::NoSlot(_) => {
                 self.slot_lost = Some(problem);
-                self.decider.failed(now);
-                self.without_slot.extend(self.parent);
-                self.tried
-                    .extend(self.parent.map(|at| (at, Instant::now())));
+                self.decider.refused(now, Refusal::NoSlot);
                 return;
             }
             LinkEnd::Diverged { .. } => State::Diverged,
@@ -82,9 +79,6 @@ impl Roles {
             match in_vain {
                 true => self.decider.led_in_vain(now),
                 false => self.decider.failed(now),
-            }
-            if let Some(index) = self.parent {
-                self.tried.push((index, Instant::now()));
             }
         }
         if self.shared.set_link(state, Some(problem.clone())) {

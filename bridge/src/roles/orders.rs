@@ -142,11 +142,9 @@ impl Roles {
         if self.decider.yields_to().is_none() {
             self.decider.yield_to(self.observer.now(), to);
         }
-        self.publish_view(
-            &Link::None,
-            &self.observer.peers(),
-            &self.observer.parents(),
-        );
+        let (peers, parents) = (self.observer.peers(), self.observer.parents());
+        let problem = self.observer.problem(&self.shared.told());
+        self.publish_view(&Link::None, &peers, &parents, problem);
         let Some(info) = self.observer.peer_info(to) else {
             return;
         };

@@ -48,6 +48,7 @@ impl Shared {
             opening: no_queue && !inner.empty,
             has_data: inner.has_data,
             copying: view.copying,
+            anew: inner.anew,
             healthy: disk_ok && serves && failing.is_none_or(|since| since.elapsed() < PATIENCE),
             serves,
             identity: inner.identity.clone(),
