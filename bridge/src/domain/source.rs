@@ -79,13 +79,17 @@ pub fn copies_first(own: &Told, peers: &[Peer], limit: Duration) -> bool {
         .all(|told| !copies(told) && (!told.has_data || key(told) < key(own)))
 }
 
-/// End of what a sound server of the domain has, which may lead with it; one that has just
-/// fallen silent may be one of these.
+/// End of what a sound server of the domain may have, and lead with; one that has just fallen
+/// silent may be one of these, and has gone on since it told of itself if it followed anybody.
 pub fn held_by_others(peers: &[Peer]) -> Lsn {
     let sound = |told: &&Told| told.has_data && told.serves && told.healthy;
     let heard = peers.iter().filter(|peer| peer.age < MISSED);
     let held = heard.filter_map(|peer| peer.told.as_ref()).filter(sound);
-    held.map(|told| told.flush).max().unwrap_or(Lsn::ZERO)
+    let end = |told: &Told| match told.role {
+        Role::None => told.flush,
+        Role::Master | Role::Slave => Lsn::MAX,
+    };
+    held.map(end).max().unwrap_or(Lsn::ZERO)
 }
 
 #[cfg(test)]
@@ -119,5 +123,8 @@ mod tests {
         assert_eq!(held_by_others(&peers), Lsn::ZERO);
         peers.push(peer(60, &|_| ()));
         assert_eq!(held_by_others(&peers), Lsn(60));
+        let leads = |peer: &mut Peer| peer.told.as_mut().unwrap().role = Role::Master;
+        peers.push(peer(50, &leads));
+        assert_eq!(held_by_others(&peers), Lsn::MAX);
     }
 }

@@ -297,9 +297,10 @@ impl World {
     }
 
     pub fn settled(&self) -> Result<(), String> {
-        let mut rest = (0..self.count()).filter(|index| !self.lost.contains(index));
+        let sound = |index: &usize| !self.lost.contains(index) && self.sick != Some(*index);
+        let mut rest = (0..self.count()).filter(sound);
         if !self.lost.is_empty() && !rest.any(|index| self.has_all(index)) {
-            // Two of those that are lost hold what the rest lacks, which must not go on.
+            // Two others hold what the rest lacks, which must not go on.
             return Ok(());
         }
         let leads = |node: &&Node| node.link == Link::Parent && node.up;

@@ -80,7 +80,7 @@ fn a_master_whose_postgres_dies_hands_over() {
 }
 
 /// A tree whose `region-1` is master and has its queue on the disk.
-fn tree_on_a_disk(make: fn(&Path) -> Option<Disk>) -> Option<(Tree, Disk)> {
+pub fn tree_on_a_disk(make: fn(&Path) -> Option<Disk>) -> Option<(Tree, Disk)> {
     let mut tree = Tree::grow(STEPS, &THREE);
     let bridge = &mut tree.node("region-1").bridge;
     bridge.stop();

@@ -19,6 +19,7 @@ mod setwise;
 mod shapes;
 mod stalls;
 mod streams;
+mod successors;
 mod timeline;
 mod tls;
 mod tree;
