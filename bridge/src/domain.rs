@@ -12,14 +12,17 @@
 //!
 //! The rules, in the order in which they are asked:
 //!
-//! 1. *A master stays* unless another master is in sight that comes before it, and says so
-//!    again a moment later (one that was deposed finds that out first); its own database or
-//!    disk is broken, the parent is out of its reach or a majority of the domain has been for
-//!    a while, and a slave that has no such trouble is in sight; or it hands over (switchover). One that hands over and cannot let the slot go, for its
-//!    disk hangs, is deposed by the one that it has asked to take over.
+//! 1. *A master stays* (`master.rs`) unless another master is in sight that comes before it (reads the top later, is
+//!    sound, is reached by a majority, then priority and name), and says so again a moment later: one that was
+//!    deposed finds that out first. It makes room for a slave that is in sight and can lead when its
+//!    own database or disk is broken, when the parent is out of its reach, when a majority of the domain
+//!    has been for a while, when its server of the parent domain reads the top no more and only that slave can go on from
+//!    another one, or when it is asked to (switchover). One that hands over and cannot let
+//!    the slot go, for its disk hangs, is deposed by the one that it has asked to take over. One that only a
+//!    minority reaches leaves when a sibling that it can follow follows another master.
 //! 2. *A master in sight is followed*, through a sibling when it no longer keeps
-//!    what follows our end. If nobody keeps that, the data is copied anew; a server
-//!    that does not answer is given time to say otherwise.
+//!    what follows our end. If nobody keeps that, the data is copied anew from a sound server that has
+//!    more; a server that does not answer is given time to say otherwise.
 //! 3. *A master out of sight, but in a sibling's*, is followed through the sibling, or the
 //!    data is copied from there.
 //! 4. *Without a master* the member that is sound, then has the longest history,
@@ -44,6 +47,7 @@
 //! Who has no data yet copies from a sibling that has some, else from the parent, one server after
 //! the other (`source.rs`).
 
+mod master;
 mod parents;
 mod source;
 mod view;
@@ -58,7 +62,7 @@ pub use view::{Link, Own, Peer, Sight, Told, in_sight, parent_sight, stranger};
 use crate::lsn::Lsn;
 use crate::status::Role;
 use parents::keeps_it;
-use view::{View, goes_before, key, name_hash, with_life};
+use view::{View, name_hash, with_life};
 
 /// Time since the bridge started.
 pub type Now = Duration;
@@ -365,102 +369,6 @@ impl Decider {
         self.without_master(now, since, &view)
     }
 
-    fn as_master(&mut self, now: Now, view: &View<'_>) -> Decision {
-        if let Some(to) = self.yields_to() {
-            return hand_over(&to, "it is asked to");
-        }
-        if let Some(name) = self.rival(now, view) {
-            return Decision::Leave(format!("{name} is master as well and goes first"));
-        }
-        let alone = self.is_outnumbered(now, view);
-        self.makes_room(view, alone)
-            .or_else(|| self.is_one_too_many(now, view, alone))
-            .unwrap_or_else(|| self.better_parent(now, view))
-    }
-
-    /// For a slave that leads better. One that follows another master is no such slave.
-    fn makes_room(&self, view: &View<'_>, alone: bool) -> Option<Decision> {
-        let fit = |told: &Told| told.has_data && told.healthy && told.parent_ok;
-        let fit = |told: &Told| {
-            fit(told) && !view.follows_another(told) && parents::can_go_on(view, told)
-        };
-        let best = |better: &dyn Fn(&Told) -> bool| {
-            let better = view.live().filter(|(_, told)| fit(told) && better(told));
-            better
-                .max_by_key(|(_, told)| key(told))
-                .map(|(name, _)| name)
-        };
-        let anybody = best(&|_| true);
-        if let Some(name) = anybody.filter(|_| !view.own.told.healthy) {
-            let reason = "this server is out of order, that one is not";
-            return Some(hand_over(name, reason));
-        }
-        let parent = view.parent();
-        let cut_off = !parent.is_live(self.takeover_after) && parent != Sight::Unknown;
-        if let Some(name) = anybody.filter(|_| cut_off) {
-            let reason = "the parent is in reach from there, and not from here";
-            return Some(hand_over(name, reason));
-        }
-        let reaches_more = |told: &Told| 2 * told.in_sight > self.members;
-        if let Some(name) = best(&reaches_more).filter(|_| alone) {
-            let reason = "most servers of the domain are in reach from there, and not from here";
-            return Some(hand_over(name, reason));
-        }
-        let first = self.only_kept_elsewhere(view)?;
-        let has_it = |told: &Told| told.flush >= first && view.gives(told);
-        let reason = "it can go on from a parent server that reads the top, and this one cannot";
-        best(&has_it).map(|name| hand_over(name, reason))
-    }
-
-    /// Another one leads at another server of the parent domain, and only siblings see it.
-    fn is_one_too_many(&mut self, now: Now, view: &View<'_>, alone: bool) -> Option<Decision> {
-        if let Some(sibling) = view.sibling_with_master(view.limit)
-            && alone
-        {
-            // Until it says so again, which is asked for at once.
-            self.next_try = now + UNSEEN;
-            let reason = format!("{} follows another master", sibling.name);
-            return Some(Decision::Leave(reason));
-        }
-        let stuck = self.only_kept_elsewhere(view).is_some() && view.is_master_seen(view.limit);
-        if !stuck {
-            self.unserved_since = None;
-            return None;
-        }
-        self.is_missed(now, view).then(|| copy_anew(view))
-    }
-
-    /// Another master that goes first and has told so again since it came in sight.
-    fn rival(&mut self, now: Now, view: &View<'_>) -> Option<String> {
-        let goes_first = |peer: &&Peer| {
-            let told = View::told(peer);
-            told.role == Role::Master && goes_before(told, &view.own.told, self.members)
-        };
-        let rivals: Vec<&Peer> = view.live_peers().filter(goes_first).collect();
-        let since = |peer: &&Peer| {
-            let known = self.rivals.get(&peer.name).copied();
-            (peer.name.clone(), known.unwrap_or(now))
-        };
-        self.rivals = rivals.iter().map(since).collect();
-        let says_again = |peer: &&Peer| {
-            let seen_for = now - self.rivals[&peer.name];
-            seen_for >= UNSEEN && peer.age < seen_for
-        };
-        rivals
-            .into_iter()
-            .find(says_again)
-            .map(|peer| peer.name.clone())
-    }
-
-    /// Whether a majority of the domain has been out of reach for so long that it is no hiccup.
-    fn is_outnumbered(&mut self, now: Now, view: &View<'_>) -> bool {
-        if view.is_majority() {
-            self.outnumbered_since = None;
-            return false;
-        }
-        now - *self.outnumbered_since.get_or_insert(now) >= self.takeover_after
-    }
-
     /// During a switchover only the two that take part act.
     fn handing_over(&mut self, now: Now, view: &View<'_>) -> Option<Decision> {
         let told_by_other = || {
@@ -621,12 +529,5 @@ fn copy_anew(view: &View<'_>) -> Decision {
     match !view.own.doubtful && view.live().any(|(_, told)| sound(told)) {
         true => Decision::CopyAnew { missing: None },
         false => Decision::Stay,
-    }
-}
-
-fn hand_over(to: &str, reason: &str) -> Decision {
-    Decision::HandOver {
-        to: to.to_owned(),
-        reason: reason.to_owned(),
     }
 }
