@@ -200,7 +200,7 @@ struct Follower {
 
 impl Follower {
     async fn connect(relay: &ConnInfo, name: &str) -> Result<Follower> {
-        let (mut client, _) = upstream::connect(relay, name).await?;
+        let (mut client, ..) = upstream::connect(relay, name).await?;
         let slot = quote_ident(name);
         let rows = client
             .simple(&format!(

@@ -252,7 +252,7 @@ impl Report {
         }
         let before = self.0.len();
         match connect(&info, "terrace check").await {
-            Ok((session, _)) if session.extension_accepted(BRIDGE_PARAMETER) => {}
+            Ok((session, ..)) if session.extension_accepted(BRIDGE_PARAMETER) => {}
             Ok(_) => {
                 self.wal_level(what, &mut client).await;
                 let sql = "SELECT pg_catalog.pg_has_role('terrace_reader', 'USAGE')::text";
@@ -323,7 +323,7 @@ impl Report {
         };
         let place = info.endpoint();
         match connect(&info, "terrace check").await {
-            Ok((client, _)) if !client.extension_accepted(BRIDGE_PARAMETER) => self.bad(format!(
+            Ok((client, ..)) if !client.extension_accepted(BRIDGE_PARAMETER) => self.bad(format!(
                 "{what}: {place} is no bridge; name the address of its [relay] listen"
             )),
             Ok(_) => self.good(format!("{what}: {place} answers")),

@@ -51,13 +51,17 @@ pub enum CopyError {
     /// Another server of the domain is copying.
     #[error("another server is copying: {0}")]
     Busy(String),
-}
-
-impl CopyError {
-    /// Whether to wait and look again.
-    pub fn is_busy(&self) -> bool {
-        matches!(self, CopyError::Busy(_))
-    }
+    /// The slot is not to be dropped.
+    #[error(
+        "another server of the domain may have what follows {confirmed}, where replication slot \
+         \"{slot}\" is, and lead; this one waits for it, to copy from it"
+    )]
+    Held {
+        /// The domain's.
+        slot: String,
+        /// What it has confirmed.
+        confirmed: Lsn,
+    },
 }
 
 /// A finished copy.
@@ -78,7 +82,7 @@ pub async fn initial_copy(
     held: Lsn,
 ) -> anyhow::Result<CopyResult> {
     let node = &shared.config.node;
-    let (mut holder, identity) = connect(source, &node.name).await?;
+    let (mut holder, identity, _) = connect(source, &node.name).await?;
     let bridge = holder.extension_accepted(BRIDGE_PARAMETER);
     let slot = shared.config.slot_name();
     let mut temporary = format!("terracecopy_{}", node.domain);
@@ -178,6 +182,13 @@ pub async fn discard(shared: &Arc<Shared>, from_parent: bool) -> anyhow::Result<
     Ok(())
 }
 
+/// Another server of the domain has turned out to have better data than was there.
+pub fn from_anybody(shared: &Shared) -> anyhow::Result<()> {
+    let marker = read_marker(shared).replace(FROM_PARENT, "");
+    write_atomically(&shared.config.node.data_dir, MARKER, marker.as_bytes())?;
+    Ok(())
+}
+
 /// Whether the data must come from the parent, whatever the domain holds.
 pub fn is_from_parent(shared: &Shared) -> bool {
     read_marker(shared).contains(FROM_PARENT)
@@ -216,11 +227,13 @@ async fn check_slot(
     }
     let ours = format!("slot {slot} {confirmed}");
     let lost = row.get(2).cloned().flatten().as_deref() == Some("lost");
-    if marker.contains(FROM_PARENT) && !lost && confirmed.parse().is_ok_and(|at: Lsn| at <= held) {
-        bail!(
-            "another server of the domain has what follows {confirmed}, where replication slot \
-             \"{slot}\" is, and may lead; this one waits for it, to copy from it"
-        );
+    if let Ok(confirmed) = confirmed.parse::<Lsn>()
+        && marker.contains(FROM_PARENT)
+        && !lost
+        && confirmed <= held
+    {
+        let slot = slot.to_owned();
+        return Err(CopyError::Held { slot, confirmed }.into());
     }
     if marker.contains(FROM_PARENT) || marker.lines().any(|line| line == ours) {
         client

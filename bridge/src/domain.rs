@@ -55,7 +55,7 @@ mod view;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-pub use parents::choose_parent;
+pub use parents::{choose_parent, top_in_sight};
 pub use source::{Source, copy_source, held_by_others};
 pub use view::{Link, Own, Peer, Sight, Told, in_sight, parent_sight, stranger};
 
@@ -109,6 +109,8 @@ pub enum Decision {
     },
     /// No server of the parent domain can be followed.
     NoParent,
+    /// Nobody keeps what follows our end, and there is nobody that is in order to copy from.
+    NoSource,
     /// Nobody in sight can go on from our end.
     Gap {
         /// Why.
@@ -167,6 +169,10 @@ pub struct Decider {
     rivals: BTreeMap<String, Now>,
     /// Since when we, as master, reach no majority of the domain.
     outnumbered_since: Option<Now>,
+    /// Since when, as master, others have seen the top later than we can.
+    stale_since: Option<Now>,
+    /// Who did not take over when it was asked to: how often, and until when it is not asked again.
+    unfit: BTreeMap<String, (u32, Now)>,
     /// Who is in the way at the parent, and since when.
     busy: Option<(Session, Now)>,
     lacking: Option<Lacking>,
@@ -211,6 +217,8 @@ impl Decider {
             masterless_since: None,
             rivals: BTreeMap::new(),
             outnumbered_since: None,
+            stale_since: None,
+            unfit: BTreeMap::new(),
             busy: None,
             lacking: None,
             unserved_since: None,
@@ -232,6 +240,10 @@ impl Decider {
             Refusal::Busy(holder) => {
                 if self.busy.is_none_or(|(other, _)| other != holder) {
                     self.busy = Some((holder, now));
+                }
+                // Somebody has what we lack.
+                if let Some(lacking) = &mut self.lacking {
+                    lacking.since = now;
                 }
             }
             Refusal::Ahead(confirmed) => {
@@ -293,8 +305,17 @@ impl Decider {
     }
 
     /// The one that we hand over to cannot be told: whoever is fit goes on.
-    pub fn keep(&mut self) {
-        self.handover = None;
+    pub fn keep(&mut self, now: Now) {
+        self.handover_failed(now);
+    }
+
+    /// Whoever did not take over is not asked again at once, and ever more rarely.
+    fn handover_failed(&mut self, now: Now) {
+        if let Some(to) = self.handover.take().and_then(|handover| handover.to) {
+            let (times, until) = self.unfit.entry(to).or_default();
+            *until = now + (HANDOVER * 2_u32.pow((*times).min(6))).min(LAST_CALL);
+            *times += 1;
+        }
     }
 
     /// Whom we hand over to.
@@ -318,9 +339,10 @@ impl Decider {
             let mut peers = peers.iter();
             peers.any(|peer| peer.name == to && peer.sight == Sight::Refused)
         };
-        if self.handover.as_ref().is_some_and(|h| now >= h.until)
-            || self.yields_to().is_some_and(is_dead)
-        {
+        if self.handover.as_ref().is_some_and(|h| now >= h.until) {
+            self.handover_failed(now);
+        }
+        if self.yields_to().is_some_and(is_dead) {
             self.handover = None;
         }
         let view = View {
@@ -336,12 +358,13 @@ impl Decider {
             return self.as_master(now, &view);
         }
         self.rivals.clear();
-        self.outnumbered_since = None;
+        (self.outnumbered_since, self.stale_since) = (None, None);
         let slot_missing = std::mem::take(&mut self.slot_missing);
-        let is_done = |to: String| view.master().is_some_and(|master| master.name == to);
-        if self.yields_to().is_some_and(is_done) {
+        let is_done = |to: &String| view.master().is_some_and(|master| master.name == *to);
+        if let Some(to) = self.yields_to().filter(is_done) {
             // Should it die the next moment, this is no reason to wait.
             self.handover = None;
+            self.unfit.remove(&to);
         }
         if let Some(decision) = self.handing_over(now, &view) {
             return decision;
@@ -349,6 +372,7 @@ impl Decider {
         if let Some(master) = view.master() {
             self.masterless_since = None;
             self.busy = None;
+            self.without_slot.clear();
             return self.follow(now, &view, master);
         }
         if slot_missing {
@@ -526,8 +550,9 @@ fn copy_anew(view: &View<'_>) -> Decision {
     let end = view.own.told.flush;
     let has_more = |told: &Told| told.has_data && told.flush > end;
     let sound = |told: &Told| has_more(told) && told.healthy && view.gives(told);
-    match !view.own.doubtful && view.live().any(|(_, told)| sound(told)) {
+    match view.live().any(|(_, told)| sound(told)) {
+        _ if view.own.doubtful => Decision::Stay,
         true => Decision::CopyAnew { missing: None },
-        false => Decision::Stay,
+        false => Decision::NoSource,
     }
 }

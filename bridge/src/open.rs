@@ -11,7 +11,8 @@ use tokio::time::sleep;
 
 use crate::client::{Client, SessionOptions};
 use crate::conninfo::ConnInfo;
-use crate::domain::{Source, choose_parent, copy_source, held_by_others};
+use crate::copy::CopyError;
+use crate::domain::{Peer, Sight, Source, choose_parent, copy_source, held_by_others};
 use crate::lsn::{Identity, Lsn};
 use crate::observe::Observer;
 use crate::queue::{Queue, QueueError, Writer};
@@ -56,7 +57,7 @@ pub async fn open_or_copy(
         return open_at_top(shared, &dir, opened).await;
     }
     let mut patience = Patience::default();
-    let started = Instant::now();
+    let mut tries = Tries::new();
     // While there is nobody to copy from, one session looks again and again.
     let mut local = None;
     loop {
@@ -69,7 +70,7 @@ pub async fn open_or_copy(
                 if opened.take().is_some() {
                     Queue::clear(&dir)?;
                 }
-                copy_from_somewhere(shared, observer, started.elapsed()).await
+                copy_from_somewhere(shared, observer, &mut tries).await
             }
             Err(error) => Err(error),
         };
@@ -250,7 +251,7 @@ impl Patience {
 
 async fn create_slot_at_top(shared: &Arc<Shared>) -> anyhow::Result<(Identity, Lsn)> {
     let info = ConnInfo::parse(&shared.config.database.url)?;
-    let (mut client, identity) = connect(&info, &shared.config.node.name).await?;
+    let (mut client, identity, _) = connect(&info, &shared.config.node.name).await?;
     let slot = shared.config.slot_name();
     let sql = format!("CREATE_REPLICATION_SLOT \"{slot}\" LOGICAL pgoutput (SNAPSHOT 'nothing')");
     let point = match client.simple(&sql).await {
@@ -280,18 +281,38 @@ async fn create_slot_at_top(shared: &Arc<Shared>) -> anyhow::Result<(Identity, L
     Ok((identity, lsn))
 }
 
+/// What has been tried to copy from.
+struct Tries {
+    started: Instant,
+    /// The slot has not been seen in use since then.
+    unused_since: Instant,
+    /// The server of the parent domain that failed last.
+    failed: Option<usize>,
+}
+
+impl Tries {
+    fn new() -> Tries {
+        Tries {
+            started: Instant::now(),
+            unused_since: Instant::now(),
+            failed: None,
+        }
+    }
+}
+
 async fn copy_from_somewhere(
     shared: &Arc<Shared>,
     observer: &Observer,
-    waited: Duration,
+    tries: &mut Tries,
 ) -> anyhow::Result<Option<copy::CopyResult>> {
     publish_view(shared, observer, false);
+    let waited = tries.started.elapsed();
     let limit = shared.config.failover.takeover_after;
     let told = shared.told();
     let parents = observer.parents();
     let (source, from_parent) = match copy_source(waited, &told, &observer.peers(), limit) {
         Source::Wait => return Ok(None),
-        Source::Peer(name) => (observer.peer_info(&name), false),
+        Source::Peer(name) => (observer.peer_info(&name), None),
         Source::Parent => {
             // Another server of the domain may have what seems to be nowhere.
             if let Some(problem) = observer.problem(&told) {
@@ -299,7 +320,8 @@ async fn copy_from_somewhere(
             }
             let mut anywhere = told;
             anywhere.flush = Lsn::MAX;
-            let index = choose_parent(&anywhere, &parents, None, &[], limit);
+            let failed: Vec<usize> = tries.failed.into_iter().collect();
+            let index = choose_parent(&anywhere, &parents, None, &failed, limit);
             let Some(index) = index else {
                 let (troubled, words) = observer.why_not(&parents);
                 if troubled {
@@ -310,23 +332,35 @@ async fn copy_from_somewhere(
                     words.join(", ")
                 );
             };
-            (observer.parent_info(index), true)
+            (observer.parent_info(index), Some(index))
         }
     };
     let source = source.context("an unknown server")?.clone();
     shared.set_link(State::Copying, None);
-    publish_view(shared, observer, from_parent);
-    match copy::initial_copy(shared, &source, held_by_others(&observer.peers())).await {
-        Ok(result) => Ok(Some(result)),
-        Err(error)
-            if error
-                .downcast_ref::<copy::CopyError>()
-                .is_some_and(copy::CopyError::is_busy) =>
-        {
-            Ok(None)
+    publish_view(shared, observer, from_parent.is_some());
+    let held = held_by_others(&observer.peers(), tries.unused_since.elapsed());
+    let error = match copy::initial_copy(shared, &source, held).await {
+        Ok(result) => return Ok(Some(result)),
+        Err(error) => error,
+    };
+    match error.downcast_ref::<CopyError>() {
+        Some(CopyError::Busy(_)) => {
+            tries.unused_since = Instant::now();
+            return Ok(None);
         }
-        Err(error) => Err(error.context(format!("initial copy from {}", source.endpoint()))),
+        Some(CopyError::Held { confirmed, .. }) => {
+            // One that is there and cannot lead is copied from all the same.
+            let has_it = |peer: &Peer| {
+                let told = peer.told.as_ref().filter(|_| peer.sight == Sight::Answers);
+                told.is_some_and(|told| told.has_data && told.serves && told.flush >= *confirmed)
+            };
+            if observer.peers().iter().any(has_it) {
+                copy::from_anybody(shared)?;
+            }
+        }
+        None => tries.failed = from_parent,
     }
+    Err(error.context(format!("initial copy from {}", source.endpoint())))
 }
 
 fn publish_view(shared: &Shared, observer: &Observer, copying: bool) {

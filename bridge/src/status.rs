@@ -121,6 +121,8 @@ pub struct View {
     pub yields_to: Option<String>,
     /// Server to report to while nobody is followed.
     pub report_to: Option<ConnInfo>,
+    /// The top's clock as the latest of the bridges above that answer knows it, microseconds.
+    pub top_in_sight: i64,
     /// What is wrong with how the servers of the domain name each other.
     pub problem: Option<String>,
     /// What keeps us from other servers, and is for people to mend.

@@ -35,7 +35,7 @@ use crate::record::{FORMAT, Kind, Record, RecordError};
 use crate::status::{Role, Shared, State};
 use crate::wire::put;
 pub use history::timeline_history;
-use history::{adopt_timeline, check_members, same_timeline};
+use history::{adopt_timeline, check_members, not_set_back, same_timeline};
 use slot::{named_session, slot_exists, start_when_free, verify_slot, why_not_started};
 
 /// Name of the publication at the top.
@@ -99,6 +99,9 @@ pub enum LinkEnd {
         /// Identity of our queue.
         ours: String,
     },
+    /// The top has lost what this server holds.
+    #[error("{0}")]
+    SetBack(String),
     /// The upstream refuses, and will until somebody mends it.
     #[error("{0}")]
     Refused(String),
@@ -219,14 +222,14 @@ pub async fn is_standby(client: &mut Client) -> Result<bool, PgError> {
     Ok(answer != Some("f"))
 }
 
-/// Opens a replication session and asks whose history it tells.
+/// Opens a replication session and asks whose history it tells, and how far it has come.
 ///
 /// A standby is refused, although newer ones decode: in the middle of the session it may
 /// be promoted to a history that is not the one it told of.
 pub async fn connect(
     conninfo: &ConnInfo,
     application: &str,
-) -> Result<(Client, Identity), PgError> {
+) -> Result<(Client, Identity, Lsn), PgError> {
     let mut client = session(conninfo, application, true).await?;
     // Asked first: one that is no standby now will be none while the session lasts.
     if !client.extension_accepted(BRIDGE_PARAMETER) && is_standby(&mut client).await? {
@@ -249,7 +252,9 @@ pub async fn connect(
         publication: PUBLICATION.to_owned(),
         format: FORMAT,
     };
-    Ok((client, identity))
+    let end = field(2)?.parse();
+    let end = end.map_err(|_| PgError::Protocol("IDENTIFY_SYSTEM: not an LSN".into()))?;
+    Ok((client, identity, end))
 }
 
 /// Makes a temporary slot (or cursor, at a bridge) and exports the snapshot that it
@@ -333,7 +338,7 @@ impl<'a> Link<'a> {
     ) -> Result<Link<'a>, LinkEnd> {
         let node = &shared.config.node;
         let begun = Instant::now();
-        let (mut client, theirs) = connect(&target.conninfo, &node.name).await?;
+        let (mut client, theirs, their_end) = connect(&target.conninfo, &node.name).await?;
         let bridge = client.extension_accepted(BRIDGE_PARAMETER);
         if theirs != writer.queue().identity() {
             if !bridge {
@@ -343,6 +348,9 @@ impl<'a> Link<'a> {
             adopt_timeline(shared, &mut client, &theirs, writer).await?;
         } else if theirs.timeline > 1 {
             same_timeline(shared, &mut client, &theirs).await?;
+        }
+        if !bridge {
+            not_set_back(shared, their_end, writer)?;
         }
         if target.role == Role::Master && shared.config.parent.is_some() {
             check_members(shared, &mut client).await?;

@@ -337,6 +337,26 @@ impl Server {
         self.restart()
     }
 
+    /// Keeps the state of this stopped server, for [`Server::set_back`].
+    pub fn keep_state(&self) -> Result<()> {
+        self.copy_data("data", "kept")
+    }
+
+    /// Gives this stopped server the state that was kept.
+    pub fn set_back(&self) -> Result<()> {
+        fs::remove_dir_all(self.directory.join("data"))?;
+        self.copy_data("kept", "data")
+    }
+
+    fn copy_data(&self, from: &str, to: &str) -> Result<()> {
+        let mut copy = command("cp", user(), Signal::SIGTERM);
+        copy.arg("-a")
+            .arg(self.directory.join(from))
+            .arg(self.directory.join(to))
+            .current_dir("/");
+        run(copy, "copy a server's state")
+    }
+
     /// Gives this stopped server a replication slot of another, as it is there now.
     pub fn take_slot(&self, from: &Server, slot: &str) -> Result<()> {
         let path = |server: &Server| server.directory.join("data/pg_replslot").join(slot);

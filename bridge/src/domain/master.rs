@@ -1,7 +1,7 @@
 //! What a master does: stay, make room, leave.
 
-use super::parents::can_go_on;
-use super::view::{Peer, Sight, Told, View, goes_before, key};
+use super::parents::{can_go_on, top_in_sight};
+use super::view::{Peer, STALE_MICROS, Sight, Told, View, goes_before, key};
 use super::{Decider, Decision, Now, UNSEEN, copy_anew};
 use crate::status::Role;
 
@@ -14,17 +14,20 @@ impl Decider {
             return Decision::Leave(format!("{name} is master as well and goes first"));
         }
         let alone = self.is_outnumbered(now, view);
-        self.makes_room(view, alone)
+        self.makes_room(now, view, alone)
             .or_else(|| self.is_one_too_many(now, view, alone))
             .unwrap_or_else(|| self.better_parent(now, view))
     }
 
     /// For a slave that leads better. One that follows another master is no such slave.
-    fn makes_room(&self, view: &View<'_>, alone: bool) -> Option<Decision> {
+    fn makes_room(&mut self, now: Now, view: &View<'_>, alone: bool) -> Option<Decision> {
+        let stale = self.is_stale(now, view);
+        let failed = |name: &str| self.unfit.get(name).is_some_and(|(_, until)| now < *until);
         let fit = |told: &Told| told.has_data && told.healthy && told.parent_ok;
         let fit = |told: &Told| fit(told) && !view.follows_another(told) && can_go_on(view, told);
         let best = |better: &dyn Fn(&Told) -> bool| {
-            let better = view.live().filter(|(_, told)| fit(told) && better(told));
+            let willing = view.live().filter(|(name, _)| !failed(name));
+            let better = willing.filter(|(_, told)| fit(told) && better(told));
             better
                 .max_by_key(|(_, told)| key(told))
                 .map(|(name, _)| name)
@@ -43,6 +46,12 @@ impl Decider {
         let reaches_more = |told: &Told| 2 * told.in_sight > self.members;
         if let Some(name) = best(&reaches_more).filter(|_| alone) {
             let reason = "most servers of the domain are in reach from there, and not from here";
+            return Some(hand_over(name, reason));
+        }
+        let sees_more = |told: &Told| sees_later(told, view);
+        if let Some(name) = best(&sees_more).filter(|_| stale) {
+            let reason =
+                "a parent server that reads the top is in reach from there, and none from here";
             return Some(hand_over(name, reason));
         }
         let first = self.only_kept_elsewhere(view)?;
@@ -67,6 +76,16 @@ impl Decider {
             return None;
         }
         self.is_missed(now, view).then(|| copy_anew(view))
+    }
+
+    /// Whether others have seen the top later than any server that we reach for so long that it is
+    /// no hiccup.
+    fn is_stale(&mut self, now: Now, view: &View<'_>) -> bool {
+        if !view.live().any(|(_, told)| sees_later(told, view)) {
+            self.stale_since = None;
+            return false;
+        }
+        now - *self.stale_since.get_or_insert(now) >= self.takeover_after
     }
 
     /// Another master that goes first and has told so again since it came in sight.
@@ -99,6 +118,13 @@ impl Decider {
         }
         now - *self.outnumbered_since.get_or_insert(now) >= self.takeover_after
     }
+}
+
+/// Where servers of the parent domain are bridges: it reaches one that has read the top later than
+/// those that we reach.
+fn sees_later(told: &Told, view: &View<'_>) -> bool {
+    let ours = top_in_sight(view.parents, view.limit);
+    ours != 0 && told.top_in_sight - ours >= STALE_MICROS
 }
 
 fn hand_over(to: &str, reason: &str) -> Decision {

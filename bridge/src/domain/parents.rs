@@ -54,10 +54,11 @@ impl Decider {
         let latest = latest(view.parents);
         let told = |parent: &Peer| parent.told.clone();
         let present = self.parent.and_then(|at| told(view.parents.get(at)?))?;
-        if is_fresh(&present, latest) {
+        let own = &view.own.told;
+        // What comes over the link tells of it as well.
+        if latest - present.top_time.max(own.top_time) < STALE_MICROS {
             return None;
         }
-        let own = &view.own.told;
         let live = view
             .parents
             .iter()
@@ -161,7 +162,7 @@ pub fn choose_parent(
     let grade = |index: usize, parent: &Peer| {
         let usable = match &parent.told {
             // A Postgres; whether it can be followed shows when it is tried.
-            None => true,
+            None => !parent.standby,
             Some(told) => may_serve(told, own) && told.first <= own.flush,
         };
         let told = parent.told.as_ref();
@@ -205,6 +206,13 @@ pub(super) fn keeps_it(view: &View<'_>) -> bool {
 /// The top's clock as any of them knows it.
 fn latest(parents: &[Peer]) -> i64 {
     let told = parents.iter().filter_map(|parent| parent.told.as_ref());
+    told.map(|told| told.top_time).max().unwrap_or(0)
+}
+
+/// The same of those that answer; 0 if none tells.
+pub fn top_in_sight(parents: &[Peer], limit: Duration) -> i64 {
+    let live = parents.iter().filter(|parent| parent.sight.is_live(limit));
+    let told = live.filter_map(|parent| parent.told.as_ref());
     told.map(|told| told.top_time).max().unwrap_or(0)
 }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::view::{Peer, Sight, Told, key};
-use super::{MISSED, TURN};
+use super::{LAST_CALL, MISSED, TURN};
 use crate::lsn::Lsn;
 use crate::status::Role;
 
@@ -26,17 +26,18 @@ pub enum Source {
 /// one that does.
 pub fn copy_source(waited: Duration, own: &Told, peers: &[Peer], limit: Duration) -> Source {
     let anew = own.anew;
-    // One that has not been heard of yet may lead, or be about to.
-    let unheard = |peer: &Peer| peer.told.is_none() && peer.sight != Sight::Refused;
+    // One that has not been heard of yet, or does not know yet what it has, may lead, or be about to.
+    let unheard = |peer: &Peer| match &peer.told {
+        None => peer.sight != Sight::Refused,
+        Some(told) => told.opening && peer.sight == Sight::Answers,
+    };
     if anew && waited < MISSED && peers.iter().any(unheard) {
         return Source::Wait;
     }
-    let is_led = |told: &Told| match told.role {
-        Role::Master => true,
-        Role::Slave => told.master_ok,
-        Role::None => told.copying,
+    let counts = |peer: &&Peer| {
+        let led = |told: &Told| is_led(told) || told.copying;
+        !anew || peer.told.as_ref().is_some_and(led)
     };
-    let counts = |peer: &&Peer| !anew || peer.told.as_ref().is_some_and(is_led);
     let peers: Vec<&Peer> = peers.iter().filter(counts).collect();
     let view = peers
         .iter()
@@ -79,17 +80,27 @@ pub fn copies_first(own: &Told, peers: &[Peer], limit: Duration) -> bool {
         .all(|told| !copies(told) && (!told.has_data || key(told) < key(own)))
 }
 
-/// End of what a sound server of the domain may have, and lead with; one that has just fallen
-/// silent may be one of these, and has gone on since it told of itself if it followed anybody.
-pub fn held_by_others(peers: &[Peer]) -> Lsn {
-    let sound = |told: &&Told| told.has_data && told.serves && told.healthy;
-    let heard = peers.iter().filter(|peer| peer.age < MISSED);
-    let held = heard.filter_map(|peer| peer.told.as_ref()).filter(sound);
-    let end = |told: &Told| match told.role {
-        Role::None => told.flush,
-        Role::Master | Role::Slave => Lsn::MAX,
+/// It leads, or follows one that does.
+fn is_led(told: &Told) -> bool {
+    match told.role {
+        Role::Master => true,
+        Role::Slave => told.master_ok,
+        Role::None => false,
+    }
+}
+
+/// End of what another server of the domain may have, and lead with. Whoever is led goes on, and whoever
+/// does not answer may have all; when nobody has used the slot for [`LAST_CALL`], `unused_for`
+/// which it is known, it has not.
+pub fn held_by_others(peers: &[Peer], unused_for: Duration) -> Lsn {
+    let end = |peer: &Peer| match &peer.told {
+        _ if peer.sight != Sight::Answers && unused_for < LAST_CALL => Lsn::MAX,
+        Some(told) if told.opening => Lsn::MAX,
+        Some(told) if told.has_data && told.serves && is_led(told) => Lsn::MAX,
+        Some(told) if told.has_data && told.serves && told.healthy => told.flush,
+        _ => Lsn::ZERO,
     };
-    held.map(end).max().unwrap_or(Lsn::ZERO)
+    peers.iter().map(end).max().unwrap_or(Lsn::ZERO)
 }
 
 #[cfg(test)]
@@ -97,34 +108,35 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_slot_is_kept_for_a_sound_server_that_was_heard_of() {
-        let peer = |flush: u64, edit: &dyn Fn(&mut Peer)| {
-            let told = Told {
+    fn a_slot_is_kept_for_whoever_may_have_what_follows_it() {
+        let held = |edit: &dyn Fn(&mut Peer, &mut Told)| {
+            let mut told = Told {
                 has_data: true,
                 serves: true,
                 healthy: true,
-                flush: Lsn(flush),
+                flush: Lsn(60),
                 ..Told::default()
             };
             let mut peer = Peer {
                 name: String::new(),
-                sight: Sight::Silent(Duration::from_secs(8)),
-                told: Some(told),
-                age: Duration::from_secs(8),
+                sight: Sight::Answers,
+                told: None,
+                age: Duration::ZERO,
                 standby: false,
             };
-            edit(&mut peer);
-            peer
+            edit(&mut peer, &mut told);
+            peer.told = Some(told);
+            [Duration::ZERO, LAST_CALL].map(|unused| held_by_others(&[peer.clone()], unused))
         };
-        let diverged = |peer: &mut Peer| peer.told.as_mut().unwrap().serves = false;
-        let empty = |peer: &mut Peer| peer.told.as_mut().unwrap().has_data = false;
-        let gone = |peer: &mut Peer| peer.age = MISSED;
-        let mut peers = vec![peer(70, &diverged), peer(80, &empty), peer(90, &gone)];
-        assert_eq!(held_by_others(&peers), Lsn::ZERO);
-        peers.push(peer(60, &|_| ()));
-        assert_eq!(held_by_others(&peers), Lsn(60));
-        let leads = |peer: &mut Peer| peer.told.as_mut().unwrap().role = Role::Master;
-        peers.push(peer(50, &leads));
-        assert_eq!(held_by_others(&peers), Lsn::MAX);
+        assert_eq!(held(&|_, _| ()), [Lsn(60), Lsn(60)]);
+        assert_eq!(held(&|_, told| told.role = Role::Master), [Lsn::MAX; 2]);
+        assert_eq!(held(&|_, told| told.role = Role::Slave), [Lsn(60); 2]);
+        assert_eq!(held(&|_, told| told.opening = true), [Lsn::MAX; 2]);
+        assert_eq!(held(&|_, told| told.serves = false), [Lsn::ZERO; 2]);
+        assert_eq!(held(&|_, told| told.has_data = false), [Lsn::ZERO; 2]);
+        let silent = held(&|peer, _| peer.sight = Sight::Silent(MISSED));
+        assert_eq!(silent, [Lsn::MAX, Lsn(60)]);
+        let dead = held(&|peer, _| peer.sight = Sight::Refused);
+        assert_eq!(dead, [Lsn::MAX, Lsn(60)]);
     }
 }

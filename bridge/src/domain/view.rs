@@ -60,6 +60,8 @@ pub struct Told {
     pub priority: i64,
     /// The top's clock as it knows it, microseconds.
     pub top_time: i64,
+    /// The same, as the latest of the bridges above that answer it knows it; 0 without any.
+    pub top_in_sight: i64,
     /// Names of the servers from the top to it.
     pub path: Vec<String>,
     /// Names of the domains on that way.
@@ -371,6 +373,13 @@ pub(super) fn key(told: &Told) -> (bool, bool, bool, Lsn, i64, &str) {
 /// Which of two masters stays: both get the same history, so positions only tell
 /// who is read later. One that has lost sight of the top goes.
 pub(super) fn goes_before(one: &Told, other: &Told, members: usize) -> bool {
+    // A top that was replaced may still be there.
+    let timeline = |told: &Told| told.identity.as_ref().map(|identity| identity.timeline);
+    if let (Some(one), Some(other)) = (timeline(one), timeline(other))
+        && one != other
+    {
+        return one > other;
+    }
     let fresher = one.top_time - other.top_time;
     if one.top_time != 0 && other.top_time != 0 && fresher.abs() > STALE_MICROS {
         return fresher > 0;

@@ -25,7 +25,9 @@ impl Roles {
                 self.failed.remove(&target.name);
                 return;
             }
-            LinkEnd::Refused(_) | LinkEnd::Diverged { .. } => Duration::from_secs(5),
+            LinkEnd::Refused(_) | LinkEnd::Diverged { .. } | LinkEnd::SetBack(_) => {
+                Duration::from_secs(5)
+            }
             _ => Duration::from_secs(1),
         };
         let (times, until) = self
@@ -67,7 +69,7 @@ impl Roles {
                 self.decider.refused(now, Refusal::NoSlot);
                 return;
             }
-            LinkEnd::Diverged { .. } => State::Diverged,
+            LinkEnd::Diverged { .. } | LinkEnd::SetBack(_) => State::Diverged,
             LinkEnd::Queue(_) => {
                 self.rest_until = Instant::now() + REST;
                 State::Stalled

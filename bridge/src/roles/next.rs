@@ -62,8 +62,8 @@ impl Roles {
     }
 
     fn note_link(&mut self, is_led: bool) {
-        self.in_gap = false;
         if is_led {
+            self.in_gap = false;
             // A link to a sibling outlives what was said while nobody led.
             self.shared.set_link(State::Streaming, None);
         }
@@ -103,6 +103,12 @@ impl Roles {
                 let why_not = self.observer.why_not(parents);
                 let (state, problem) = why_no_parent(&own.told, parents, why_not);
                 self.shared.set_link(state, Some(problem));
+                Next::Nothing
+            }
+            Decision::NoSource => {
+                let reason = "no server of the domain keeps what follows this one's end; waits for one \
+                              that is in order, to copy from it";
+                self.shared.set_link(State::Down, Some(reason.into()));
                 Next::Nothing
             }
             Decision::Gap {
@@ -229,6 +235,7 @@ impl Roles {
             domains,
             yields_to: self.decider.yields_to(),
             report_to: self.observer.parent_in_sight(parents),
+            top_in_sight: domain::top_in_sight(parents, limit),
             problem,
             trouble: self.observer.trouble(),
         });
@@ -324,6 +331,15 @@ fn why_no_parent(
         let text = format!(
             "parent {} is itself below domain \"{}\"; correct [parent]",
             parent.node, own.domain
+        );
+        return (State::Stalled, text);
+    }
+    let is_standby = |parent: &&Peer| parent.standby && parent.sight == Sight::Answers;
+    if let Some(parent) = parents.iter().find(is_standby).filter(|_| told.is_empty()) {
+        let text = format!(
+            "{} is a standby, and no other parent server answers: name the primary that it follows, or \
+             promote it",
+            parent.name
         );
         return (State::Stalled, text);
     }

@@ -4,7 +4,7 @@ use tokio::time::timeout;
 
 use super::{End, Order, Ordered, Roles};
 use crate::client::quote_ident;
-use crate::domain::{self, Link, Peer, Sight};
+use crate::domain::{self, Link, Peer, Sight, Told};
 use crate::observe::command;
 use crate::status::{Role, State};
 
@@ -77,9 +77,8 @@ impl Roles {
         let peers = self.observer.peers();
         let to = match to {
             Some(to) => to,
-            None => {
-                best_successor(&peers).ok_or("no other server of the domain is fit to take over")?
-            }
+            None => best_successor(&own, &peers)
+                .ok_or("no other server of the domain is fit to take over")?,
         };
         if to == own.node {
             return Err(format!("{to} is the master already"));
@@ -94,6 +93,9 @@ impl Roles {
             (Some(told), Sight::Answers) => told,
             _ => return Err(format!("node \"{to}\" does not answer")),
         };
+        if let Some(problem) = domain::stranger(&own, std::slice::from_ref(peer)) {
+            return Err(problem);
+        }
         if !told.has_data || !told.healthy {
             return Err(format!(
                 "node \"{to}\" is not in order; see its state in terrace.lag"
@@ -158,7 +160,7 @@ impl Roles {
         };
         self.shared
             .event("handover", &format!("to {to} has failed: {problem}"));
-        self.decider.keep();
+        self.decider.keep(self.observer.now());
     }
 
     /// One that was to lead by now does, or not.
@@ -174,11 +176,13 @@ impl Roles {
     }
 }
 
-fn best_successor(peers: &[Peer]) -> Option<String> {
+fn best_successor(own: &Told, peers: &[Peer]) -> Option<String> {
+    let near = |told: &Told| own.flush.0.saturating_sub(told.flush.0) <= SWITCHOVER_BYTES;
+    let sound = |told: &Told| told.has_data && told.healthy && told.parent_ok && near(told);
     let fit = |peer: &&Peer| {
         let told = peer.told.as_ref();
-        peer.sight == Sight::Answers
-            && told.is_some_and(|told| told.has_data && told.healthy && told.parent_ok)
+        let stranger = domain::stranger(own, std::slice::from_ref(*peer)).is_some();
+        peer.sight == Sight::Answers && !stranger && told.is_some_and(sound)
     };
     let best = peers.iter().filter(fit).max_by_key(|peer| {
         let told = peer.told.as_ref();

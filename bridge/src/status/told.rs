@@ -46,7 +46,8 @@ impl Shared {
             domain: node.domain.clone(),
             role: inner.role,
             opening: no_queue && !inner.empty,
-            has_data: inner.has_data,
+            // What follows its end is known with its queue.
+            has_data: inner.has_data && !no_queue,
             copying: view.copying,
             anew: inner.anew,
             healthy: disk_ok && serves && failing.is_none_or(|since| since.elapsed() < PATIENCE),
@@ -60,6 +61,7 @@ impl Shared {
             first,
             priority: node.priority,
             top_time: inner.top_time,
+            top_in_sight: view.top_in_sight,
             path: view.path,
             domains: view.domains,
             yields_to: view.yields_to,

@@ -2,7 +2,7 @@
 
 use super::LinkEnd;
 use crate::client::{Client, PgError, quote_literal};
-use crate::lsn::Identity;
+use crate::lsn::{Identity, Lsn};
 use crate::queue::Writer;
 use crate::status::Shared;
 use crate::timeline;
@@ -68,6 +68,32 @@ pub(super) async fn same_timeline(
         // A bridge whose data came to it on this timeline may not have it.
         Err(error) if error.code() == Some("58P01") => Ok(()),
         Err(error) => Err(error.into()),
+    }
+}
+
+/// In what is told, and kept, of a top that was set back.
+const SET_BACK: &str = "it was set back to an earlier state";
+
+/// A top that was set back to an earlier state, on one timeline, writes another history from there on. Where
+/// it has not come beyond our end yet that shows, and is kept in mind: PostgreSQL sends what it
+/// has flushed, and no more.
+pub(super) fn not_set_back(
+    shared: &Shared,
+    their_end: Lsn,
+    writer: &Writer,
+) -> Result<(), LinkEnd> {
+    let last = writer.end().max(*shared.replayed.borrow());
+    if last > their_end {
+        return Err(LinkEnd::SetBack(format!(
+            "the upstream ends at {their_end}, before this server's end, which is {last}: {SET_BACK}, \
+             and its history is not this server's any more"
+        )));
+    }
+    match timeline::divergence(&shared.config.node.data_dir) {
+        Some(kept) if kept.contains(SET_BACK) => Err(LinkEnd::SetBack(format!(
+            "the upstream has gone on from where {SET_BACK}: its history is not this server's"
+        ))),
+        _ => Ok(()),
     }
 }
 

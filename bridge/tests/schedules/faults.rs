@@ -213,14 +213,19 @@ impl World {
         if self.random.one_in(3) {
             self.lose_parents();
         }
-        if self.random.one_in(3) {
+        let dry = self.lost_parents.iter().any(|at| self.parents[*at].is_dry);
+        if dry && self.random.one_in(2) {
+            self.shut_off();
+        }
+        if self.shut_off.is_none() && self.random.one_in(3) {
             self.lose_minority();
         }
         let sick = self.random.below(2 * self.count() as u64) as usize;
         // What only it has, nobody could get from a database that is broken for ever.
         let mut others =
             (0..self.count()).filter(|other| *other != sick && !self.lost.contains(other));
-        if sick < self.count()
+        if self.shut_off.is_none()
+            && sick < self.count()
             && !self.lost.contains(&sick)
             && self.has_all(sick)
             && others.any(|other| self.has_all(other))
@@ -231,7 +236,8 @@ impl World {
                 false => self.nodes[sick].healthy = false,
             }
         }
-        if self.lost.is_empty() && self.count() > 3 && self.random.one_in(3) {
+        let whole = self.lost.is_empty() && self.shut_off.is_none();
+        if whole && self.count() > 3 && self.random.one_in(3) {
             self.narrow();
         }
     }
@@ -260,6 +266,17 @@ impl World {
                 }
             }
         }
+    }
+
+    /// One server reaches none of those above that read the top.
+    fn shut_off(&mut self) {
+        let one = self.random.below(self.count() as u64) as usize;
+        self.tell(|| format!("{} reaches nobody that reads the top", NAMES[one]));
+        for at in (0..self.parents.len()).filter(|at| !self.lost_parents.contains(at)) {
+            let place = self.count() + at;
+            (self.cut[one][place], self.cut[place][one]) = (true, true);
+        }
+        self.shut_off = Some(one);
     }
 
     /// One server keeps a single sibling, and both are sound.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use terrace_bridge::domain::{
     Decider, Decision, Link, Missing, Own, Peer, Refusal, Session, Sight, Source, Told,
-    choose_parent, copy_source, held_by_others, parent_sight,
+    choose_parent, copy_source, held_by_others, parent_sight, top_in_sight,
 };
 use terrace_bridge::lsn::Lsn;
 
@@ -67,6 +67,8 @@ pub struct Node {
     /// It has thrown its data away, to copy the parent's.
     pub anew: bool,
     waiting_to_copy: u64,
+    /// When it has seen the slot in use.
+    slot_used_at: u64,
     pub copying: Option<Copying>,
     pub healthy: bool,
     /// Its database is far behind its queue.
@@ -114,6 +116,7 @@ impl Node {
             has_data: true,
             anew: false,
             waiting_to_copy: 0,
+            slot_used_at: 0,
             copying: None,
             healthy: true,
             lagging: false,
@@ -155,6 +158,7 @@ impl Node {
         self.answers.clear();
         self.jumped = Duration::ZERO;
         self.waiting_to_copy = 0;
+        self.slot_used_at = now;
         self.said.fill((0, 0));
     }
 
@@ -236,6 +240,10 @@ impl Node {
             &self.parents(now),
             TAKEOVER_AFTER,
         )
+    }
+
+    pub fn top_in_sight(&self, now: u64) -> i64 {
+        top_in_sight(&self.parents(now), TAKEOVER_AFTER)
     }
 
     /// Rule C: what two members hold.
@@ -419,7 +427,7 @@ impl World {
     fn carry_out(&mut self, index: usize, decision: Decision) {
         let now = self.now;
         match decision {
-            Decision::Stay | Decision::NoParent => {}
+            Decision::Stay | Decision::NoParent | Decision::NoSource => {}
             Decision::HandOver { .. } if without("G") => {}
             Decision::Lead { parent, depose } => self.start_try(index, parent, depose),
             Decision::Follow(name) => {
@@ -564,6 +572,9 @@ impl World {
                 anywhere.flush = Lsn::MAX;
                 let chosen = choose_parent(&anywhere, parents, None, &[], TAKEOVER_AFTER);
                 let chosen = chosen.filter(|at| self.may_copy(index, *at, peers));
+                if chosen.is_none() && self.nodes[index].anew {
+                    self.nodes[index].anew = !self.is_held_by_one_in_sight(peers);
+                }
                 chosen.map(|at| self.count() + at)
             }
         };
@@ -572,7 +583,10 @@ impl World {
         };
         let position = match from.checked_sub(self.count()) {
             None => self.nodes[from].flush,
-            Some(at) => self.parents[at].flush,
+            Some(at) => {
+                self.drop_slot(index, at);
+                self.parents[at].flush
+            }
         };
         let until = self.now + 5 + self.random.below(60);
         self.tell(|| format!("{} copies from {from} at {position}", NAMES[index]));
@@ -584,6 +598,36 @@ impl World {
         });
     }
 
+    /// The permanent one, at the end of a copy.
+    fn make_slot(&mut self, at: usize, position: u64) -> bool {
+        let server = &mut self.parents[at];
+        if let Some(slot) = &mut server.slot {
+            if slot.exists {
+                return false;
+            }
+            (slot.exists, slot.made_at) = (true, self.now);
+            (slot.confirmed, slot.saved) = (position, position);
+        }
+        server.forgotten() <= position
+    }
+
+    /// One that is there makes room for a copy.
+    fn drop_slot(&mut self, index: usize, at: usize) {
+        // One whose database is broken may never lead again.
+        let able = |other: &usize| self.has_all(*other) && self.nodes[*other].healthy;
+        let able = (0..self.count()).find(able);
+        let head = self.head;
+        let slot = self.parents[at].slot.as_mut();
+        let Some(slot) = slot.filter(|slot| slot.exists) else {
+            return;
+        };
+        if let Some(able) = able {
+            panic!("{} drops the slot of {}", NAMES[index], NAMES[able]);
+        }
+        slot.exists = false;
+        (slot.confirmed, slot.saved) = (head, head);
+    }
+
     fn gives_data(&self, index: usize, from: usize) -> bool {
         let works = match self.nodes.get(from) {
             Some(node) => node.has_data && node.healthy,
@@ -592,8 +636,19 @@ impl World {
         self.runs(from) && self.talks(index, from) && works
     }
 
+    /// One that is there and cannot lead is copied from all the same.
+    fn is_held_by_one_in_sight(&self, peers: &[Peer]) -> bool {
+        let slot = self.parents[0].slot.as_ref().filter(|slot| slot.exists);
+        let has_it = |peer: &Peer| {
+            let told = peer.told.as_ref().filter(|_| peer.sight == Sight::Answers);
+            let confirmed = slot.map_or(u64::MAX, |slot| slot.confirmed);
+            told.is_some_and(|told| told.has_data && told.flush >= Lsn(confirmed))
+        };
+        peers.iter().any(has_it)
+    }
+
     /// A slot that is there belongs to a server that has data, unless that was found wanting.
-    fn may_copy(&self, index: usize, at: usize, peers: &[Peer]) -> bool {
+    fn may_copy(&mut self, index: usize, at: usize, peers: &[Peer]) -> bool {
         let server = &self.parents[at];
         let from = self.count() + at;
         let copies = |other: &Node| {
@@ -603,11 +658,13 @@ impl World {
         };
         let mut others = self.nodes.iter().filter(|other| other.index != index);
         if server.holder.is_some() || others.any(copies) {
+            self.nodes[index].slot_used_at = self.now;
             return false;
         }
         match &server.slot {
             Some(slot) if slot.exists => {
-                self.nodes[index].anew && Lsn(slot.confirmed) > held_by_others(peers)
+                let unused = ticks(self.now - self.nodes[index].slot_used_at);
+                self.nodes[index].anew && Lsn(slot.confirmed) > held_by_others(peers, unused)
             }
             _ => true,
         }
@@ -625,16 +682,7 @@ impl World {
         }
         let kept = match copying.from.checked_sub(self.count()) {
             None => self.nodes[copying.from].first <= copying.position,
-            Some(at) if !self.may_copy(index, at, peers) => false,
-            Some(at) => {
-                let server = &mut self.parents[at];
-                let position = copying.position;
-                if let Some(slot) = &mut server.slot {
-                    (slot.exists, slot.made_at) = (true, self.now);
-                    (slot.confirmed, slot.saved) = (position, position);
-                }
-                server.forgotten() <= position
-            }
+            Some(at) => self.make_slot(at, copying.position),
         };
         if kept {
             self.tell(|| format!("{} has copied", NAMES[index]));

@@ -36,6 +36,8 @@ pub struct World {
     pub lost_parents: Vec<usize>,
     /// Keeps one sibling, and the parent.
     pub narrow: Option<usize>,
+    /// Reaches only servers of the parent domain that read the top no more.
+    pub shut_off: Option<usize>,
     /// When the faults ended, nobody could go on.
     pub in_gap: bool,
     pub story: bool,
@@ -67,6 +69,7 @@ impl World {
             lost: Vec::new(),
             lost_parents: Vec::new(),
             narrow: None,
+            shut_off: None,
             in_gap: false,
             story,
             random,
@@ -241,6 +244,7 @@ impl World {
             first: Lsn(node.first),
             priority: 100,
             top_time: micros(node.top_read),
+            top_in_sight: node.top_in_sight(self.now),
             path,
             domains: vec![],
             yields_to: node.decider.yields_to(),
@@ -298,8 +302,10 @@ impl World {
 
     pub fn settled(&self) -> Result<(), String> {
         let sound = |index: &usize| !self.lost.contains(index) && self.sick != Some(*index);
+        let sound = |index: &usize| sound(index) && self.shut_off != Some(*index);
         let mut rest = (0..self.count()).filter(sound);
-        if !self.lost.is_empty() && !rest.any(|index| self.has_all(index)) {
+        let harmed = !self.lost.is_empty() || self.shut_off.is_some();
+        if harmed && !rest.any(|index| self.has_all(index)) {
             // Two others hold what the rest lacks, which must not go on.
             return Ok(());
         }
@@ -316,6 +322,11 @@ impl World {
         let name = master.name();
         if self.sick == Some(master.index) {
             return Err(format!("{name} leads, and is sick"));
+        }
+        if self.shut_off == Some(master.index) {
+            return Err(format!(
+                "{name} leads, and reaches no server that reads the top"
+            ));
         }
         if self.narrow == Some(master.index) {
             return Err(format!("{name} leads, and reaches no majority"));

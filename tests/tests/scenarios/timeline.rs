@@ -233,3 +233,54 @@ fn every_server_of_a_domain_learns_of_the_new_timeline() {
     let wrong = "SELECT count(*) FROM terrace.events WHERE kind IN ('diverged', 'resync', 'gap')";
     assert_eq!(standby.value(wrong), "0");
 }
+
+// A snapshot of the machine is restored: PostgreSQL takes a START beyond its end, and sends nothing
+// of what it writes up to there.
+#[test]
+fn a_top_that_is_set_back_is_not_gone_on_with() {
+    let mut tree = Tree::grow(STEPS, &[("region", None, 2)]);
+    let write = |tree: &Tree| {
+        let next = "INSERT INTO steps SELECT coalesce(max(n), 0) + 1 FROM steps RETURNING n";
+        tree.top.value(next)
+    };
+    let arrives = |tree: &Tree, n: &str| {
+        for node in &tree.nodes {
+            let has = format!("SELECT count(*) FROM steps WHERE n = {n}");
+            wait_until("it is there", || node.server.value(&has) == "1");
+        }
+    };
+    let n = write(&tree);
+    arrives(&tree, &n);
+    tree.top.stop();
+    tree.top.keep_state().expect("keep the state");
+    tree.top.restart().expect("start the top");
+    let n = write(&tree);
+    arrives(&tree, &n);
+    tree.top.stop();
+    tree.top.set_back().expect("set the top back");
+    tree.top.restart().expect("start the top");
+    let diverged = "SELECT count(*) FROM terrace.lag WHERE state = 'diverged' \
+                    AND reason LIKE '%set back to an earlier state%resync%'";
+    wait_until("both say so", || tree.top.value(diverged) == "2");
+    // Also when it has come further than they have.
+    tree.top
+        .sql("INSERT INTO steps SELECT g FROM generate_series(1000, 6000) g");
+    std::thread::sleep(std::time::Duration::from_secs(7));
+    assert_eq!(tree.top.value(diverged), "2");
+    for node in &tree.nodes {
+        let beyond = "SELECT count(*) FROM steps WHERE n >= 1000";
+        assert_eq!(node.server.value(beyond), "0");
+    }
+    let first = tree.nodes[0].server.name.clone();
+    tree.node(&first).bridge.resync();
+    wait_until("it has copied", || {
+        tree.nodes[0]
+            .server
+            .value("SELECT count(*) FROM steps WHERE n >= 1000")
+            == "5001"
+    });
+    let second = tree.nodes[1].server.name.clone();
+    tree.node(&second).bridge.resync();
+    tree.wait_streaming();
+    tree.wait_for_equal(&["steps"]);
+}

@@ -216,7 +216,7 @@ impl Session {
 /// Beside the top it is the database's own WAL that counts: a temporary slot tells
 /// where in it the snapshot stands.
 async fn export_at_top(local: &ConnInfo, slot: &str) -> Result<(Client, Lsn, String), PgError> {
-    let (mut client, _) = connect(local, "terrace snapshot").await?;
+    let (mut client, _, _) = connect(local, "terrace snapshot").await?;
     let (lsn, snapshot) = create_snapshot(&mut client, slot).await?;
     Ok((client, lsn, snapshot))
 }
