@@ -16,8 +16,9 @@
 //!    sound, is reached by a majority, then priority and name), and says so again a moment later: one that was
 //!    deposed finds that out first. It makes room for a slave that is in sight and can lead when its
 //!    own database or disk is broken, when the parent is out of its reach, when a majority of the domain
-//!    has been for a while, when its server of the parent domain reads the top no more and only that slave can go on from
-//!    another one, or when it is asked to (switchover). One that hands over and cannot let
+//!    has been for a while, when the servers above that it reaches read the top no more and the slave reaches another
+//!    one, or alone can go on from it, or when it is asked to (switchover). A slave that did not take over
+//!    is asked ever more rarely. One that hands over and cannot let
 //!    the slot go, for its disk hangs, is deposed by the one that it has asked to take over. One that only a
 //!    minority reaches leaves when a sibling that it can follow follows another master.
 //! 2. *A master in sight is followed*, through a sibling when it no longer keeps
@@ -25,14 +26,15 @@
 //!    more; a server that does not answer is given time to say otherwise.
 //! 3. *A master out of sight, but in a sibling's*, is followed through the sibling, or the
 //!    data is copied from there.
-//! 4. *Without a master* the member that is sound, then has the longest history,
-//!    then the priority, then the name, tries the parent first; each other one
-//!    waits its turn. A refused connection means dead at once; silence counts
-//!    after `takeover_after`.
+//! 4. *Without a master* the member that is sound, reaches the parent, has a database that is not far
+//!    behind, then the longest history, then the priority, then the name, tries the parent first;
+//!    each other one waits its turn, and one that is not sound `takeover_after` more. A refused
+//!    connection means dead at once; silence counts after `takeover_after`.
 //! 5. *What the slot has confirmed and we lack*, or what all servers of the parent domain have let
-//!    go, is fetched from siblings first. If nobody has it, that is a gap: one server of the
-//!    domain copies anew, if that is allowed and everybody has been heard; the parent is asked
-//!    again now and then, for its position may have gone back.
+//!    go, is fetched from siblings first. If nobody has it, or the slot is gone, that is a gap: one
+//!    server of the domain copies anew, if that is allowed and everybody has been heard, or been
+//!    waited for for five minutes; the parent is asked again now and then, for its position may have
+//!    gone back.
 //! 6. *A slot that is held by nobody in sight* may be taken from its holder by a
 //!    majority, at growing intervals. What is ended is the one session that was in
 //!    the way all the while, not one that has come after it: that may be a sibling's,

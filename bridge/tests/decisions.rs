@@ -450,3 +450,67 @@ fn a_handover_to_one_that_has_died_is_over() {
     assert!(leads_at(Sight::Refused) < 11_000);
     assert!(leads_at(Sight::Answers) >= 15_000);
 }
+
+// A top that has failed over: the old one is a standby by now, and comes first in the list.
+#[test]
+fn a_standby_is_neither_followed_nor_copied_from() {
+    let [standby] = top().map(|mut old| {
+        old.standby = true;
+        old
+    });
+    let [primary] = top();
+    let mut decider = Decider::new(TAKEOVER_AFTER, 1, false);
+    let me = own(50, Link::None);
+    let decision = decider.decide(seconds(10), &me, &[], &[standby.clone(), primary]);
+    let lead = Decision::Lead {
+        parent: 1,
+        depose: None,
+    };
+    assert_eq!(decision, lead);
+    let mut decider = Decider::new(TAKEOVER_AFTER, 1, false);
+    let decision = decider.decide(seconds(10), &me, &[], &[standby]);
+    assert_eq!(decision, Decision::NoParent);
+}
+
+// Seen and asked again and again, it never led.
+#[test]
+fn who_did_not_take_over_is_asked_ever_more_rarely() {
+    let mut decider = Decider::new(TAKEOVER_AFTER, 2, false);
+    let mut me = own(100, Link::Parent);
+    me.told.healthy = false;
+    let peers = [peer(told("two", Role::Slave, 100))];
+    let mut asked = Vec::new();
+    for at in (10_000..400_000).step_by(100) {
+        let now = Duration::from_millis(at);
+        me.link = match decider.decide(now, &me, &peers, &top()) {
+            Decision::HandOver { to, .. } => {
+                asked.push(at);
+                decider.yield_to(now, &to);
+                Link::None
+            }
+            Decision::Lead { .. } => Link::Parent,
+            _ => me.link,
+        };
+    }
+    let pauses: Vec<u64> = asked.windows(2).map(|two| two[1] - two[0]).collect();
+    assert!(pauses.len() > 3, "{asked:?}");
+    let grows = pauses.windows(2).all(|two| two[1] > two[0] * 5 / 4);
+    assert!(grows, "{pauses:?}");
+}
+
+// Led again and again by others, it was thought to have waited for what it lacks all the while.
+#[test]
+fn who_finds_the_slot_in_use_waits_anew_for_what_it_lacks() {
+    let mut decider = Decider::new(TAKEOVER_AFTER, 2, true);
+    let mut silent = peer(told("two", Role::Master, 90));
+    (silent.sight, silent.age) = (Sight::Silent(seconds(400)), seconds(400));
+    let (own, peers) = (own(50, Link::None), [silent]);
+    decider.refused(seconds(10), Refusal::Ahead(Lsn(90)));
+    decider.refused(seconds(300), Refusal::Busy(7));
+    decider.refused(seconds(320), Refusal::Ahead(Lsn(95)));
+    let decision = decider.decide(seconds(322), &own, &peers, &top());
+    assert!(
+        !matches!(decision, Decision::CopyAnew { .. }),
+        "{decision:?}"
+    );
+}

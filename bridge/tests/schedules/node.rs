@@ -560,7 +560,7 @@ impl World {
 
     fn copy(&mut self, index: usize, own: &Told, peers: &[Peer], parents: &[Peer]) {
         if let Some(copying) = self.nodes[index].copying.take() {
-            return self.go_on_copying(index, copying, peers);
+            return self.go_on_copying(index, copying);
         }
         self.nodes[index].waiting_to_copy += 1;
         let waited = ticks(self.nodes[index].waiting_to_copy);
@@ -670,7 +670,7 @@ impl World {
         }
     }
 
-    fn go_on_copying(&mut self, index: usize, mut copying: Copying, peers: &[Peer]) {
+    fn go_on_copying(&mut self, index: usize, mut copying: Copying) {
         let ended = self.now - copying.alive > LEASE;
         if ended || !self.gives_data(index, copying.from) {
             return;
