@@ -196,13 +196,14 @@ fn a_master_that_most_cannot_reach_makes_room() {
     let master = tree.settled_master("region");
     let slaves = others(&tree, "region", &master);
     tree.between(&[&master], &[&slaves[1], &slaves[2]], Proxy::cut);
-    assert_eq!(tree.successor("region", &master), slaves[0]);
+    // That one is asked; another one that hears of it in time may be faster.
+    let next = tree.successor("region", &master);
     for slave in &slaves {
         tree.rows_arrive(slave, Duration::from_secs(5));
     }
     tree.rows_arrive(&master, Duration::from_secs(5));
     tree.heal();
-    assert_eq!(tree.settled_master("region"), slaves[0]);
+    assert_eq!(tree.settled_master("region"), next);
     tree.all_is_well(counting);
 }
 

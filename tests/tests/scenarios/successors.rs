@@ -41,6 +41,7 @@ fn the_chosen_one_dies_and_nobody_waits_for_it() {
     assert!(text.contains(&top), "{text}");
     let text = text.replace(&top, &format!("port={}", way.port));
     std::fs::write(bridge.config(), text).expect("write it");
+    bridge.stop();
     bridge.restart().expect("start the bridge");
     tree.wait_streaming();
     counting.go_on(50);
@@ -52,8 +53,10 @@ fn the_chosen_one_dies_and_nobody_waits_for_it() {
         .args(["switchover", "-c", config.to_str().expect("UTF-8")])
         .args(["--domain", "region", "--to", chosen])
         .spawn();
-    let free = "SELECT NOT active FROM pg_replication_slots WHERE slot_name = 'terrace_region'";
-    wait_until("the master has let go", || tree.top.value(free) == "t");
+    let event = format!("to {chosen}, as asked");
+    wait_until("it is asked to take over", || {
+        tree.node(&master).bridge.logged().contains(&event)
+    });
     std::thread::sleep(Duration::from_millis(300));
     let written = tree.top.value("SELECT max(n) FROM steps");
     let has_news = format!("SELECT max(n) > {written} FROM steps");
