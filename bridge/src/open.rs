@@ -12,7 +12,7 @@ use tokio::time::sleep;
 use crate::client::{Client, SessionOptions};
 use crate::conninfo::ConnInfo;
 use crate::copy::CopyError;
-use crate::domain::{Peer, Sight, Source, choose_parent, copy_source, held_by_others};
+use crate::domain::{Peer, Sight, Source, Told, choose_parent, copy_source, held_by_others};
 use crate::lsn::{Identity, Lsn};
 use crate::observe::Observer;
 use crate::queue::{Queue, QueueError, Writer};
@@ -352,7 +352,8 @@ async fn copy_from_somewhere(
             // One that is there and cannot lead is copied from all the same.
             let has_it = |peer: &Peer| {
                 let told = peer.told.as_ref().filter(|_| peer.sight == Sight::Answers);
-                told.is_some_and(|told| told.has_data && told.serves && told.flush >= *confirmed)
+                let sound = |told: &Told| told.has_data && told.serves && told.healthy;
+                told.is_some_and(|told| sound(told) && told.flush >= *confirmed)
             };
             if observer.peers().iter().any(has_it) {
                 copy::from_anybody(shared)?;

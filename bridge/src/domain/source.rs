@@ -93,11 +93,13 @@ fn is_led(told: &Told) -> bool {
 /// does not answer may have all; when nobody has used the slot for [`LAST_CALL`], `unused_for`
 /// which it is known, it has not.
 pub fn held_by_others(peers: &[Peer], unused_for: Duration) -> Lsn {
+    let in_use = unused_for < LAST_CALL;
     let end = |peer: &Peer| match &peer.told {
-        _ if peer.sight != Sight::Answers && unused_for < LAST_CALL => Lsn::MAX,
+        _ if peer.sight != Sight::Answers && in_use => Lsn::MAX,
         Some(told) if told.opening => Lsn::MAX,
         Some(told) if told.has_data && told.serves && is_led(told) => Lsn::MAX,
-        Some(told) if told.has_data && told.serves && told.healthy => told.flush,
+        // A database may be mended.
+        Some(told) if told.has_data && told.serves && (told.healthy || in_use) => told.flush,
         _ => Lsn::ZERO,
     };
     peers.iter().map(end).max().unwrap_or(Lsn::ZERO)
@@ -132,6 +134,8 @@ mod tests {
         assert_eq!(held(&|_, told| told.role = Role::Master), [Lsn::MAX; 2]);
         assert_eq!(held(&|_, told| told.role = Role::Slave), [Lsn(60); 2]);
         assert_eq!(held(&|_, told| told.opening = true), [Lsn::MAX; 2]);
+        let broken = held(&|_, told| told.healthy = false);
+        assert_eq!(broken, [Lsn(60), Lsn::ZERO]);
         assert_eq!(held(&|_, told| told.serves = false), [Lsn::ZERO; 2]);
         assert_eq!(held(&|_, told| told.has_data = false), [Lsn::ZERO; 2]);
         let silent = held(&|peer, _| peer.sight = Sight::Silent(MISSED));

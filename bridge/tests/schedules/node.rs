@@ -642,7 +642,7 @@ impl World {
         let has_it = |peer: &Peer| {
             let told = peer.told.as_ref().filter(|_| peer.sight == Sight::Answers);
             let confirmed = slot.map_or(u64::MAX, |slot| slot.confirmed);
-            told.is_some_and(|told| told.has_data && told.flush >= Lsn(confirmed))
+            told.is_some_and(|told| told.has_data && told.healthy && told.flush >= Lsn(confirmed))
         };
         peers.iter().any(has_it)
     }
