@@ -35,7 +35,7 @@ use crate::record::{FORMAT, Kind, Record, RecordError};
 use crate::status::{Role, Shared, State};
 use crate::wire::put;
 pub use history::timeline_history;
-use history::{adopt_timeline, check_members, not_set_back, same_timeline};
+use history::{adopt_timeline, check_members, not_known_as_set_back, not_set_back, same_timeline};
 use slot::{named_session, slot_exists, start_when_free, verify_slot, why_not_started};
 
 /// Name of the publication at the top.
@@ -337,6 +337,7 @@ impl<'a> Link<'a> {
         target: &'a Target,
     ) -> Result<Link<'a>, LinkEnd> {
         let node = &shared.config.node;
+        not_known_as_set_back(shared)?;
         let begun = Instant::now();
         let (mut client, theirs, their_end) = connect(&target.conninfo, &node.name).await?;
         let bridge = client.extension_accepted(BRIDGE_PARAMETER);

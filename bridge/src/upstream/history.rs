@@ -75,23 +75,28 @@ pub(super) async fn same_timeline(
 const SET_BACK: &str = "it was set back to an earlier state";
 
 /// A top that was set back to an earlier state, on one timeline, writes another history from there on. Where
-/// it has not come beyond our end yet that shows, and is kept in mind: PostgreSQL sends what it
-/// has flushed, and no more.
+/// it has not come beyond our end yet that shows: PostgreSQL sends what it has flushed, and no more.
 pub(super) fn not_set_back(
     shared: &Shared,
     their_end: Lsn,
     writer: &Writer,
 ) -> Result<(), LinkEnd> {
     let last = writer.end().max(*shared.replayed.borrow());
-    if last > their_end {
-        return Err(LinkEnd::SetBack(format!(
-            "the upstream ends at {their_end}, before this server's end, which is {last}: {SET_BACK}, \
-             and its history is not this server's any more"
-        )));
+    if last <= their_end {
+        return Ok(());
     }
+    Err(LinkEnd::SetBack(format!(
+        "the upstream ends at {their_end}, before this server's end, which is {last}: {SET_BACK}, \
+         and its history is not this server's any more"
+    )))
+}
+
+/// What was found out is kept in mind: the top comes beyond our end, and a sibling that asked it only
+/// then knows nothing of it.
+pub(super) fn not_known_as_set_back(shared: &Shared) -> Result<(), LinkEnd> {
     match timeline::divergence(&shared.config.node.data_dir) {
         Some(kept) if kept.contains(SET_BACK) => Err(LinkEnd::SetBack(format!(
-            "the upstream has gone on from where {SET_BACK}: its history is not this server's"
+            "the top has gone on from where {SET_BACK}: its history is not this server's"
         ))),
         _ => Ok(()),
     }

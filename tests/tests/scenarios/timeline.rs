@@ -254,6 +254,9 @@ fn a_top_that_is_set_back_is_not_gone_on_with() {
     tree.top.stop();
     tree.top.keep_state().expect("keep the state");
     tree.top.restart().expect("start the top");
+    // More than the top writes of its own accord while they ask it.
+    tree.top
+        .sql("INSERT INTO trail SELECT generate_series(1, 20000)");
     let n = write(&tree);
     arrives(&tree, &n);
     tree.top.stop();
@@ -263,6 +266,8 @@ fn a_top_that_is_set_back_is_not_gone_on_with() {
                     AND reason LIKE '%set back to an earlier state%resync%'";
     wait_until("both say so", || tree.top.value(diverged) == "2");
     // Also when it has come further than they have.
+    tree.top
+        .sql("INSERT INTO trail SELECT generate_series(1, 30000)");
     tree.top
         .sql("INSERT INTO steps SELECT g FROM generate_series(1000, 6000) g");
     std::thread::sleep(std::time::Duration::from_secs(7));
@@ -282,5 +287,5 @@ fn a_top_that_is_set_back_is_not_gone_on_with() {
     let second = tree.nodes[1].server.name.clone();
     tree.node(&second).bridge.resync();
     tree.wait_streaming();
-    tree.wait_for_equal(&["steps"]);
+    tree.wait_for_equal(&["steps", "trail"]);
 }
