@@ -57,8 +57,8 @@ mod view;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-pub use parents::{choose_parent, top_in_sight};
-pub use source::{Source, copy_source, held_by_others};
+pub use parents::{parent_to_copy_from, top_in_sight};
+pub use source::{Source, copy_source, has_in_sight, held_by_others};
 pub use view::{Link, Own, Peer, Sight, Told, in_sight, parent_sight, stranger};
 
 use crate::lsn::Lsn;

@@ -12,7 +12,7 @@ use tokio::time::sleep;
 use crate::client::{Client, SessionOptions};
 use crate::conninfo::ConnInfo;
 use crate::copy::CopyError;
-use crate::domain::{Peer, Sight, Source, Told, choose_parent, copy_source, held_by_others};
+use crate::domain::{Source, copy_source, has_in_sight, held_by_others, parent_to_copy_from};
 use crate::lsn::{Identity, Lsn};
 use crate::observe::Observer;
 use crate::queue::{Queue, QueueError, Writer};
@@ -318,10 +318,7 @@ async fn copy_from_somewhere(
             if let Some(problem) = observer.problem(&told) {
                 bail!(problem);
             }
-            let mut anywhere = told;
-            anywhere.flush = Lsn::MAX;
-            let failed: Vec<usize> = tries.failed.into_iter().collect();
-            let index = choose_parent(&anywhere, &parents, None, &failed, limit);
+            let index = parent_to_copy_from(&told, &parents, tries.failed, limit);
             let Some(index) = index else {
                 let (troubled, words) = observer.why_not(&parents);
                 if troubled {
@@ -349,13 +346,7 @@ async fn copy_from_somewhere(
             return Ok(None);
         }
         Some(CopyError::Held { confirmed, .. }) => {
-            // One that is there and cannot lead is copied from all the same.
-            let has_it = |peer: &Peer| {
-                let told = peer.told.as_ref().filter(|_| peer.sight == Sight::Answers);
-                let sound = |told: &Told| told.has_data && told.serves && told.healthy;
-                told.is_some_and(|told| sound(told) && told.flush >= *confirmed)
-            };
-            if observer.peers().iter().any(has_it) {
+            if has_in_sight(&observer.peers(), *confirmed) {
                 copy::from_anybody(shared)?;
             }
         }

@@ -526,11 +526,6 @@ impl Shared {
         self.inner().heard.map(|heard| heard.elapsed())
     }
 
-    /// Whether the upstream has sent anything within so long.
-    pub fn heard_within(&self, limit: Duration) -> bool {
-        self.inner().heard_within(limit)
-    }
-
     /// The top's clock as far as it is known here.
     pub fn top_time(&self) -> i64 {
         self.inner().top_time

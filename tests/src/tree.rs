@@ -275,6 +275,12 @@ impl Tree {
         self.nodes.iter().filter(move |node| node.domain == domain)
     }
 
+    /// Names of the other servers of the domain.
+    pub fn others(&self, domain: &str, name: &str) -> Vec<String> {
+        let names = self.domain(domain).map(|node| node.server.name.clone());
+        names.filter(|other| other != name).collect()
+    }
+
     /// The node of that name.
     pub fn node(&mut self, name: &str) -> &mut Node {
         let found = self.nodes.iter_mut().find(|node| node.server.name == name);

@@ -1,5 +1,7 @@
 //! What a master does: stay, make room, leave.
 
+use std::time::Duration;
+
 use super::parents::{can_go_on, top_in_sight};
 use super::view::{Peer, STALE_MICROS, Sight, Told, View, goes_before, key};
 use super::{Decider, Decision, Now, UNSEEN, copy_anew};
@@ -81,11 +83,8 @@ impl Decider {
     /// Whether others have seen the top later than any server that we reach for so long that it is
     /// no hiccup.
     fn is_stale(&mut self, now: Now, view: &View<'_>) -> bool {
-        if !view.live().any(|(_, told)| sees_later(told, view)) {
-            self.stale_since = None;
-            return false;
-        }
-        now - *self.stale_since.get_or_insert(now) >= self.takeover_after
+        let stale = view.live().any(|(_, told)| sees_later(told, view));
+        lasts(&mut self.stale_since, stale, now) >= self.takeover_after
     }
 
     /// Another master that goes first and has told so again since it came in sight.
@@ -112,12 +111,15 @@ impl Decider {
 
     /// Whether a majority of the domain has been out of reach for so long that it is no hiccup.
     fn is_outnumbered(&mut self, now: Now, view: &View<'_>) -> bool {
-        if view.is_majority() {
-            self.outnumbered_since = None;
-            return false;
-        }
-        now - *self.outnumbered_since.get_or_insert(now) >= self.takeover_after
+        let outnumbered = !view.is_majority();
+        lasts(&mut self.outnumbered_since, outnumbered, now) >= self.takeover_after
     }
+}
+
+/// For how long something has been so, which is noted in `since`.
+fn lasts(since: &mut Option<Now>, is_so: bool, now: Now) -> Duration {
+    *since = since.or(Some(now)).filter(|_| is_so);
+    since.map_or(Duration::ZERO, |since| now - since)
 }
 
 /// Where servers of the parent domain are bridges: it reaches one that has read the top later than

@@ -51,19 +51,14 @@ impl Decider {
     /// As master: the server that is followed reads the top no more, and those that do have let go of
     /// what follows our end. From here on one of them has all.
     pub(super) fn only_kept_elsewhere(&self, view: &View<'_>) -> Option<Lsn> {
-        let latest = latest(view.parents);
-        let told = |parent: &Peer| parent.told.clone();
-        let present = self.parent.and_then(|at| told(view.parents.get(at)?))?;
+        let latest = latest(told(view.parents));
+        let present = view.parents.get(self.parent?)?.told.as_ref()?;
         let own = &view.own.told;
         // What comes over the link tells of it as well.
-        if latest - present.top_time.max(own.top_time) < STALE_MICROS {
+        if is_fresh(present.top_time.max(own.top_time), latest) {
             return None;
         }
-        let live = view
-            .parents
-            .iter()
-            .filter(|parent| parent.sight.is_live(view.limit));
-        let fresh = live.filter_map(told).filter(|told| is_fresh(told, latest));
+        let fresh = live(view.parents, view.limit).filter(|told| is_fresh(told.top_time, latest));
         let serving = fresh.filter(|told| may_serve(told, own));
         serving
             .map(|told| told.first)
@@ -151,22 +146,22 @@ impl Decider {
 /// sound, else the first in the configured order that is sound, reads the top as
 /// lately as the others, keeps what follows our end, and is not below us itself.
 /// `tried` holds those that failed just now.
-pub fn choose_parent(
+fn choose_parent(
     own: &Told,
     parents: &[Peer],
     present: Option<usize>,
     tried: &[usize],
     limit: Duration,
 ) -> Option<usize> {
-    let latest = latest(parents);
+    let latest = latest(told(parents));
     let grade = |index: usize, parent: &Peer| {
         let usable = match &parent.told {
             // A Postgres; whether it can be followed shows when it is tried.
             None => !parent.standby,
-            Some(told) => may_serve(told, own) && told.first <= own.flush,
+            Some(told) => keeps(told, own),
         };
         let told = parent.told.as_ref();
-        let sound = told.is_none_or(|told| told.healthy && is_fresh(told, latest));
+        let sound = told.is_none_or(|told| told.healthy && is_fresh(told.top_time, latest));
         (
             usable && parent.sight.is_live(limit),
             !tried.contains(&index),
@@ -184,41 +179,63 @@ pub fn choose_parent(
         .map(|(_, index)| index)
 }
 
+/// Which server of the parent domain to copy from; `failed` did not give it the last time.
+pub fn parent_to_copy_from(
+    own: &Told,
+    parents: &[Peer],
+    failed: Option<usize>,
+    limit: Duration,
+) -> Option<usize> {
+    // Wherever its queue begins.
+    let anywhere = Told {
+        flush: Lsn::MAX,
+        ..own.clone()
+    };
+    choose_parent(&anywhere, parents, None, failed.as_slice(), limit)
+}
+
 /// Whether what follows a sibling's end is kept by us, or, as far as we know, above.
 pub(super) fn can_go_on(view: &View<'_>, sibling: &Told) -> bool {
-    let keeps = |told: &Told| may_serve(told, sibling) && told.first <= sibling.flush;
-    let mut parents = view.parents.iter();
-    view.own.told.first <= sibling.flush
-        || parents.any(|parent| parent.told.as_ref().is_none_or(keeps))
+    let may_keep = |parent: &Peer| parent.told.as_ref().is_none_or(|told| keeps(told, sibling));
+    view.own.told.first <= sibling.flush || view.parents.iter().any(may_keep)
 }
 
 /// Whether a bridge of the parent domain keeps what follows our end.
 pub(super) fn keeps_it(view: &View<'_>) -> bool {
-    let own = &view.own.told;
-    let live = view
-        .parents
+    live(view.parents, view.limit).any(|told| keeps(told, &view.own.told))
+}
+
+/// What bridges of the parent domain have told last …
+fn told(parents: &[Peer]) -> impl Iterator<Item = &Told> {
+    parents.iter().filter_map(|parent| parent.told.as_ref())
+}
+
+/// … and those of them that answer.
+fn live(parents: &[Peer], limit: Duration) -> impl Iterator<Item = &Told> {
+    let live = parents
         .iter()
-        .filter(|parent| parent.sight.is_live(view.limit));
-    let mut told = live.filter_map(|parent| parent.told.as_ref());
-    told.any(|told| may_serve(told, own) && told.first <= own.flush)
+        .filter(move |parent| parent.sight.is_live(limit));
+    live.filter_map(|parent| parent.told.as_ref())
 }
 
-/// The top's clock as any of them knows it.
-fn latest(parents: &[Peer]) -> i64 {
-    let told = parents.iter().filter_map(|parent| parent.told.as_ref());
+/// The top's clock as any of these knows it; 0 without any.
+fn latest<'a>(told: impl Iterator<Item = &'a Told>) -> i64 {
     told.map(|told| told.top_time).max().unwrap_or(0)
 }
 
-/// The same of those that answer; 0 if none tells.
+/// The top's clock as the latest of the bridges above that answer knows it; 0 without any.
 pub fn top_in_sight(parents: &[Peer], limit: Duration) -> i64 {
-    let live = parents.iter().filter(|parent| parent.sight.is_live(limit));
-    let told = live.filter_map(|parent| parent.told.as_ref());
-    told.map(|told| told.top_time).max().unwrap_or(0)
+    latest(live(parents, limit))
 }
 
-/// It reads the top as lately as the others.
-fn is_fresh(told: &Told, latest: i64) -> bool {
-    latest - told.top_time < STALE_MICROS
+/// The top has been read as lately as by others.
+fn is_fresh(top_time: i64, latest: i64) -> bool {
+    latest - top_time < STALE_MICROS
+}
+
+/// It has what follows `own` end, and gives it.
+fn keeps(told: &Told, own: &Told) -> bool {
+    may_serve(told, own) && told.first <= own.flush
 }
 
 /// It has what it could give to us, and is not below us itself.

@@ -105,6 +105,15 @@ pub fn held_by_others(peers: &[Peer], unused_for: Duration) -> Lsn {
     peers.iter().map(end).max().unwrap_or(Lsn::ZERO)
 }
 
+/// Whether a sound server that answers has what a slot has confirmed: it is copied from also when
+/// it cannot lead.
+pub fn has_in_sight(peers: &[Peer], confirmed: Lsn) -> bool {
+    let sound = |told: &Told| told.has_data && told.serves && told.healthy;
+    let has_it = |told: &Told| sound(told) && told.flush >= confirmed;
+    let mut answer = peers.iter().filter(|peer| peer.sight == Sight::Answers);
+    answer.any(|peer| peer.told.as_ref().is_some_and(has_it))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -89,31 +89,8 @@ impl Roles {
                 own.domain
             ));
         };
-        let told = match (&peer.told, peer.sight) {
-            (Some(told), Sight::Answers) => told,
-            _ => return Err(format!("node \"{to}\" does not answer")),
-        };
-        if let Some(problem) = domain::stranger(&own, std::slice::from_ref(peer)) {
+        if let Some(problem) = unfit(&own, peer) {
             return Err(problem);
-        }
-        if !told.has_data || !told.healthy {
-            return Err(format!(
-                "node \"{to}\" is not in order; see its state in terrace.lag"
-            ));
-        }
-        if !told.parent_ok {
-            return Err(format!("node \"{to}\" does not reach the parent"));
-        }
-        let behind = own.flush.0.saturating_sub(told.flush.0);
-        if behind > SWITCHOVER_BYTES {
-            return Err(format!(
-                "node \"{to}\" is {behind} bytes behind; wait until it has caught up"
-            ));
-        }
-        if told.lagging {
-            return Err(format!(
-                "the database of node \"{to}\" is far behind; wait until it has caught up"
-            ));
         }
         self.shared
             .event("switchover", &format!("to {to}, as asked"));
@@ -176,17 +153,40 @@ impl Roles {
     }
 }
 
-fn best_successor(own: &Told, peers: &[Peer]) -> Option<String> {
-    let near = |told: &Told| own.flush.0.saturating_sub(told.flush.0) <= SWITCHOVER_BYTES;
-    let sound = |told: &Told| told.has_data && told.healthy && told.parent_ok && near(told);
-    let fit = |peer: &&Peer| {
-        let told = peer.told.as_ref();
-        let stranger = domain::stranger(own, std::slice::from_ref(*peer)).is_some();
-        peer.sight == Sight::Answers && !stranger && told.is_some_and(sound)
+/// Why a server cannot take over.
+fn unfit(own: &Told, peer: &Peer) -> Option<String> {
+    let to = &peer.name;
+    let told = match (&peer.told, peer.sight) {
+        (Some(told), Sight::Answers) => told,
+        _ => return Some(format!("node \"{to}\" does not answer")),
     };
-    let best = peers.iter().filter(fit).max_by_key(|peer| {
+    let behind = own.flush.0.saturating_sub(told.flush.0);
+    if let Some(problem) = domain::stranger(own, std::slice::from_ref(peer)) {
+        Some(problem)
+    } else if !told.has_data || !told.healthy {
+        Some(format!(
+            "node \"{to}\" is not in order; see its state in terrace.lag"
+        ))
+    } else if !told.parent_ok {
+        Some(format!("node \"{to}\" does not reach the parent"))
+    } else if behind > SWITCHOVER_BYTES {
+        Some(format!(
+            "node \"{to}\" is {behind} bytes behind; wait until it has caught up"
+        ))
+    } else if told.lagging {
+        Some(format!(
+            "the database of node \"{to}\" is far behind; wait until it has caught up"
+        ))
+    } else {
+        None
+    }
+}
+
+fn best_successor(own: &Told, peers: &[Peer]) -> Option<String> {
+    let fit = peers.iter().filter(|peer| unfit(own, peer).is_none());
+    let best = fit.max_by_key(|peer| {
         let told = peer.told.as_ref();
-        told.map(|told| (!told.lagging, told.priority, told.flush))
+        told.map(|told| (told.priority, told.flush))
     });
     best.map(|peer| peer.name.clone())
 }

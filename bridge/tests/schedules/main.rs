@@ -24,6 +24,7 @@
 //! that has just started is taken for empty, with `WITHOUT=floor` acknowledgements go back, and with
 //! `WITHOUT=unheard` whoever does not answer is taken for gone.
 
+mod copies;
 mod faults;
 mod node;
 mod upstream;

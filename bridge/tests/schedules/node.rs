@@ -4,12 +4,12 @@
 use std::time::Duration;
 
 use terrace_bridge::domain::{
-    Decider, Decision, Link, Missing, Own, Peer, Refusal, Session, Sight, Source, Told,
-    choose_parent, copy_source, held_by_others, parent_sight, top_in_sight,
+    Decider, Decision, Link, Missing, Own, Peer, Refusal, Session, Sight, Told,
 };
 use terrace_bridge::lsn::Lsn;
 
-use crate::upstream::{Holder, LEASE, RATE, Slot};
+use crate::copies::Copying;
+use crate::upstream::{Holder, RATE, Slot};
 use crate::without;
 use crate::world::{TICK, World};
 
@@ -40,17 +40,6 @@ struct Try {
     gives_up: u64,
 }
 
-/// A copy of another server's data.
-pub struct Copying {
-    /// A node, or after those a server of the parent domain.
-    pub from: usize,
-    /// What it holds when it is complete.
-    position: u64,
-    until: u64,
-    /// When it went on last.
-    alive: u64,
-}
-
 pub struct Node {
     pub index: usize,
     pub up: bool,
@@ -66,9 +55,9 @@ pub struct Node {
     pub has_data: bool,
     /// It has thrown its data away, to copy the parent's.
     pub anew: bool,
-    waiting_to_copy: u64,
+    pub waiting_to_copy: u64,
     /// When it has seen the slot in use.
-    slot_used_at: u64,
+    pub slot_used_at: u64,
     pub copying: Option<Copying>,
     pub healthy: bool,
     /// Its database is far behind its queue.
@@ -225,25 +214,12 @@ impl Node {
         self.look(now, 0..self.siblings)
     }
 
-    fn parents(&self, now: u64) -> Vec<Peer> {
+    pub fn parents(&self, now: u64) -> Vec<Peer> {
         self.look(now, self.siblings..self.views.len())
     }
 
-    fn heard(&self, now: u64) -> Option<Duration> {
+    pub fn heard(&self, now: u64) -> Option<Duration> {
         (self.link != Link::None).then(|| ticks(now - self.link_heard))
-    }
-
-    pub fn parent_sight(&self, now: u64) -> Sight {
-        parent_sight(
-            &self.link,
-            self.heard(now),
-            &self.parents(now),
-            TAKEOVER_AFTER,
-        )
-    }
-
-    pub fn top_in_sight(&self, now: u64) -> i64 {
-        top_in_sight(&self.parents(now), TAKEOVER_AFTER)
     }
 
     /// Rule C: what two members hold.
@@ -274,7 +250,7 @@ impl Node {
         };
     }
 
-    fn has_copied(&mut self, position: u64) {
+    pub fn has_copied(&mut self, position: u64) {
         (self.flush, self.first) = (position, position);
         (self.has_data, self.anew, self.copying) = (true, false, None);
     }
@@ -286,7 +262,7 @@ impl Node {
     }
 }
 
-fn ticks(ticks: u64) -> Duration {
+pub fn ticks(ticks: u64) -> Duration {
     TICK * u32::try_from(ticks).unwrap()
 }
 
@@ -554,139 +530,5 @@ impl World {
             acknowledged: confirmed,
         });
         Ok(())
-    }
-
-    // ----- copies -----------------------------------------------------------
-
-    fn copy(&mut self, index: usize, own: &Told, peers: &[Peer], parents: &[Peer]) {
-        if let Some(copying) = self.nodes[index].copying.take() {
-            return self.go_on_copying(index, copying);
-        }
-        self.nodes[index].waiting_to_copy += 1;
-        let waited = ticks(self.nodes[index].waiting_to_copy);
-        let from = match copy_source(waited, own, peers, TAKEOVER_AFTER) {
-            Source::Wait => return,
-            Source::Peer(name) => NAMES.iter().position(|n| *n == name),
-            Source::Parent => {
-                let mut anywhere = own.clone();
-                anywhere.flush = Lsn::MAX;
-                let chosen = choose_parent(&anywhere, parents, None, &[], TAKEOVER_AFTER);
-                let chosen = chosen.filter(|at| self.may_copy(index, *at, peers));
-                if chosen.is_none() && self.nodes[index].anew {
-                    self.nodes[index].anew = !self.is_held_by_one_in_sight(peers);
-                }
-                chosen.map(|at| self.count() + at)
-            }
-        };
-        let Some(from) = from.filter(|from| self.gives_data(index, *from)) else {
-            return;
-        };
-        let position = match from.checked_sub(self.count()) {
-            None => self.nodes[from].flush,
-            Some(at) => {
-                self.drop_slot(index, at);
-                self.parents[at].flush
-            }
-        };
-        let until = self.now + 5 + self.random.below(60);
-        self.tell(|| format!("{} copies from {from} at {position}", NAMES[index]));
-        self.nodes[index].copying = Some(Copying {
-            from,
-            position,
-            until,
-            alive: self.now,
-        });
-    }
-
-    /// The permanent one, at the end of a copy.
-    fn make_slot(&mut self, at: usize, position: u64) -> bool {
-        let server = &mut self.parents[at];
-        if let Some(slot) = &mut server.slot {
-            if slot.exists {
-                return false;
-            }
-            (slot.exists, slot.made_at) = (true, self.now);
-            (slot.confirmed, slot.saved) = (position, position);
-        }
-        server.forgotten() <= position
-    }
-
-    /// One that is there makes room for a copy.
-    fn drop_slot(&mut self, index: usize, at: usize) {
-        // One whose database is broken may never lead again.
-        let able = |other: &usize| self.has_all(*other) && self.nodes[*other].healthy;
-        let able = (0..self.count()).find(able);
-        let head = self.head;
-        let slot = self.parents[at].slot.as_mut();
-        let Some(slot) = slot.filter(|slot| slot.exists) else {
-            return;
-        };
-        if let Some(able) = able {
-            panic!("{} drops the slot of {}", NAMES[index], NAMES[able]);
-        }
-        slot.exists = false;
-        (slot.confirmed, slot.saved) = (head, head);
-    }
-
-    fn gives_data(&self, index: usize, from: usize) -> bool {
-        let works = match self.nodes.get(from) {
-            Some(node) => node.has_data && node.healthy,
-            None => true,
-        };
-        self.runs(from) && self.talks(index, from) && works
-    }
-
-    /// One that is there and cannot lead is copied from all the same.
-    fn is_held_by_one_in_sight(&self, peers: &[Peer]) -> bool {
-        let slot = self.parents[0].slot.as_ref().filter(|slot| slot.exists);
-        let has_it = |peer: &Peer| {
-            let told = peer.told.as_ref().filter(|_| peer.sight == Sight::Answers);
-            let confirmed = slot.map_or(u64::MAX, |slot| slot.confirmed);
-            told.is_some_and(|told| told.has_data && told.healthy && told.flush >= Lsn(confirmed))
-        };
-        peers.iter().any(has_it)
-    }
-
-    /// A slot that is there belongs to a server that has data, unless that was found wanting.
-    fn may_copy(&mut self, index: usize, at: usize, peers: &[Peer]) -> bool {
-        let server = &self.parents[at];
-        let from = self.count() + at;
-        let copies = |other: &Node| {
-            let copying = other.copying.as_ref();
-            let copying = copying.filter(|copying| copying.from == from);
-            copying.is_some_and(|copying| self.now - copying.alive <= LEASE)
-        };
-        let mut others = self.nodes.iter().filter(|other| other.index != index);
-        if server.holder.is_some() || others.any(copies) {
-            self.nodes[index].slot_used_at = self.now;
-            return false;
-        }
-        match &server.slot {
-            Some(slot) if slot.exists => {
-                let unused = ticks(self.now - self.nodes[index].slot_used_at);
-                self.nodes[index].anew && Lsn(slot.confirmed) > held_by_others(peers, unused)
-            }
-            _ => true,
-        }
-    }
-
-    fn go_on_copying(&mut self, index: usize, mut copying: Copying) {
-        let ended = self.now - copying.alive > LEASE;
-        if ended || !self.gives_data(index, copying.from) {
-            return;
-        }
-        copying.alive = self.now;
-        if self.now < copying.until {
-            self.nodes[index].copying = Some(copying);
-            return;
-        }
-        let kept = match copying.from.checked_sub(self.count()) {
-            None => self.nodes[copying.from].first <= copying.position,
-            Some(at) => self.make_slot(at, copying.position),
-        };
-        if kept {
-            self.tell(|| format!("{} has copied", NAMES[index]));
-            self.nodes[index].has_copied(copying.position);
-        }
     }
 }

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use terrace_bridge::domain::{Link, Sight, Told};
+use terrace_bridge::domain::{Link, Sight, Told, parent_sight, top_in_sight};
 use terrace_bridge::lsn::Lsn;
 use terrace_bridge::status::Role;
 
-use crate::node::{NAMES, Node, View};
+use crate::node::{NAMES, Node, TAKEOVER_AFTER, View};
 use crate::upstream::{RATE, Server, micros};
 use crate::{Random, without};
 
@@ -225,6 +225,7 @@ impl World {
         let in_sight = 1 + siblings.iter().filter(answers).count();
         let silent = node.hangs_since.is_some_and(|since| self.now - since >= 30);
         let copying = node.copying.as_ref();
+        let (heard, parents) = (node.heard(self.now), node.parents(self.now));
         Some(Told {
             node: node.name().to_owned(),
             domain: "d".into(),
@@ -236,7 +237,7 @@ impl World {
             healthy: node.healthy && !silent,
             serves: true,
             identity: None,
-            parent_ok: node.parent_sight(self.now) == Sight::Answers,
+            parent_ok: parent_sight(&node.link, heard, &parents, TAKEOVER_AFTER) == Sight::Answers,
             master_ok: role == Role::Master || siblings.iter().any(leads),
             lagging: node.lagging,
             in_sight: if without("outnumbered") { 1 } else { in_sight },
@@ -244,7 +245,7 @@ impl World {
             first: Lsn(node.first),
             priority: 100,
             top_time: micros(node.top_read),
-            top_in_sight: node.top_in_sight(self.now),
+            top_in_sight: top_in_sight(&parents, TAKEOVER_AFTER),
             path,
             domains: vec![],
             yields_to: node.decider.yields_to(),

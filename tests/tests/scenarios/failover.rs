@@ -281,11 +281,7 @@ fn a_slave_that_lags_takes_the_slot_only_after_it_has_fetched_what_it_lacks() {
     let counting = count_up(&tree.top);
     counting.go_on(20);
     let master = tree.with_role("region", "master");
-    let slaves: Vec<String> = tree
-        .domain("region")
-        .map(|node| node.server.name.clone())
-        .filter(|name| *name != master)
-        .collect();
+    let slaves = tree.others("region", &master);
     // One slave is stopped, the two others acknowledge what it has not.
     tree.node(&slaves[0]).bridge.kill9();
     let end = tree.top.value("SELECT pg_current_wal_lsn()");

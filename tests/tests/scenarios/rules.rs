@@ -10,12 +10,6 @@ const REGION: [(&str, Option<&str>, usize); 1] = [("region", None, 3)];
 
 const GONE: &str = "SELECT count(*) FROM terrace.events WHERE kind IN ('gap', 'resync')";
 
-/// The other servers of the domain.
-fn others(tree: &Tree, domain: &str, name: &str) -> Vec<String> {
-    let names = tree.domain(domain).map(|node| node.server.name.clone());
-    names.filter(|other| other != name).collect()
-}
-
 fn strs(names: &[String]) -> Vec<&str> {
     names.iter().map(String::as_str).collect()
 }
@@ -43,9 +37,7 @@ fn what_no_slave_holds_is_not_acknowledged_before_its_time() {
     let counting = count_up(&tree.top);
     counting.go_on(50);
     let master = tree.settled_master("region");
-    let slaves = ["region-1", "region-2", "region-3"].map(String::from);
-    let slaves = slaves.into_iter().filter(|name| *name != master);
-    let slaves: Vec<String> = slaves.collect();
+    let slaves = tree.others("region", &master);
     for slave in &slaves {
         tree.node(slave).bridge.pause();
     }
@@ -150,7 +142,7 @@ fn who_has_only_started_may_have_what_is_missing() {
     let counting = count_up(&tree.top);
     counting.go_on(50);
     let master = tree.settled_master("region");
-    let slaves = others(&tree, "region", &master);
+    let slaves = tree.others("region", &master);
     let (late, other) = (&slaves[0], &slaves[1]);
     tree.node(late).bridge.pause();
     counting.go_on(50);
@@ -194,7 +186,7 @@ fn a_master_that_most_cannot_reach_makes_room() {
     let counting = count_up(&tree.top);
     counting.go_on(50);
     let master = tree.settled_master("region");
-    let slaves = others(&tree, "region", &master);
+    let slaves = tree.others("region", &master);
     tree.between(&[&master], &[&slaves[1], &slaves[2]], Proxy::cut);
     // That one is asked; another one that hears of it in time may be faster.
     let next = tree.successor("region", &master);
@@ -214,7 +206,7 @@ fn a_slave_that_cannot_reach_its_master_follows_a_sibling() {
     let counting = count_up(&tree.top);
     counting.go_on(50);
     let master = tree.settled_master("region");
-    let slaves = others(&tree, "region", &master);
+    let slaves = tree.others("region", &master);
     let upstream = format!(
         "SELECT upstream FROM terrace.lag WHERE node = '{}'",
         slaves[0]
@@ -271,7 +263,7 @@ fn the_top_stops_while_acknowledgements_wait() {
     let counting = count_up(&tree.top);
     counting.go_on(50);
     let master = tree.settled_master("region");
-    let slaves = others(&tree, "region", &master);
+    let slaves = tree.others("region", &master);
     for slave in &slaves {
         tree.node(slave).bridge.pause();
     }
@@ -360,7 +352,7 @@ fn what_an_idle_top_was_acknowledged_is_missed_by_nobody() {
 fn a_master_that_wakes_makes_nobody_forget() {
     let mut tree = Tree::grow_with("[queue]\nretain_min = \"1MiB\"", WIDE, &REGION);
     let master = tree.settled_master("region");
-    let [away, next] = <[String; 2]>::try_from(others(&tree, "region", &master)).expect("two");
+    let [away, next] = <[String; 2]>::try_from(tree.others("region", &master)).expect("two");
     // Long enough for each to have heard where the others are.
     std::thread::sleep(Duration::from_millis(2500));
     tree.node(&away).bridge.stop();
@@ -423,7 +415,7 @@ fn a_child_goes_to_a_server_that_is_behind_it() {
     counting.go_on(50);
     tree.settled_master("region");
     let stale = tree.with_role("region", "slave");
-    let ahead = others(&tree, "region", &stale);
+    let ahead = tree.others("region", &stale);
     tree.between(
         &[&stale],
         &[&["top"], &strs(&ahead)[..]].concat(),
@@ -476,7 +468,7 @@ fn two_masters_of_a_child_follow_two_servers_above() {
     let counting = count_up(&tree.top);
     counting.go_on(50);
     let one = tree.settled_master("branch");
-    let rest = others(&tree, "branch", &one);
+    let rest = tree.others("branch", &one);
     let regions = ["region-1", "region-2"];
     let first = regions.iter().find(|name| follows(&tree, &one, name));
     let first = *first.expect("it follows a server");
@@ -518,7 +510,7 @@ fn a_slave_that_is_ahead_of_the_promoted_one_waits_for_it() {
     let counting = count_up(&tree.top);
     counting.go_on(20);
     let master = tree.settled_master("region");
-    let slaves = others(&tree, "region", &master);
+    let slaves = tree.others("region", &master);
     let (ahead, behind) = (slaves[0].as_str(), slaves[1].as_str());
     tree.node(behind).bridge.pause();
     // So much that it takes a while to send it.
@@ -582,7 +574,7 @@ fn a_master_that_comes_again_acknowledges_nothing() {
     let counting = count_up(&tree.top);
     counting.go_on(50);
     let master = tree.settled_master("branch");
-    let slaves = others(&tree, "branch", &master);
+    let slaves = tree.others("branch", &master);
     for slave in &slaves {
         tree.node(slave).bridge.pause();
     }
@@ -637,7 +629,7 @@ fn a_parent_that_freezes_as_it_is_asked_is_left_for_another() {
     }
     tree.node(parent).bridge.pause();
     tree.node(&master).bridge.kill9();
-    let next = others(&tree, "branch", &master).remove(0);
+    let next = tree.others("branch", &master).remove(0);
     tree.rows_arrive(&next, Duration::from_secs(8));
     tree.node(parent).bridge.resume();
     tree.node(&master).bridge.restart().expect("start it");
