@@ -74,12 +74,12 @@ pub struct CopyResult {
     pub client: Client,
 }
 
-/// Copies everything that this server is to hold from `source`. The domain's slot stays what it is
-/// if another server, which has all up to `held`, may go on with it.
+/// Copies everything that this server is to hold from `source`. Data of the domain that is no use
+/// any more leaves its slot behind, which makes room if it is still where it `may_go`.
 pub async fn initial_copy(
     shared: &Arc<Shared>,
     source: &ConnInfo,
-    held: Lsn,
+    may_go: Option<Lsn>,
 ) -> anyhow::Result<CopyResult> {
     let node = &shared.config.node;
     let (mut holder, identity, _) = connect(source, &node.name).await?;
@@ -104,7 +104,7 @@ pub async fn initial_copy(
         }
     }
     if !bridge {
-        check_slot(shared, &mut holder, &slot, held).await?;
+        check_slot(shared, &mut holder, &slot, may_go).await?;
     }
     let (lsn, snapshot) = match create_snapshot(&mut holder, &temporary).await {
         Err(error) if error.code() == Some("42710") => {
@@ -204,7 +204,7 @@ async fn check_slot(
     shared: &Arc<Shared>,
     client: &mut Client,
     slot: &str,
-    held: Lsn,
+    may_go: Option<Lsn>,
 ) -> anyhow::Result<()> {
     let sql = format!(
         "SELECT active::text, confirmed_flush_lsn::text, wal_status FROM pg_catalog.pg_replication_slots \
@@ -230,7 +230,7 @@ async fn check_slot(
     if let Ok(confirmed) = confirmed.parse::<Lsn>()
         && marker.contains(FROM_PARENT)
         && !lost
-        && confirmed <= held
+        && may_go != Some(confirmed)
     {
         let slot = slot.to_owned();
         return Err(CopyError::Held { slot, confirmed }.into());

@@ -12,7 +12,9 @@ use tokio::time::sleep;
 use crate::client::{Client, SessionOptions};
 use crate::conninfo::ConnInfo;
 use crate::copy::CopyError;
-use crate::domain::{Source, copy_source, has_in_sight, held_by_others, parent_to_copy_from};
+use crate::domain::{
+    FoundSlot, Peer, Source, copy_source, has_in_sight, may_drop, parent_to_copy_from,
+};
 use crate::lsn::{Identity, Lsn};
 use crate::observe::Observer;
 use crate::queue::{Queue, QueueError, Writer};
@@ -286,6 +288,8 @@ struct Tries {
     started: Instant,
     /// The slot has not been seen in use since then.
     unused_since: Instant,
+    /// What it had confirmed when it was seen last, and since when.
+    slot: Option<(Lsn, Instant)>,
     /// The server of the parent domain that failed last.
     failed: Option<usize>,
 }
@@ -295,8 +299,31 @@ impl Tries {
         Tries {
             started: Instant::now(),
             unused_since: Instant::now(),
+            slot: None,
             failed: None,
         }
+    }
+
+    /// Notes a slot that is in the way; whether that is news.
+    fn found(&mut self, confirmed: Lsn) -> bool {
+        if self.slot.is_some_and(|(known, _)| known == confirmed) {
+            return false;
+        }
+        if self.slot.replace((confirmed, Instant::now())).is_some() {
+            self.unused_since = Instant::now();
+        }
+        true
+    }
+
+    /// Where the slot is, if it may make room.
+    fn may_go(&self, peers: &[Peer]) -> Option<Lsn> {
+        let (confirmed, since) = self.slot?;
+        let slot = FoundSlot {
+            confirmed,
+            known_for: since.elapsed(),
+            unused_for: self.unused_since.elapsed(),
+        };
+        may_drop(slot, peers).then_some(confirmed)
     }
 }
 
@@ -335,8 +362,8 @@ async fn copy_from_somewhere(
     let source = source.context("an unknown server")?.clone();
     shared.set_link(State::Copying, None);
     publish_view(shared, observer, from_parent.is_some());
-    let held = held_by_others(&observer.peers(), tries.unused_since.elapsed());
-    let error = match copy::initial_copy(shared, &source, held).await {
+    let may_go = tries.may_go(&observer.peers());
+    let error = match copy::initial_copy(shared, &source, may_go).await {
         Ok(result) => return Ok(Some(result)),
         Err(error) => error,
     };
@@ -346,6 +373,10 @@ async fn copy_from_somewhere(
             return Ok(None);
         }
         Some(CopyError::Held { confirmed, .. }) => {
+            if tries.found(*confirmed) {
+                // Others tell once more first.
+                return Ok(None);
+            }
             if has_in_sight(&observer.peers(), *confirmed) {
                 copy::from_anybody(shared)?;
             }

@@ -89,10 +89,28 @@ fn is_led(told: &Told) -> bool {
     }
 }
 
+/// The slot of the domain, as one that wants to copy from the parent has found it.
+#[derive(Clone, Copy, Debug)]
+pub struct FoundSlot {
+    /// What it has confirmed.
+    pub confirmed: Lsn,
+    /// Found so for so long.
+    pub known_for: Duration,
+    /// Nobody has used it for so long, as far as we know.
+    pub unused_for: Duration,
+}
+
+/// Whether a slot may make room for a copy: nobody else may lead with it. What others told before
+/// it was found as it is says nothing: one of them may have made it.
+pub fn may_drop(slot: FoundSlot, peers: &[Peer]) -> bool {
+    let told_since = |peer: &Peer| peer.sight != Sight::Answers || peer.age < slot.known_for;
+    peers.iter().all(told_since) && slot.confirmed > held_by_others(peers, slot.unused_for)
+}
+
 /// End of what another server of the domain may have, and lead with. Whoever is led goes on, and whoever
 /// does not answer may have all; when nobody has used the slot for [`LAST_CALL`], `unused_for`
 /// which it is known, it has not.
-pub fn held_by_others(peers: &[Peer], unused_for: Duration) -> Lsn {
+fn held_by_others(peers: &[Peer], unused_for: Duration) -> Lsn {
     let in_use = unused_for < LAST_CALL;
     let end = |peer: &Peer| match &peer.told {
         _ if peer.sight != Sight::Answers && in_use => Lsn::MAX,
@@ -142,6 +160,8 @@ mod tests {
         assert_eq!(held(&|_, _| ()), [Lsn(60), Lsn(60)]);
         assert_eq!(held(&|_, told| told.role = Role::Master), [Lsn::MAX; 2]);
         assert_eq!(held(&|_, told| told.role = Role::Slave), [Lsn(60); 2]);
+        let led = |_: &mut Peer, told: &mut Told| (told.role, told.master_ok) = (Role::Slave, true);
+        assert_eq!(held(&led), [Lsn::MAX; 2]);
         assert_eq!(held(&|_, told| told.opening = true), [Lsn::MAX; 2]);
         let broken = held(&|_, told| told.healthy = false);
         assert_eq!(broken, [Lsn(60), Lsn::ZERO]);
@@ -151,5 +171,64 @@ mod tests {
         assert_eq!(silent, [Lsn::MAX, Lsn(60)]);
         let dead = held(&|peer, _| peer.sight = Sight::Refused);
         assert_eq!(dead, [Lsn::MAX, Lsn(60)]);
+    }
+
+    #[test]
+    fn who_has_thrown_its_data_away_copies_the_parents_or_that_of_one_who_is_led() {
+        let anew = Told {
+            anew: true,
+            ..Told::default()
+        };
+        let source = |waited: u64, told: Option<Told>| {
+            let peer = Peer {
+                name: "two".into(),
+                sight: told.as_ref().map_or(Sight::Unknown, |_| Sight::Answers),
+                told,
+                age: Duration::ZERO,
+                standby: false,
+            };
+            let limit = Duration::from_secs(3);
+            copy_source(Duration::from_secs(waited), &anew, &[peer], limit)
+        };
+        let of = |edit: &dyn Fn(&mut Told)| {
+            let mut told = Told {
+                has_data: true,
+                serves: true,
+                healthy: true,
+                ..Told::default()
+            };
+            edit(&mut told);
+            source(10, Some(told))
+        };
+        assert_eq!(of(&|_| ()), Source::Parent);
+        let two = Source::Peer("two".into());
+        assert_eq!(of(&|told| told.role = Role::Master), two);
+        let led = |told: &mut Told| (told.role, told.master_ok) = (Role::Slave, true);
+        assert_eq!(of(&led), two);
+        let copying = |told: &mut Told| (told.copying, told.has_data) = (true, false);
+        assert_eq!(of(&copying), Source::Wait);
+        // One that may lead is waited for.
+        assert_eq!(of(&|told| told.opening = true), Source::Wait);
+        assert_eq!(source(10, None), Source::Wait);
+        assert_eq!(source(31, None), Source::Parent);
+    }
+
+    #[test]
+    fn what_was_told_before_a_slot_was_made_does_not_count() {
+        let empty = [Peer {
+            name: String::new(),
+            sight: Sight::Answers,
+            told: Some(Told::default()),
+            age: Duration::from_millis(300),
+            standby: false,
+        }];
+        let found = |known_for| FoundSlot {
+            confirmed: Lsn(60),
+            known_for: Duration::from_millis(known_for),
+            unused_for: LAST_CALL,
+        };
+        assert!(!may_drop(found(300), &empty));
+        assert!(may_drop(found(301), &empty));
+        assert!(may_drop(found(0), &[]));
     }
 }

@@ -2,7 +2,7 @@
 //! `open.rs` and `copy.rs` do.
 
 use terrace_bridge::domain::{
-    Peer, Source, Told, copy_source, has_in_sight, held_by_others, parent_to_copy_from,
+    FoundSlot, Peer, Source, Told, copy_source, has_in_sight, may_drop, parent_to_copy_from,
 };
 use terrace_bridge::lsn::Lsn;
 
@@ -116,8 +116,19 @@ impl World {
         }
         match &server.slot {
             Some(slot) if slot.exists => {
-                let unused = ticks(self.now - self.nodes[index].slot_used_at);
-                self.nodes[index].anew && Lsn(slot.confirmed) > held_by_others(peers, unused)
+                let node = &mut self.nodes[index];
+                let known = node.slot_found.filter(|(at, _)| *at == slot.confirmed);
+                if known.is_none() && node.slot_found.is_some() {
+                    node.slot_used_at = self.now;
+                }
+                let (confirmed, since) = known.unwrap_or((slot.confirmed, self.now));
+                node.slot_found = Some((confirmed, since));
+                let found = FoundSlot {
+                    confirmed: Lsn(confirmed),
+                    known_for: ticks(self.now - since),
+                    unused_for: ticks(self.now - node.slot_used_at),
+                };
+                node.anew && may_drop(found, peers)
             }
             _ => true,
         }

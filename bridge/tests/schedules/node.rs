@@ -58,6 +58,8 @@ pub struct Node {
     pub waiting_to_copy: u64,
     /// When it has seen the slot in use.
     pub slot_used_at: u64,
+    /// Where it has found the slot in its way, and since when.
+    pub slot_found: Option<(u64, u64)>,
     pub copying: Option<Copying>,
     pub healthy: bool,
     /// Its database is far behind its queue.
@@ -106,6 +108,7 @@ impl Node {
             anew: false,
             waiting_to_copy: 0,
             slot_used_at: 0,
+            slot_found: None,
             copying: None,
             healthy: true,
             lagging: false,
@@ -148,6 +151,7 @@ impl Node {
         self.jumped = Duration::ZERO;
         self.waiting_to_copy = 0;
         self.slot_used_at = now;
+        self.slot_found = None;
         self.said.fill((0, 0));
     }
 
@@ -259,6 +263,7 @@ impl Node {
         self.unlink();
         (self.has_data, self.anew) = (false, anew);
         (self.flush, self.first, self.waiting_to_copy) = (0, 0, 0);
+        self.slot_found = None;
     }
 }
 

@@ -1,8 +1,11 @@
-//! Single decisions that once were wrong; `schedules.rs` tries the rest at random.
+//! Single decisions, of which many once were wrong; `schedules` tries the rest at random.
+
+mod gaps;
+mod masters;
 
 use std::time::Duration;
 
-use terrace_bridge::domain::{Decider, Decision, Link, Missing, Own, Peer, Refusal, Sight, Told};
+use terrace_bridge::domain::{Decider, Decision, Link, Own, Peer, Refusal, Sight, Told};
 use terrace_bridge::lsn::{Identity, Lsn};
 use terrace_bridge::status::Role;
 
@@ -130,52 +133,6 @@ fn a_server_of_another_history_is_as_if_it_were_not_there() {
     peers[0].told.as_mut().unwrap().identity = history(1);
     let decision = decider.decide(seconds(11), &ours(Link::None), &peers, &top());
     assert_eq!(decision, Decision::Follow("two".into()));
-}
-
-// Rule G: a master with a majority out of its reach makes room for a slave that reaches one, and for no other.
-#[test]
-fn a_master_that_most_cannot_reach_hands_over_to_one_that_they_can() {
-    let mut silent = peer(told("three", Role::Slave, 100));
-    silent.sight = Sight::Silent(seconds(60));
-    let own = own(100, Link::Parent);
-    let sees = |in_sight| {
-        let sibling = Told {
-            in_sight,
-            ..told("two", Role::Slave, 100)
-        };
-        [peer(sibling), silent.clone()]
-    };
-    for (in_sight, members, goes) in [(3, 4, true), (2, 4, false), (3, 3, false)] {
-        let mut decider = Decider::new(TAKEOVER_AFTER, members, false);
-        let mut decide = |at| decider.decide(seconds(at), &own, &sees(in_sight), &top());
-        assert_eq!(decide(10), Decision::Stay);
-        assert_eq!(decide(12), Decision::Stay);
-        let went = matches!(decide(13), Decision::HandOver { to, .. } if to == "two");
-        assert_eq!(went, goes, "{in_sight} of {members}");
-    }
-}
-
-// A deposed master that comes back into sight says for a moment what it was.
-#[test]
-fn a_master_leaves_for_another_one_that_goes_on_saying_so() {
-    for (says_again, leaves) in [(false, false), (true, true)] {
-        let mut decider = Decider::new(TAKEOVER_AFTER, 3, false);
-        let mut decide = |at: u64, age: u64| {
-            let mut rival = peer(told("two", Role::Master, 100));
-            rival.age = Duration::from_millis(age);
-            decider.decide(
-                Duration::from_millis(at),
-                &own(100, Link::Parent),
-                &[rival],
-                &top(),
-            )
-        };
-        assert_eq!(decide(10_000, 0), Decision::Stay);
-        assert_eq!(decide(10_900, 100), Decision::Stay);
-        let age = if says_again { 100 } else { 1_200 };
-        let left = matches!(decide(11_200, age), Decision::Leave(_));
-        assert_eq!(left, leaves);
-    }
 }
 
 // An old master that is cut off from the parent hands over, and its session there goes on
@@ -320,100 +277,6 @@ fn who_is_asked_no_more_deposes_by_the_majority_alone() {
     );
 }
 
-fn keeps(node: &str, role: Role, first: u64, flush: u64) -> Peer {
-    peer(Told {
-        first: Lsn(first),
-        ..told(node, role, flush)
-    })
-}
-
-// The master has forgotten what follows our end, and the sibling that keeps it was silent
-// for a moment, or not asked yet: everything used to be copied anew.
-#[test]
-fn who_is_silent_for_a_moment_may_have_what_is_missing() {
-    for sight in [Sight::Unknown, Sight::Silent(seconds(5)), Sight::Refused] {
-        let mut decider = Decider::new(TAKEOVER_AFTER, 3, false);
-        let master = keeps("two", Role::Master, 80, 100);
-        let mut sibling = keeps("three", Role::Slave, 10, 100);
-        (sibling.sight, sibling.age) = (sight, seconds(5));
-        if sight == Sight::Unknown {
-            sibling.told = None;
-        }
-        let own = own(50, Link::None);
-        let peers = [master.clone(), sibling];
-        assert_eq!(
-            decider.decide(seconds(10), &own, &peers, &top()),
-            Decision::Stay
-        );
-        assert_eq!(
-            decider.decide(seconds(20), &own, &peers, &top()),
-            Decision::Stay
-        );
-        // One that never comes back is not waited for for ever.
-        let decision = decider.decide(seconds(41), &own, &peers, &top());
-        assert_eq!(decision, Decision::CopyAnew { missing: None }, "{sight:?}");
-        let back = [master, keeps("three", Role::Slave, 10, 100)];
-        let follow = Decision::Follow("three".into());
-        assert_eq!(decider.decide(seconds(42), &own, &back, &top()), follow);
-    }
-}
-
-// The parent's position can go back, as it is saved late: one that lacked something used
-// to wait for ever for a server that had died for good.
-#[test]
-fn the_parent_is_asked_again_for_what_it_has_confirmed() {
-    let mut decider = Decider::new(TAKEOVER_AFTER, 2, false);
-    let mut dead = peer(told("two", Role::None, 90));
-    (dead.sight, dead.age) = (Sight::Refused, seconds(100));
-    let (own, peers) = (own(50, Link::None), [dead]);
-    decider.refused(seconds(10), Refusal::Ahead(Lsn(90)));
-    assert_eq!(
-        decider.decide(seconds(11), &own, &peers, &top()),
-        Decision::Stay
-    );
-    // It is known who may have it, and not sure that nobody has.
-    decider.refused(seconds(20), Refusal::Ahead(Lsn(90)));
-    let gap = Decision::Gap {
-        missing: Missing::Forgotten(Lsn(90)),
-        unseen: vec!["two".into()],
-        sure: false,
-    };
-    assert_eq!(decider.decide(seconds(21), &own, &peers, &top()), gap);
-    let lead = Decision::Lead {
-        parent: 0,
-        depose: None,
-    };
-    assert_eq!(decider.decide(seconds(24), &own, &peers, &top()), lead);
-    // It may be dead for good.
-    decider.refused(seconds(310), Refusal::Ahead(Lsn(90)));
-    let last = decider.decide(seconds(311), &own, &peers, &top());
-    assert!(matches!(last, Decision::Gap { sure: true, .. }), "{last:?}");
-}
-
-// Positions of another history are none, and one that has diverged serves nobody.
-#[test]
-fn who_tells_another_history_is_neither_followed_nor_waited_for() {
-    let identity = |system: u32| format!("{system}/1/terrace/1/app").parse().ok();
-    let mut me = own(50, Link::None);
-    me.told.identity = identity(1);
-    let mut diverged = told("two", Role::None, 90);
-    (diverged.serves, diverged.healthy, diverged.identity) = (false, false, identity(1));
-    let mut other = told("three", Role::None, 90);
-    other.identity = identity(2);
-    let peers = [peer(diverged), peer(other)];
-    let mut decider = Decider::new(TAKEOVER_AFTER, 3, false);
-    let lead = Decision::Lead {
-        parent: 0,
-        depose: None,
-    };
-    assert_eq!(decider.decide(seconds(10), &me, &peers, &top()), lead);
-    decider.refused(seconds(11), Refusal::Ahead(Lsn(90)));
-    let gap =
-        |decision: &Decision| matches!(decision, Decision::Gap { unseen, .. } if unseen.is_empty());
-    let decision = decider.decide(seconds(12), &me, &peers, &top());
-    assert!(gap(&decision), "{decision:?}");
-}
-
 // Everybody below would wait until its database has caught up.
 #[test]
 fn whose_database_is_far_behind_leads_last() {
@@ -430,87 +293,4 @@ fn whose_database_is_far_behind_leads_last() {
         (10_000..20_000).step_by(10).find(leads).expect("it leads")
     };
     assert!(leads_at(true) + 100 < leads_at(false));
-}
-
-#[test]
-fn a_handover_to_one_that_has_died_is_over() {
-    let leads_at = |sight: Sight| {
-        let mut decider = Decider::new(TAKEOVER_AFTER, 3, false);
-        decider.yield_to(seconds(10), "two");
-        let mut two = peer(told("two", Role::Slave, 50));
-        two.sight = sight;
-        let peers = [two, peer(told("three", Role::None, 50))];
-        let me = own(90, Link::None);
-        let leads = |at: &u64| {
-            let decision = decider.decide(Duration::from_millis(*at), &me, &peers, &top());
-            matches!(decision, Decision::Lead { .. })
-        };
-        (10_000..20_000).step_by(10).find(leads).expect("it leads")
-    };
-    assert!(leads_at(Sight::Refused) < 11_000);
-    assert!(leads_at(Sight::Answers) >= 15_000);
-}
-
-// A top that has failed over: the old one is a standby by now, and comes first in the list.
-#[test]
-fn a_standby_is_neither_followed_nor_copied_from() {
-    let [standby] = top().map(|mut old| {
-        old.standby = true;
-        old
-    });
-    let [primary] = top();
-    let mut decider = Decider::new(TAKEOVER_AFTER, 1, false);
-    let me = own(50, Link::None);
-    let decision = decider.decide(seconds(10), &me, &[], &[standby.clone(), primary]);
-    let lead = Decision::Lead {
-        parent: 1,
-        depose: None,
-    };
-    assert_eq!(decision, lead);
-    let mut decider = Decider::new(TAKEOVER_AFTER, 1, false);
-    let decision = decider.decide(seconds(10), &me, &[], &[standby]);
-    assert_eq!(decision, Decision::NoParent);
-}
-
-// Seen and asked again and again, it never led.
-#[test]
-fn who_did_not_take_over_is_asked_ever_more_rarely() {
-    let mut decider = Decider::new(TAKEOVER_AFTER, 2, false);
-    let mut me = own(100, Link::Parent);
-    me.told.healthy = false;
-    let peers = [peer(told("two", Role::Slave, 100))];
-    let mut asked = Vec::new();
-    for at in (10_000..400_000).step_by(100) {
-        let now = Duration::from_millis(at);
-        me.link = match decider.decide(now, &me, &peers, &top()) {
-            Decision::HandOver { to, .. } => {
-                asked.push(at);
-                decider.yield_to(now, &to);
-                Link::None
-            }
-            Decision::Lead { .. } => Link::Parent,
-            _ => me.link,
-        };
-    }
-    let pauses: Vec<u64> = asked.windows(2).map(|two| two[1] - two[0]).collect();
-    assert!(pauses.len() > 3, "{asked:?}");
-    let grows = pauses.windows(2).all(|two| two[1] > two[0] * 5 / 4);
-    assert!(grows, "{pauses:?}");
-}
-
-// Led again and again by others, it was thought to have waited for what it lacks all the while.
-#[test]
-fn who_finds_the_slot_in_use_waits_anew_for_what_it_lacks() {
-    let mut decider = Decider::new(TAKEOVER_AFTER, 2, true);
-    let mut silent = peer(told("two", Role::Master, 90));
-    (silent.sight, silent.age) = (Sight::Silent(seconds(400)), seconds(400));
-    let (own, peers) = (own(50, Link::None), [silent]);
-    decider.refused(seconds(10), Refusal::Ahead(Lsn(90)));
-    decider.refused(seconds(300), Refusal::Busy(7));
-    decider.refused(seconds(320), Refusal::Ahead(Lsn(95)));
-    let decision = decider.decide(seconds(322), &own, &peers, &top());
-    assert!(
-        !matches!(decision, Decision::CopyAnew { .. }),
-        "{decision:?}"
-    );
 }
