@@ -210,8 +210,8 @@ END $$;
 CREATE FUNCTION identity_of(rel regclass) RETURNS int2[]
     LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT CASE relreplident
-        WHEN 'f' THEN (SELECT array_agg(attnum) FROM pg_attribute
-                       WHERE attrelid = rel AND attnum > 0 AND NOT attisdropped)
+        WHEN 'f' THEN ARRAY(SELECT attnum FROM pg_attribute
+                            WHERE attrelid = rel AND attnum > 0 AND NOT attisdropped)
         -- PostgreSQL does not take a key that may be violated for a while.
         ELSE (SELECT (indkey::int2[])[0:indnkeyatts - 1] FROM pg_index
               WHERE indrelid = rel AND indisvalid AND indimmediate
@@ -268,6 +268,17 @@ BEGIN
         EXECUTE format('ALTER TABLE %s REPLICA IDENTITY FULL', rel);
     END IF;
     PERFORM terrace.publish_generated(rel);
+END $$;
+
+-- What was altered or dropped may have been what told the rows of this table.
+CREATE FUNCTION follow_identity(rel regclass) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    setting terrace.sync_table := terrace.setting_of(rel);
+BEGIN
+    IF NOT setting IS NULL THEN
+        PERFORM terrace.ensure_identity(part, setting.columns) FROM terrace.parts_of(rel) part;
+    END IF;
 END $$;
 
 -- From PostgreSQL 18 on, every UPDATE and DELETE of a published table is refused if its old rows are
@@ -532,9 +543,8 @@ BEGIN
         PERFORM terrace.follow_columns(objid) FROM pg_event_trigger_ddl_commands()
         WHERE classid = 'pg_class'::regclass AND command_tag = 'ALTER TABLE';
     END IF;
-    PERFORM terrace.publish_generated(objid) FROM pg_event_trigger_ddl_commands()
-    WHERE classid = 'pg_class'::regclass AND command_tag = 'ALTER TABLE'
-      AND NOT terrace.setting_of(objid) IS NULL;
+    PERFORM terrace.follow_identity(objid) FROM pg_event_trigger_ddl_commands()
+    WHERE classid = 'pg_class'::regclass AND command_tag = 'ALTER TABLE';
     FOR found IN
         SELECT DISTINCT s.nspname, s.relname, ARRAY(
             SELECT p FROM terrace.parts_of(c.oid) p
@@ -679,7 +689,7 @@ END $$;
 
 -- What is dropped at the top is listed no more; below, the top's list counts.
 CREATE FUNCTION follow_dropped() RETURNS event_trigger
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET terrace.ddl = off AS $$
 DECLARE
     gone record;
 BEGIN
@@ -694,6 +704,12 @@ BEGIN
     IF terrace.is_top() THEN
         DELETE FROM terrace.partition p USING pg_event_trigger_dropped_objects() d
         WHERE d.object_type = 'table' AND p.nspname = d.schema_name AND p.relname = d.object_name;
+    END IF;
+    -- An index does not say any more whose it was.
+    IF EXISTS (SELECT FROM pg_event_trigger_dropped_objects() WHERE object_type = 'index') THEN
+        PERFORM terrace.follow_identity(s.rel)
+        FROM (SELECT to_regclass(format('%I.%I', nspname, relname)) AS rel FROM terrace.sync_table) s
+        WHERE EXISTS (SELECT FROM terrace.parts_of(s.rel) part WHERE terrace.identity_of(part) IS NULL);
     END IF;
 END $$;
 
@@ -1151,6 +1167,11 @@ BEGIN
             END LOOP;
             PERFORM terrace.give_way();
         END LOOP;
+        -- A snapshot of before shows no rows of a file that was made after.
+        IF pg_relation_filenode(part) <> (SELECT relfilenode FROM pg_class WHERE oid = part) THEN
+            RAISE EXCEPTION 'table "%" was written anew while it was compared', part
+                USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'Compare it once more.';
+        END IF;
     END LOOP;
     RETURN QUERY SELECT i - 1, counts[i], sums[i] FROM generate_subscripts(counts, 1) i WHERE counts[i] > 0
         UNION ALL SELECT -1, (SELECT coalesce(sum(n), 0) FROM unnest(counts) n)::bigint, NULL::numeric;
@@ -1692,3 +1713,4 @@ CREATE EVENT TRIGGER terrace_made ON ddl_command_end
 CREATE EVENT TRIGGER terrace_dropped ON sql_drop EXECUTE FUNCTION follow_dropped();
 -- Also for what a bridge runs.
 ALTER EVENT TRIGGER terrace_made ENABLE ALWAYS;
+ALTER EVENT TRIGGER terrace_dropped ENABLE ALWAYS;

@@ -5,6 +5,7 @@
 //! trouble. And a copy from this server stops no data: it reads every table in one snapshot and
 //! keeps them all from being written anew, so a TRUNCATE, or DDL, that comes meanwhile would
 //! wait for it, and with it everything behind it, here and below; it is ended, and begins again.
+//! A comparison, which does the same to one table, is ended and says so.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -58,7 +59,7 @@ async fn look(shared: &Arc<Shared>, long: bool) -> anyhow::Result<Option<String>
         return Ok(None);
     }
     let sql = "SELECT holder.pid::text, coalesce(holder.application_name, ''), \
-                      CASE WHEN holder.application_name = 'terrace copy' \
+                      CASE WHEN holder.application_name IN ('terrace copy', 'terrace comparison') \
                            THEN pg_catalog.pg_terminate_backend(holder.pid) END \
                FROM pg_catalog.pg_stat_activity apply \
                CROSS JOIN LATERAL pg_catalog.unnest(pg_catalog.pg_blocking_pids(apply.pid)) blocker \
@@ -67,11 +68,11 @@ async fn look(shared: &Arc<Shared>, long: bool) -> anyhow::Result<Option<String>
                  AND apply.datname = current_database()";
     let applies = format!("terrace apply {}", shared.config.node.name);
     let holders = client.query(sql, &[Some(&applies)]).await?;
-    let is_copy = |row: &Row| row[2].is_some();
-    let (copies, others): (Vec<Row>, Vec<Row>) = holders.into_iter().partition(is_copy);
-    if !copies.is_empty() {
-        let ended = copies.len();
-        let reason = format!("{ended} sessions that copied from here kept data waiting");
+    let is_reader = |row: &Row| row[2].is_some();
+    let (readers, others): (Vec<Row>, Vec<Row>) = holders.into_iter().partition(is_reader);
+    if !readers.is_empty() {
+        let ended = readers.len();
+        let reason = format!("{ended} sessions that copied or compared tables kept data waiting");
         shared.event("copy_ended", &reason);
     }
     Ok(others.first().map(|row| {

@@ -429,7 +429,10 @@ impl Session<'_> {
     async fn begin_comparison(&self) -> anyhow::Result<Client> {
         let mut client = local_client(self.shared).await?;
         client
-            .simple("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")
+            .simple(
+                "SET application_name = 'terrace comparison'; \
+                 BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1",
+            )
             .await?;
         Ok(client)
     }

@@ -361,6 +361,14 @@ fn what_is_added_can_be_updated() {
          INSERT INTO pair VALUES (1, 1, 1); UPDATE pair SET a = 2; DELETE FROM pair;
          INSERT INTO parted VALUES (1, 1); UPDATE parted SET b = 2; DELETE FROM parted",
     );
+    // What has told the rows may go later.
+    let dropped = "ALTER TABLE pair DROP CONSTRAINT pair_pkey";
+    assert!(refusal(&top, dropped).contains("replica identity"));
+    top.sql("ALTER TABLE pair DROP CONSTRAINT pair_pkey, ADD PRIMARY KEY (a, id)");
+    top.sql("INSERT INTO pair VALUES (1, 1, 1); UPDATE pair SET b = 2; DELETE FROM pair");
+    let said = notices(&top, "ALTER TABLE seen REPLICA IDENTITY NOTHING");
+    assert!(said.contains("REPLICA IDENTITY FULL"), "{said}");
+    top.sql("INSERT INTO seen VALUES (1, true); UPDATE seen SET open = false; DELETE FROM seen");
 }
 
 // A parent table dragged the tables that inherit from it into the publication, and took
@@ -503,4 +511,33 @@ fn a_report_that_was_held_up_says_nothing_of_now() {
         "none",
         "started with its clock set back"
     );
+}
+
+// A snapshot of before a TRUNCATE shows no rows: that is no difference.
+#[test]
+fn a_table_that_is_written_anew_is_not_compared() {
+    let (top, _scratch) = top();
+    top.sql(
+        "CREATE TABLE t (id int PRIMARY KEY); SELECT terrace.add_table('t');
+         INSERT INTO t SELECT generate_series(1, 100)",
+    );
+    let compare = |between: &str| {
+        let mut reader = top.connect();
+        let begin = "BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1";
+        reader.batch_execute(begin).expect("begin");
+        let made = top.value("SELECT terrace.begin_comparison('t')::text");
+        top.sql(between);
+        let finish = format!(
+            "SELECT terrace.finish_comparison('{made}'::terrace.comparison);
+             COMMIT"
+        );
+        let done = reader.batch_execute(&finish);
+        done.map_err(|error| terrace_tests::server::explain(&error))
+    };
+    compare("INSERT INTO t VALUES (101)").expect("compare");
+    let rows = "SELECT rows FROM terrace.checksum WHERE range = -1";
+    assert_eq!(top.value(rows), "100");
+    let refused = compare("ALTER TABLE t ALTER id TYPE bigint").expect_err("compare");
+    assert!(refused.contains("written anew"), "{refused}");
+    compare("DELETE FROM t").expect("compare");
 }

@@ -5,6 +5,7 @@ mod copy;
 mod ddl;
 mod extension;
 mod failover;
+mod identity;
 mod layouts;
 mod matching;
 mod mistakes;
