@@ -5,6 +5,8 @@
 //! Nothing here is durable and no decision about data is taken from it, with
 //! one exception: [`Shared::acknowledgeable`], whose inputs are durable positions.
 
+mod downstreams;
+mod events;
 mod kinds;
 mod told;
 
@@ -14,6 +16,7 @@ use std::sync::atomic::AtomicI64;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+pub use downstreams::cursor_name;
 pub use kinds::{Applied, Downstream, Event, Role, State};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
@@ -25,9 +28,6 @@ use crate::lsn::{Identity, Lsn};
 use crate::matching::{Dispute, Standing, Windows};
 use crate::queue::{Queue, QueueError};
 use crate::rate::RateMeter;
-
-/// Events kept until a report has taken them.
-const MAX_EVENTS: usize = 1000;
 
 #[derive(Default)]
 struct Inner {
@@ -78,8 +78,6 @@ struct Inner {
     damage: Option<(PathBuf, String)>,
 }
 
-/// Bytes of the reason of an event.
-const MAX_REASON: usize = 4_000;
 impl Inner {
     fn has_diverged(&self) -> bool {
         self.diverged.is_some() || self.matching.outvoted.is_some()
@@ -569,110 +567,6 @@ impl Shared {
         let upstream = inner.upstream.clone().or_else(in_sight);
         upstream.or_else(|| inner.view.report_to.clone())
     }
-
-    /// Notes what a downstream bridge holds.
-    pub fn set_downstream(&self, name: &str, write: Lsn, flush: Lsn, apply: Lsn) {
-        let downstream = Downstream {
-            write,
-            flush,
-            apply,
-            heard: Instant::now(),
-        };
-        self.inner().downstreams.insert(name.to_owned(), downstream);
-        self.moved.notify_one();
-    }
-
-    /// Forgets a downstream whose connection has ended.
-    pub fn drop_downstream(&self, name: &str) {
-        self.change(|inner| inner.downstreams.remove(name));
-    }
-
-    /// Every connected downstream bridge.
-    pub fn downstreams(&self) -> BTreeMap<String, Downstream> {
-        self.inner().downstreams.clone()
-    }
-
-    /// Position that the upstream may forget, and whether it is held by as many
-    /// servers of the domain as `ack_members` asks for. With fewer in contact
-    /// for longer than `ack_timeout`, what those hold (rule C of the design).
-    pub fn acknowledgeable(&self, own: Lsn, fewer_for: Duration) -> (Lsn, bool) {
-        let failover = &self.config.failover;
-        let members = self.config.peers.len() + 1;
-        let wanted = (failover.ack_members as usize).clamp(1, members);
-        let domain = &self.config.node.domain;
-        let mut inner = self.inner();
-        let mut held = vec![own];
-        for peer in self.config.peers.keys() {
-            let downstream = inner.downstreams.get(&cursor_name(domain, peer));
-            let told = downstream.map(|d| (d.flush, d.heard));
-            let observed = inner.member_flush.get(peer).copied();
-            let fresh = [told, observed].into_iter().flatten();
-            let fresh = fresh.filter(|(_, heard)| heard.elapsed() < failover.ack_timeout);
-            held.extend(fresh.map(|(flush, _)| flush).max());
-        }
-        held.sort_unstable_by(|a, b| b.cmp(a));
-        let timed_out = fewer_for > failover.ack_timeout;
-        inner.degraded = (held.len() < wanted && timed_out).then(|| {
-            format!(
-                "degraded: only {} of {wanted} servers hold changes",
-                held.len()
-            )
-        });
-        match held.get(wanted - 1) {
-            Some(lsn) => ((*lsn).min(own), true),
-            None if timed_out => (*held.last().unwrap_or(&own), false),
-            None => (Lsn::ZERO, false),
-        }
-    }
-
-    /// Queues an event for the next report and logs it; a reason that nobody would read is cut.
-    pub fn event(&self, kind: &str, reason: &str) {
-        let reason = &reason[..reason.floor_char_boundary(MAX_REASON)];
-        let unix_micros = unix_micros();
-        let node = &self.config.node;
-        let (flush, replay) = (*self.flushed.borrow(), *self.replayed.borrow());
-        tracing::info!(node = %node.name, domain = %node.domain, kind, reason, %flush, %replay,
-            "event");
-        self.change(|inner| {
-            *inner.happened.entry(kind.into()).or_default() += 1;
-            let id = format!("{}-{unix_micros}-{kind}", self.instance);
-            let event = Event {
-                id,
-                unix_micros,
-                kind: kind.into(),
-                reason: reason.into(),
-            };
-            inner.events.push_back(event);
-            if inner.events.len() > MAX_EVENTS {
-                inner.events.pop_front();
-            }
-        });
-    }
-
-    /// Like [`Shared::event`], unless the last one says the same.
-    pub fn event_once(&self, kind: &str, reason: &str) {
-        let known = std::mem::replace(&mut self.inner().last_once, (kind.into(), reason.into()));
-        if known != (kind.to_owned(), reason.to_owned()) {
-            self.event(kind, reason);
-        }
-    }
-
-    /// How often an event of this kind has happened since the start.
-    pub fn happened(&self, kind: &str) -> u64 {
-        self.inner().happened.get(kind).copied().unwrap_or_default()
-    }
-
-    /// The waiting events; [`Shared::events_reported`] removes them.
-    pub fn events(&self) -> Vec<Event> {
-        self.inner().events.iter().cloned().collect()
-    }
-
-    /// Removes the oldest `count` events.
-    pub fn events_reported(&self, count: usize) {
-        let mut inner = self.inner();
-        let count = count.min(inner.events.len());
-        inner.events.drain(..count);
-    }
 }
 
 impl Matching {
@@ -680,10 +574,4 @@ impl Matching {
         let dispute = self.dispute.as_ref()?;
         (dispute.standing == Standing::Doubt).then_some(dispute)
     }
-}
-
-/// Name of the cursor that `node` of `domain` keeps at a sibling. The point keeps
-/// it apart from every domain's cursor.
-pub fn cursor_name(domain: &str, node: &str) -> String {
-    format!("terrace_{domain}.{node}")
 }

@@ -1,0 +1,190 @@
+//! The statements that bring about what many changes come to: one for all rows of a table, which
+//! travel as arrays, or in COPY's format.
+
+use bytes::{BufMut, Bytes, BytesMut};
+
+use super::Shape;
+use crate::pgoutput::Datum;
+
+/// One statement, and how many rows it must touch.
+pub struct Statement {
+    /// Text, the same for the same table and columns.
+    pub sql: String,
+    /// The rows that it takes.
+    pub data: Data,
+    /// Rows.
+    pub rows: u64,
+}
+
+/// Rows on their way into a statement.
+pub enum Data {
+    /// A column a parameter, each a text array in binary form.
+    Arrays(Vec<Bytes>),
+    /// What COPY reads, as whole CopyData messages.
+    Copy(Bytes),
+}
+
+impl Shape {
+    pub(super) fn delete(&self, rows: &[&[Datum<'_>]]) -> Option<Statement> {
+        let sql = || {
+            format!(
+                "DELETE FROM ONLY {} t USING {} WHERE {}",
+                self.table,
+                self.source(&self.keys),
+                self.same_key()
+            )
+        };
+        statement(sql, rows, |rows| arrays(rows, &self.keys))
+    }
+
+    pub(super) fn update(&self, sent: &[bool], rows: &[&[Datum<'_>]]) -> Option<Statement> {
+        let wanted = |index: &usize| {
+            let column = &self.columns[*index];
+            sent[*index] && !column.generated && !self.keys.contains(index)
+        };
+        let set: Vec<usize> = (0..self.columns.len()).filter(wanted).collect();
+        if set.is_empty() {
+            return None;
+        }
+        let all = [&self.keys[..], &set].concat();
+        let sql = || {
+            let assign = |index: &usize| format!("{} = u.c{index}", self.columns[*index].name);
+            let assignments: Vec<String> = set.iter().map(assign).collect();
+            format!(
+                "UPDATE ONLY {} t SET {} FROM {} WHERE {}",
+                self.table,
+                assignments.join(", "),
+                self.source(&all),
+                self.same_key()
+            )
+        };
+        statement(sql, rows, |rows| arrays(rows, &all))
+    }
+
+    pub(super) fn insert(&self, rows: &[&[Datum<'_>]]) -> Option<Statement> {
+        let written: Vec<usize> = (0..self.columns.len())
+            .filter(|index| !self.columns[*index].generated)
+            .collect();
+        let sql = || {
+            let name = |index: &usize| self.columns[*index].name.as_str();
+            let names: Vec<&str> = written.iter().map(name).collect();
+            format!("COPY {} ({}) FROM STDIN", self.table, names.join(", "))
+        };
+        statement(sql, rows, |rows| Data::Copy(copy_data(rows, &written)))
+    }
+
+    fn same_key(&self) -> String {
+        let term = |index: &usize| format!("t.{} = u.c{index}", self.columns[*index].name);
+        let terms: Vec<String> = self.keys.iter().map(term).collect();
+        terms.join(" AND ")
+    }
+
+    /// The rows as a table `u` of columns `c…` of the right types. Functions in a select list
+    /// go in step, and unlike those in FROM without a detour over a tuple store.
+    fn source(&self, columns: &[usize]) -> String {
+        let (mut casts, mut arrays) = (Vec::new(), Vec::new());
+        for (place, index) in columns.iter().enumerate() {
+            let value = self.columns[*index].input.read(&format!("c{index}"));
+            casts.push(format!("{value} AS c{index}"));
+            let place = place + 1;
+            arrays.push(format!(
+                "pg_catalog.unnest(${place}::pg_catalog.text[]) AS c{index}"
+            ));
+        }
+        format!(
+            "(SELECT {} FROM (SELECT {}) AS x) AS u",
+            casts.join(", "),
+            arrays.join(", ")
+        )
+    }
+}
+
+fn statement(
+    sql: impl FnOnce() -> String,
+    rows: &[&[Datum<'_>]],
+    data: impl FnOnce(&[&[Datum<'_>]]) -> Data,
+) -> Option<Statement> {
+    (!rows.is_empty()).then(|| Statement {
+        sql: sql(),
+        data: data(rows),
+        rows: rows.len() as u64,
+    })
+}
+
+fn arrays(rows: &[&[Datum<'_>]], columns: &[usize]) -> Data {
+    let array = |column: &usize| text_array(rows, *column);
+    Data::Arrays(columns.iter().map(array).collect())
+}
+
+/// Rows in COPY's text format.
+fn copy_data(rows: &[&[Datum<'_>]], columns: &[usize]) -> Bytes {
+    /// A message ends with the row that passes this.
+    const MESSAGE: usize = 64 << 10;
+    let mut out = BytesMut::new();
+    let mut rows = rows.iter().peekable();
+    while rows.peek().is_some() {
+        let start = out.len();
+        out.put_slice(b"d\0\0\0\0");
+        while out.len() - start < MESSAGE
+            && let Some(row) = rows.next()
+        {
+            for (place, column) in columns.iter().enumerate() {
+                if place > 0 {
+                    out.put_u8(b'\t');
+                }
+                match row[*column] {
+                    Datum::Text(text) => put_escaped(&mut out, text),
+                    Datum::Null | Datum::Unchanged => out.put_slice(b"\\N"),
+                }
+            }
+            out.put_u8(b'\n');
+        }
+        let len = (out.len() - start - 1) as u32;
+        out[start + 1..start + 5].copy_from_slice(&len.to_be_bytes());
+    }
+    out.freeze()
+}
+
+/// What means something to COPY gets a backslash before it.
+fn put_escaped(out: &mut BytesMut, text: &[u8]) {
+    let is_special = |byte: &u8| matches!(byte, b'\\' | b'\t' | b'\n' | b'\r');
+    // Whole chunks are looked at without a branch, and few hold anything.
+    for chunk in text.chunks(32) {
+        if !chunk.iter().fold(false, |any, byte| any | is_special(byte)) {
+            out.put_slice(chunk);
+            continue;
+        }
+        for byte in chunk {
+            if is_special(byte) {
+                out.put_u8(b'\\');
+            }
+            out.put_u8(*byte);
+        }
+    }
+}
+
+/// A column as a `text[]` in its binary form (`array_recv`).
+fn text_array(rows: &[&[Datum<'_>]], column: usize) -> Bytes {
+    const TEXT_OID: u32 = 25;
+    let cells = || rows.iter().map(|row| row[column]);
+    let len = |datum| match datum {
+        Datum::Text(text) => 4 + text.len(),
+        Datum::Null | Datum::Unchanged => 4,
+    };
+    let mut out = BytesMut::with_capacity(20 + cells().map(len).sum::<usize>());
+    out.put_i32(1);
+    out.put_i32(1);
+    out.put_u32(TEXT_OID);
+    out.put_u32(rows.len() as u32);
+    out.put_i32(1);
+    for cell in cells() {
+        match cell {
+            Datum::Text(text) => {
+                out.put_u32(text.len() as u32);
+                out.put_slice(text);
+            }
+            Datum::Null | Datum::Unchanged => out.put_i32(-1),
+        }
+    }
+    out.freeze()
+}
