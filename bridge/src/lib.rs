@@ -19,6 +19,7 @@ pub mod copy;
 pub mod domain;
 pub mod handshake;
 pub mod http;
+pub mod log;
 pub mod lsn;
 pub mod matching;
 pub mod node;

@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -10,12 +9,9 @@ use clap::{Args, Parser, Subcommand};
 use terrace_bridge::check::check;
 use terrace_bridge::config::Config;
 use terrace_bridge::lsn::Lsn;
-use terrace_bridge::{compare, control, node, show};
+use terrace_bridge::{compare, control, log, node, show};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
-use tracing_subscriber::EnvFilter;
-use tracing_subscriber::fmt::format::Writer;
-use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 
 /// Keeps the Postgres beside it in step with the top of a Terrace tree.
 #[derive(Parser)]
@@ -116,16 +112,7 @@ fn main() -> ExitCode {
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     raise_file_limit();
     let arguments = Arguments::parse();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let logs = tracing_subscriber::fmt()
-        .with_timer(Signature)
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr);
-    if std::env::var("TERRACE_LOG_FORMAT").is_ok_and(|format| format == "json") {
-        logs.json().with_timer(SystemTime).init();
-    } else {
-        logs.with_ansi(false).init();
-    }
+    log::start();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build();
@@ -141,28 +128,11 @@ fn main() -> ExitCode {
     }
 }
 
-/// The server that a log is of, once that is known.
-static NAME: OnceLock<String> = OnceLock::new();
-
-/// Begins each line with the time and the server, as logs of many are read together.
-struct Signature;
-
-impl FormatTime for Signature {
-    fn format_time(&self, line: &mut Writer<'_>) -> std::fmt::Result {
-        SystemTime.format_time(line)?;
-        match NAME.get() {
-            Some(name) => write!(line, " {name}"),
-            None => Ok(()),
-        }
-    }
-}
-
 async fn run(arguments: Arguments) -> anyhow::Result<()> {
     match arguments.command {
         Command::Run { config } => {
             let config = Config::load(&config)?;
-            NAME.set(format!("{}/{}", config.node.domain, config.node.name))
-                .ok();
+            log::name(&config.node.domain, &config.node.name);
             let cancel = CancellationToken::new();
             stop_on_signal(cancel.clone())?;
             node::run(config, cancel).await
