@@ -482,7 +482,8 @@ BEGIN
 END $$;
 
 CREATE FUNCTION detach_table(schema_name text, table_name text) RETURNS void
-    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET terrace.ddl = off AS $$
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET terrace.ddl = off
+    SET client_min_messages = warning AS $$
 DECLARE
     rel regclass := to_regclass(format('%I.%I', schema_name, table_name));
     part regclass;
@@ -743,6 +744,7 @@ CREATE TABLE conflict (
     kind text,
     count bigint NOT NULL,
     last_seen timestamptz NOT NULL,
+    last_key text,
     PRIMARY KEY (relation, kind)
 );
 
@@ -760,11 +762,11 @@ CREATE TABLE quarantine (
     error text NOT NULL
 );
 
-CREATE FUNCTION bump_conflict(relation text, kind text, n bigint) RETURNS void
+CREATE FUNCTION bump_conflict(relation text, kind text, n bigint, key text) RETURNS void
     LANGUAGE sql AS $$
-    INSERT INTO terrace.conflict AS c VALUES (relation, kind, n, pg_catalog.clock_timestamp())
+    INSERT INTO terrace.conflict AS c VALUES (relation, kind, n, pg_catalog.clock_timestamp(), key)
     ON CONFLICT ON CONSTRAINT conflict_pkey
-    DO UPDATE SET count = c.count + EXCLUDED.count, last_seen = EXCLUDED.last_seen
+    DO UPDATE SET count = c.count + EXCLUDED.count, last_seen = EXCLUDED.last_seen, last_key = EXCLUDED.last_key
 $$;
 
 CREATE FUNCTION refuse_write() RETURNS trigger
@@ -909,7 +911,8 @@ BEGIN
             USING ERRCODE = 'wrong_object_type', HINT = 'Such tables leave nothing in the WAL.';
     END IF;
     IF class.nspname IN ('terrace', 'pg_catalog', 'information_schema') THEN
-        RAISE EXCEPTION 'table "%" belongs to the system', rel USING ERRCODE = 'wrong_object_type';
+        RAISE EXCEPTION 'table "%" belongs to the system', rel
+            USING ERRCODE = 'wrong_object_type', HINT = 'Only tables of users can be synchronised.';
     END IF;
     IF EXISTS (SELECT FROM terrace.sync_table s
                WHERE s.nspname = class.nspname AND s.relname = class.relname) THEN
@@ -920,12 +923,15 @@ BEGIN
         RAISE EXCEPTION 'no domain is named that table "%" is for', rel
             USING ERRCODE = 'invalid_parameter_value', HINT = 'Leave domains out for all.';
     END IF;
-    IF domains IS NOT NULL THEN
-        domains := terrace.with_ancestors(domains);
-        IF class.relkind = 'p' THEN
-            RAISE EXCEPTION 'partitioned table "%" cannot be for some domains only', rel
-                USING ERRCODE = 'feature_not_supported', HINT = 'Add its partitions one by one.';
-        END IF;
+    IF class.relkind = 'p' AND (domains IS NOT NULL OR filter IS NOT NULL OR columns IS NOT NULL) THEN
+        RAISE EXCEPTION 'partitioned table "%" cannot be %', rel,
+            CASE WHEN domains IS NOT NULL THEN 'for some domains only' ELSE 'synchronised in part' END
+            USING ERRCODE = 'feature_not_supported', HINT = 'Add its partitions one by one.';
+    END IF;
+    domains := terrace.with_ancestors(domains);
+    IF cardinality(columns) > (SELECT count(DISTINCT c) FROM unnest(columns) c) THEN
+        RAISE EXCEPTION 'a column of table "%" is listed twice', rel
+            USING ERRCODE = 'duplicate_column', HINT = 'List each column once.';
     END IF;
     SELECT c INTO unknown FROM unnest(columns) c
     WHERE NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = rel AND a.attname = c
@@ -1562,7 +1568,7 @@ BEGIN
     RETURN jsonb_build_object(
         'paths', (SELECT jsonb_object_agg(name, path) FROM terrace.domains),
         'conflicts', (SELECT jsonb_agg(jsonb_build_object('table', relation, 'kind', kind,
-                          'count', count, 'last_seen', last_seen)) FROM terrace.conflict),
+                          'count', count, 'last_seen', last_seen, 'last_key', last_key)) FROM terrace.conflict),
         'compared', (SELECT jsonb_agg(to_jsonb(c)) FROM (
                          SELECT * FROM terrace.own_comparisons ORDER BY id DESC LIMIT 20) c),
         'nodes', (SELECT coalesce(jsonb_agg(report || jsonb_build_object('age_ms',
@@ -1572,10 +1578,18 @@ BEGIN
                       SELECT * FROM terrace.event WHERE seq > after ORDER BY seq LIMIT 200) e));
 END $$;
 
+-- Keys of rows are for those alone who may read the tables.
+CREATE FUNCTION shown(report jsonb) RETURNS jsonb
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT CASE WHEN pg_has_role('terrace_reader', 'MEMBER') OR coalesce(report -> 'conflicts', 'null') = 'null' THEN report
+           ELSE report || jsonb_build_object('conflicts', (
+               SELECT jsonb_agg(c - 'last_key') FROM jsonb_array_elements(report -> 'conflicts') c)) END
+$$;
+
 CREATE VIEW node_status AS
     SELECT s.node, s.domain, s.reply_time, s.self, r.*,
            s.reply_time < pg_catalog.clock_timestamp() - interval '5 s' AS silent
-    FROM status s, pg_catalog.jsonb_to_record(s.report) AS r(
+    FROM status s, pg_catalog.jsonb_to_record(shown(s.report)) AS r(
         role text, state text, reason text, upstream text, received_lsn pg_lsn, flush_lsn pg_lsn,
         replay_lsn pg_lsn, replay_time timestamptz, caught_up boolean, apply_rate float8,
         catchup_seconds float8, last_tag text, last_label text, conflicts jsonb, compared jsonb);
@@ -1652,12 +1666,12 @@ $$;
 
 CREATE VIEW conflicts AS
     SELECT coalesce((SELECT node FROM status WHERE self), 'top') AS node, relation AS "table", kind,
-           count, last_seen
+           count, last_seen, CASE WHEN pg_catalog.pg_has_role('terrace_reader', 'MEMBER') THEN last_key END AS last_key
     FROM conflict
     UNION ALL
-    SELECT s.node, c."table", c.kind, c.count, c.last_seen
+    SELECT s.node, c."table", c.kind, c.count, c.last_seen, c.last_key
     FROM node_status s, pg_catalog.jsonb_to_recordset(s.conflicts)
-        AS c("table" text, kind text, count bigint, last_seen timestamptz)
+        AS c("table" text, kind text, count bigint, last_seen timestamptz, last_key text)
     WHERE NOT s.self;
 
 -- What the servers found whose rows were compared with the top's; "differ" has the ranges.
@@ -1696,13 +1710,16 @@ END $$;
 -- a relay is kept from it by its guard, as it is from pg_notify and the like.
 REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA terrace FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION arm_now(), refuse_guarded(), read_value(text, anyarray), read_array(text, anyarray), replicate_ddl(text), must_be_top(), current_tag(), with_ancestors(text[]), send(text, text),
-    top_lsn(), is_top(), wait_for(pg_lsn, text, interval) TO PUBLIC;
+    top_lsn(), is_top(), shown(jsonb), wait_for(pg_lsn, text, interval) TO PUBLIC;
 GRANT EXECUTE ON FUNCTION report(jsonb), guard_session(), resend(regclass, text[]),
     begin_comparison(regclass, integer), finish_comparison(comparison),
     resend_ranges(bigint, integer[], text[]), range_condition(comparison, integer),
     key_expression(regclass, text) TO terrace_reader;
-GRANT SELECT ON domain, sync_table, sync_schema, partition, comparison, checksum, domains, tables, status, node_status, lag, topology, event,
-    events, delivery, conflict, conflicts, own_checksum, own_comparisons, comparisons, progress TO PUBLIC;
+GRANT SELECT ON domain, sync_table, sync_schema, partition, comparison, checksum, domains, tables, node_status, lag, topology, event,
+    events, delivery, conflicts, own_checksum, own_comparisons, comparisons, progress TO PUBLIC;
+GRANT SELECT (node, instance, domain, reply_time, self) ON status TO PUBLIC;
+GRANT SELECT (relation, kind, count, last_seen) ON conflict TO PUBLIC;
+GRANT SELECT ON status, conflict TO terrace_reader;
 
 -- Last, as they would fire for the tables of this file.
 CREATE EVENT TRIGGER terrace_ddl ON ddl_command_start EXECUTE FUNCTION follow_ddl();

@@ -48,7 +48,7 @@ use crate::status::Shared;
 use crate::upstream::pinned_settings;
 use plan::Planner;
 pub use relation::other_place;
-use statement::{Expect, Step};
+use statement::{Expect, Row, Step};
 
 /// A batch takes no more transactions than this …
 const MAX_TRANSACTIONS: usize = 5_000;
@@ -141,7 +141,7 @@ struct Batch {
     /// The last transaction of each label.
     labelled: BTreeMap<String, CommitInfo>,
     /// Rows that were not there to be deleted, by table.
-    missing_deletes: Vec<(String, u64)>,
+    missing_deletes: Vec<(Row, u64)>,
     notified: std::collections::HashSet<Bytes>,
 }
 
@@ -381,8 +381,8 @@ impl<'a> Session<'a> {
     /// Commits, if everything did what it should.
     async fn conclude(&mut self, mut batch: Batch) -> Result<(), Failed> {
         self.answers(&mut batch).await?;
-        for (table, count) in std::mem::take(&mut batch.missing_deletes) {
-            self.bump(&table, "delete_missing", count).await?;
+        for (row, count) in std::mem::take(&mut batch.missing_deletes) {
+            self.bump(&row, "delete_missing", count).await?;
         }
         self.client.simple("COMMIT").await?;
         self.sent_sets = false;
@@ -432,12 +432,17 @@ impl<'a> Session<'a> {
         statement::unnamed(sql.into(), statement::texts(values), Expect::Done)
     }
 
-    async fn bump(&mut self, table: &str, kind: &str, count: u64) -> Result<(), Failed> {
+    async fn bump(&mut self, row: &Row, kind: &str, count: u64) -> Result<(), Failed> {
         let count_text = count.to_string();
         self.client
             .query(
-                "SELECT terrace.bump_conflict($1, $2, $3)",
-                &[Some(table), Some(kind), Some(&count_text)],
+                "SELECT terrace.bump_conflict($1, $2, $3, $4)",
+                &[
+                    Some(&row.table),
+                    Some(kind),
+                    Some(&count_text),
+                    row.key.as_deref(),
+                ],
             )
             .await?;
         self.shared

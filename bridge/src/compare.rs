@@ -4,7 +4,7 @@
 //! Each server sums up its rows by ranges of the key when it has replayed exactly the
 //! position at which the top did, so data may flow meanwhile, and a difference is one.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
@@ -16,6 +16,8 @@ use crate::top::{Request, ask};
 
 /// Servers that are up answer within this time after the last one that did.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// So many are under way at once: a report tells of the last twenty.
+const AHEAD: usize = 8;
 
 /// What one server found.
 #[derive(Debug, Deserialize)]
@@ -70,8 +72,8 @@ pub async fn compare(
     domain: Option<&str>,
 ) -> anyhow::Result<()> {
     let (mut differ, mut silent) = (0, 0);
-    // The servers are at work on one while the next one begins.
-    for comparison in begin(config, table).await? {
+    let mut comparisons = Comparisons::of(config, table).await?;
+    while let Some(comparison) = comparisons.next(config).await? {
         for finding in comparison.end(config, domain).await? {
             differ += usize::from(finding.differs());
             silent += usize::from(finding.differ.is_none());
@@ -91,7 +93,8 @@ pub async fn repair(
     table: Option<&str>,
     domain: Option<&str>,
 ) -> anyhow::Result<()> {
-    for comparison in begin(config, table).await? {
+    let mut comparisons = Comparisons::of(config, table).await?;
+    while let Some(comparison) = comparisons.next(config).await? {
         let findings = comparison.end(config, domain).await?;
         let wrong = || findings.iter().filter(|finding| finding.differs());
         let ranges: BTreeSet<i64> = wrong()
@@ -132,18 +135,33 @@ pub async fn resync_table(config: &Config, table: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Begins with this table, or with every one.
-async fn begin(config: &Config, table: Option<&str>) -> anyhow::Result<Vec<Comparison>> {
-    let tables: Vec<String> = match table {
-        Some(table) => vec![table.to_owned()],
-        None => serde_json::from_value(ask(config, &Request::Tables).await?)?,
-    };
-    ensure!(!tables.is_empty(), "no table is synchronised");
-    let mut begun = Vec::new();
-    for table in &tables {
-        begun.push(Comparison::begin(config, table).await?);
+/// Several, of which the next ones begin while the servers are at work on one.
+struct Comparisons {
+    waiting: VecDeque<String>,
+    begun: VecDeque<Comparison>,
+}
+
+impl Comparisons {
+    /// Of this table, or of every one.
+    async fn of(config: &Config, table: Option<&str>) -> anyhow::Result<Comparisons> {
+        let waiting: VecDeque<String> = match table {
+            Some(table) => [table.to_owned()].into(),
+            None => serde_json::from_value(ask(config, &Request::Tables).await?)?,
+        };
+        ensure!(!waiting.is_empty(), "no table is synchronised");
+        let begun = VecDeque::new();
+        Ok(Comparisons { waiting, begun })
     }
-    Ok(begun)
+
+    async fn next(&mut self, config: &Config) -> anyhow::Result<Option<Comparison>> {
+        while self.begun.len() < AHEAD
+            && let Some(table) = self.waiting.pop_front()
+        {
+            self.begun
+                .push_back(Comparison::begin(config, &table).await?);
+        }
+        Ok(self.begun.pop_front())
+    }
 }
 
 impl Comparison {
@@ -166,7 +184,10 @@ impl Comparison {
             let mut found: Vec<Finding> = serde_json::from_value(found)?;
             found.retain(|finding| domain.is_none_or(|domain| finding.domain == domain));
             if found.is_empty() {
-                bail!("no server that table {table} flows to is known; see terrace.lag at the top");
+                bail!(
+                    "no server {}that table {table} flows to is known; see terrace.lag at the top",
+                    domain.map_or(String::new(), |name| format!("of domain \"{name}\" "))
+                );
             }
             let now_due = found.iter().filter(|finding| finding.is_due()).count();
             if now_due < due {

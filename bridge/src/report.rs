@@ -77,7 +77,7 @@ pub async fn prepare_local(client: &mut Client, shared: &Shared) -> anyhow::Resu
          END $$; \
          ALTER ROLE {RELAY_ROLE} RESET ALL; \
          ALTER ROLE {RELAY_ROLE} LOGIN INHERIT NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION \
-           NOBYPASSRLS CONNECTION LIMIT -1 VALID UNTIL 'infinity' PASSWORD '{verifier}'"
+           BYPASSRLS CONNECTION LIMIT -1 VALID UNTIL 'infinity' PASSWORD '{verifier}'"
     );
     client
         .simple(&sql)

@@ -31,7 +31,7 @@ const PREFIX: &str = "terrace.ddl";
 static DDL: GucSetting<bool> = GucSetting::<bool>::new(false);
 
 /// Settings by which the text of a statement is read.
-const SETTINGS: [&CStr; 9] = [
+const SETTINGS: [&CStr; 10] = [
     c"search_path",
     c"datestyle",
     c"intervalstyle",
@@ -41,7 +41,11 @@ const SETTINGS: [&CStr; 9] = [
     c"bytea_output",
     c"extra_float_digits",
     c"array_nulls",
+    c"transform_null_equals",
 ];
+
+/// Of all that a role has, which may be something else on every server.
+const OF_ROLES: [NodeTag; 2] = [NodeTag::T_DropOwnedStmt, NodeTag::T_ReassignOwnedStmt];
 
 thread_local! {
     /// The hook has seen a statement of this session.
@@ -236,6 +240,8 @@ struct Ddl {
     about: Vec<statement::Name>,
     /// The whole of which it makes or takes a partition.
     part_of: Option<statement::Name>,
+    /// It makes a view, for which no row is written.
+    view: bool,
     /// What is in this table then is told too.
     refill: Option<pg_sys::Oid>,
     /// The part of the transaction that it runs in.
@@ -260,7 +266,7 @@ impl Ddl {
                 Err(problem) => raise(
                     PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
                     problem.into(),
-                    "Drop them one after the other.",
+                    "Temporary objects are each session's own; do it in two statements.",
                 ),
             }
             let user = pg_sys::GetUserId();
@@ -274,14 +280,16 @@ impl Ddl {
                 index: None,
                 about: statement::about(node, tag),
                 part_of: statement::part_of(node, tag),
+                view: tag == NodeTag::T_ViewStmt,
                 refill: None,
                 part: pg_sys::GetCurrentSubTransactionId(),
             };
             match tag {
                 NodeTag::T_CreateTableAsStmt => {
                     let create = &*node.cast::<pg_sys::CreateTableAsStmt>();
-                    if create.objtype == ObjectType::OBJECT_TABLE {
-                        ddl.when = When::Made;
+                    match create.objtype {
+                        ObjectType::OBJECT_TABLE => ddl.when = When::Made,
+                        _ => ddl.view = true,
                     }
                 }
                 NodeTag::T_ViewStmt => {
@@ -348,6 +356,9 @@ impl Ddl {
         if let Some(whole) = &self.part_of {
             message.push_str(",\"part_of\":");
             put_name(&mut message, whole);
+        }
+        if self.view {
+            message.push_str(",\"view\":true");
         }
         message.push('}');
         write_sealed(PREFIX, &message);
@@ -464,7 +475,19 @@ pub unsafe extern "C-unwind" fn before(
     let ddl = unsafe {
         let node = (*statement).utilityStmt;
         guard::check_utility(node);
-        if !is_wanted(context) || !statement::TRAVELS.contains(&(*node).type_) || !is_top() {
+        if !is_wanted(context) {
+            return NOT_TOLD;
+        }
+        if OF_ROLES.contains(&(*node).type_) && is_top() {
+            ErrorReport::new(
+                PgSqlErrorCode::ERRCODE_WARNING,
+                "what a role owns is each server's own: this statement is not run below",
+                pgrx::function_name!(),
+            )
+            .set_hint("Drop or alter what is to be changed below by statements of its own.")
+            .report(PgLogLevel::WARNING);
+        }
+        if !statement::TRAVELS.contains(&(*node).type_) || !is_top() {
             return NOT_TOLD;
         }
         Ddl::of(node, own_text(&*statement, text))

@@ -158,23 +158,22 @@ impl Session<'_> {
         if let Some((clear, kind)) = self.planner.clear_way(payload)? {
             let gone = self.run_step(&clear).await?;
             if gone > 0 {
-                let table = self.planner.table_of(payload)?;
-                self.bump(&table, kind, gone).await.map_err(fatal)?;
+                let row = self.planner.row_of(payload)?;
+                self.bump(&row, kind, gone).await.map_err(fatal)?;
             }
         }
         let count = self.run_step(step).await?;
         match &step.expect {
             Expect::One if count == 0 => {
-                let table = self.planner.table_of(payload)?;
+                let row = self.planner.row_of(payload)?;
                 if let Some(insert) = self.planner.insert_instead(payload)? {
                     self.run_step(&insert).await?;
                 }
-                self.bump(&table, "update_missing", 1)
-                    .await
-                    .map_err(fatal)?;
+                self.bump(&row, "update_missing", 1).await.map_err(fatal)?;
             }
-            Expect::Delete(table) if count == 0 => {
-                self.bump(table, "delete_missing", 1).await.map_err(fatal)?;
+            Expect::Delete(change) if count == 0 => {
+                let row = self.planner.row_of(change)?;
+                self.bump(&row, "delete_missing", 1).await.map_err(fatal)?;
             }
             _ => {}
         }

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use postgres_protocol::message::frontend;
 
 use super::plan::{self, Planned};
-use super::statement::{Expect, Step};
+use super::statement::{Expect, Row, Step};
 use super::{BY_ITSELF, Batch, Failed, MAX_BYTES, Session, WATERMARK_EVERY, sealed, unexpected};
 use crate::client::{DbError, affected, bind};
 use crate::record::{Kind, Record};
@@ -204,8 +204,9 @@ impl Session<'_> {
                             let text = format!("{count} rows changed in place of {rows}");
                             return Err(Failed::Unexpected(text));
                         }
-                        Expect::Delete(table) if count == 0 => {
-                            count_missing(&mut batch.missing_deletes, table);
+                        Expect::Delete(change) if count == 0 => {
+                            let row = self.planner.row_of(change)?;
+                            count_missing(&mut batch.missing_deletes, row);
                         }
                         Expect::Delete(_) => {}
                     }
@@ -245,10 +246,10 @@ impl Session<'_> {
     }
 }
 
-fn count_missing(counts: &mut Vec<(String, u64)>, table: &str) {
-    match counts.iter_mut().find(|(name, _)| name == table) {
-        Some((_, count)) => *count += 1,
-        None => counts.push((table.to_owned(), 1)),
+fn count_missing(counts: &mut Vec<(Row, u64)>, row: Row) {
+    match counts.iter_mut().find(|(last, _)| last.table == row.table) {
+        Some((last, count)) => (*last, *count) = (row, *count + 1),
+        None => counts.push((row, 1)),
     }
 }
 

@@ -13,10 +13,10 @@ use super::fold::{Fold, NotFoldable};
 use super::relation::{Column, Relation};
 use super::sealed::{SealedOrder, Seals, is_order};
 use super::statement::{
-    Expect, Step, clear_partition, delete, insert, moves, primary_clause, unnamed, update,
+    Expect, Row, Step, clear_partition, delete, insert, key, moves, primary_clause, unnamed, update,
 };
 use crate::client::Client;
-use crate::pgoutput::{self, Datum, Message, TRUNCATE_RESTART_IDENTITY};
+use crate::pgoutput::{self, Datum, Message, OldKind, TRUNCATE_RESTART_IDENTITY};
 use crate::record::Record;
 
 /// Prefix of messages that [`terrace.send`] writes.
@@ -292,7 +292,9 @@ impl Planner {
         }
         let mut cleared = Vec::new();
         let (sql, values, expect) = match message {
-            Message::Insert { new, .. } => insert(relation, new, payload)?,
+            Message::Insert { new, .. } => {
+                insert(relation, &new.iter().collect::<Vec<_>>(), payload)?
+            }
             Message::Update { old, new, .. } => update(relation, old, new, payload)?,
             Message::Delete { old, .. } => delete(relation, old, payload)?,
             Message::Truncate { options, relids } => {
@@ -432,6 +434,24 @@ impl Planner {
             .unwrap_or_default())
     }
 
+    /// The row that the message is about.
+    pub fn row_of(&self, payload: &Bytes) -> anyhow::Result<Row> {
+        let message = pgoutput::decode(payload)?;
+        let Some(relation) = self.relation_of(&message) else {
+            return Ok(Row::default());
+        };
+        let row = match &message {
+            Message::Insert { new, .. } => Some(*new),
+            Message::Update { old, new, .. } => Some(old.map_or(*new, |(_, old)| old)),
+            Message::Delete { old, .. } => Some(old.1),
+            _ => None,
+        };
+        Ok(Row {
+            table: relation.table(),
+            key: row.and_then(|row| key(relation, row)),
+        })
+    }
+
     /// For an insert, or an update to another key: the statement that removes a row
     /// that has the primary key already, and what PostgreSQL calls such a conflict.
     pub fn clear_way(&self, payload: &Bytes) -> anyhow::Result<Option<(Step, &'static str)>> {
@@ -466,17 +486,27 @@ impl Planner {
         Ok(Some((unnamed(sql, values, Expect::Done), kind)))
     }
 
-    /// For an update whose row is missing: the insert of its new row, if that is whole.
+    /// For an update whose row is missing: the insert of its new row, if that is whole. Of a row
+    /// that is told whole, what has not changed is in the old one.
     pub fn insert_instead(&self, payload: &Bytes) -> anyhow::Result<Option<Step>> {
         let message = pgoutput::decode(payload)?;
-        let (Message::Update { new, .. }, Some(relation)) = (&message, self.relation_of(&message))
+        let (Message::Update { old, new, .. }, Some(relation)) =
+            (&message, self.relation_of(&message))
         else {
             return Ok(None);
         };
-        if new.iter().any(|datum| datum == Datum::Unchanged) {
+        let mut row: Vec<Datum<'_>> = new.iter().collect();
+        if let Some((OldKind::Full, old)) = old {
+            for (datum, old) in row.iter_mut().zip(old.iter()) {
+                if *datum == Datum::Unchanged {
+                    *datum = old;
+                }
+            }
+        }
+        if row.contains(&Datum::Unchanged) {
             return Ok(None);
         }
-        let (sql, values, expect) = insert(relation, *new, payload)?;
+        let (sql, values, expect) = insert(relation, &row, payload)?;
         Ok(Some(unnamed(sql, values, expect)))
     }
 }

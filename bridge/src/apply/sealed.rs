@@ -25,6 +25,9 @@ const DDL_PREFIX: &str = "terrace.ddl";
 const ROWS_PREFIX: &str = "terrace.rows";
 /// In the tag of a transaction that goes by itself.
 const ALONE: &[u8] = b"\"alone\":true";
+const UNDEFINED_COLUMN: &str = "42703";
+/// A table, column, function or type is missing.
+const UNDEFINED: [&str; 4] = ["42P01", UNDEFINED_COLUMN, "42883", "42704"];
 /// So much of a statement is shown when it fails.
 const SHOWN: usize = 300;
 
@@ -51,6 +54,9 @@ pub struct Ddl {
     /// The table that it makes a partition for, or takes one from.
     #[serde(default)]
     part_of: Option<(String, String)>,
+    /// It makes a view.
+    #[serde(default)]
+    view: bool,
 }
 
 /// Content of a `terrace.rows` message (`pg_ext/src/fill.rs`), but for the rows.
@@ -202,15 +208,9 @@ impl Session<'_> {
             }
         }
         self.set_for(ddl).await?;
-        match (ddl.outside, role) {
-            (true, role) => self.run_outside(ddl, role).await?,
-            (false, true) => {
-                let sql = "SELECT terrace.run_as($1, $2)";
-                self.client
-                    .query(sql, &[Some(&ddl.role), Some(&ddl.sql)])
-                    .await?;
-            }
-            (false, false) => drop(self.client.simple(&ddl.sql).await?),
+        match ddl.outside {
+            true => self.run_outside(ddl, role).await?,
+            false => self.run_within(ddl, role).await?,
         }
         let mut reset = String::from("RESET check_function_bodies");
         for name in ddl.settings.keys() {
@@ -220,6 +220,42 @@ impl Session<'_> {
         if ddl.outside {
             self.client.simple("BEGIN").await?;
         }
+        Ok(())
+    }
+
+    /// In this transaction. What needs something that was never to be here is left out, if no row
+    /// is written by it.
+    async fn run_within(&mut self, ddl: &Ddl, role: bool) -> anyhow::Result<()> {
+        let sql = "SELECT EXISTS (SELECT FROM terrace.sync_table WHERE columns IS NOT NULL)";
+        let rows = self.client.query(sql, &[]).await?;
+        let in_part = rows.first().and_then(|row| row.first()?.as_deref()) == Some("t");
+        self.client.simple("SAVEPOINT terrace_ddl").await?;
+        let ran = match role {
+            true => {
+                let sql = "SELECT terrace.run_as($1, $2)";
+                let values = [Some(ddl.role.as_str()), Some(&ddl.sql)];
+                self.client.query(sql, &values).await.map(drop)
+            }
+            false => self.client.simple(&ddl.sql).await.map(drop),
+        };
+        let Err(error) = ran else {
+            self.client.simple("RELEASE SAVEPOINT terrace_ddl").await?;
+            return Ok(());
+        };
+        let left_out = match error.code() {
+            Some(UNDEFINED_COLUMN) if in_part => true,
+            Some(code) => ddl.view && UNDEFINED.contains(&code),
+            None => false,
+        };
+        if !left_out {
+            return Err(error.into());
+        }
+        self.client
+            .simple("ROLLBACK TO SAVEPOINT terrace_ddl; RELEASE SAVEPOINT terrace_ddl")
+            .await?;
+        let shown: String = ddl.sql.chars().take(SHOWN).collect();
+        let reason = format!("\"{shown}\" needs what is not here: {error}");
+        self.shared.event("left_out", &reason);
         Ok(())
     }
 

@@ -20,8 +20,8 @@ pub enum Expect {
     One,
     /// Exactly as many rows.
     Rows(u64),
-    /// One row of this table; none is a conflict that needs no repair.
-    Delete(String),
+    /// One row; none is a conflict that needs no repair. This is the change.
+    Delete(Bytes),
 }
 
 /// One statement with its values.
@@ -86,28 +86,57 @@ fn place(column: &Column, number: usize) -> String {
 /// Its text, its values, and what it must do.
 pub(super) type Statement = (String, Vec<Option<Bytes>>, Expect);
 
-fn check_width(relation: &Relation, tuple: Tuple<'_>) -> anyhow::Result<()> {
-    if tuple.len() != relation.columns.len() {
-        bail!(
-            "row of table \"{}\" has {} columns",
-            relation.table(),
-            tuple.len()
-        );
+fn check_width(relation: &Relation, width: usize) -> anyhow::Result<()> {
+    if width != relation.columns.len() {
+        bail!("row of table \"{}\" has {width} columns", relation.table());
     }
     Ok(())
 }
 
+/// A row, for people.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Row {
+    /// `schema.table`.
+    pub table: String,
+    /// Its key, as PostgreSQL's own messages have it; none of a table without one, whose rows are
+    /// shown to nobody.
+    pub key: Option<String>,
+}
+
+/// The key of a row: the primary one here, else what tells it at the top.
+pub(super) fn key(relation: &Relation, row: Tuple<'_>) -> Option<String> {
+    /// Longer ones are cut.
+    const BYTES: usize = 200;
+    let is_key = |column: &Column| match relation.has_primary() {
+        true => column.local.as_ref().is_some_and(|local| local.primary),
+        false => column.key && relation.identity != b'f',
+    };
+    let (mut names, mut values) = (Vec::new(), Vec::new());
+    for (column, datum) in relation.columns.iter().zip(row.iter()) {
+        if is_key(column) {
+            names.push(column.name.as_str());
+            values.push(match datum {
+                Datum::Text(text) => String::from_utf8_lossy(text),
+                Datum::Null => "null".into(),
+                Datum::Unchanged => "…".into(),
+            });
+        }
+    }
+    let mut key = format!("({})=({})", names.join(", "), values.join(", "));
+    key.truncate(key.floor_char_boundary(BYTES));
+    (!names.is_empty()).then_some(key)
+}
+
 pub(super) fn insert(
     relation: &Relation,
-    new: Tuple<'_>,
+    new: &[Datum<'_>],
     payload: &Bytes,
 ) -> anyhow::Result<Statement> {
-    check_width(relation, new)?;
-    let datums: Vec<Datum<'_>> = new.iter().collect();
+    check_width(relation, new.len())?;
     let (mut names, mut places, mut values) = (Vec::new(), Vec::new(), Vec::new());
     for (index, column) in relation.writable() {
         names.push(quote_ident(&column.name));
-        values.push(value(datums[index], payload));
+        values.push(value(new[index], payload));
         places.push(place(column, values.len()));
     }
     if names.is_empty() {
@@ -129,7 +158,7 @@ pub(super) fn update(
     new: Tuple<'_>,
     payload: &Bytes,
 ) -> anyhow::Result<Statement> {
-    check_width(relation, new)?;
+    check_width(relation, new.len())?;
     let datums: Vec<Datum<'_>> = new.iter().collect();
     let (mut sets, mut values) = (Vec::new(), Vec::new());
     for (index, column) in relation.writable() {
@@ -160,7 +189,7 @@ pub(super) fn delete(
     let mut values = Vec::new();
     let clause = row_clause(relation, kind, old, payload, &mut values)?;
     let sql = format!("DELETE FROM {} WHERE {clause}", relation.rows());
-    Ok((sql, values, Expect::Delete(relation.table())))
+    Ok((sql, values, Expect::Delete(payload.clone())))
 }
 
 /// The condition that holds for exactly the row that `old` describes.
@@ -171,7 +200,7 @@ fn row_clause(
     payload: &Bytes,
     values: &mut Vec<Option<Bytes>>,
 ) -> anyhow::Result<String> {
-    check_width(relation, old)?;
+    check_width(relation, old.len())?;
     if kind == OldKind::Full {
         if relation.has_primary() {
             return Ok(primary_clause(relation, old, payload, values));

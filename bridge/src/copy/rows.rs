@@ -221,7 +221,8 @@ pub(super) async fn synchronised_tables(
 pub(super) async fn hold(reader: &mut Client, tables: &[Table]) -> anyhow::Result<()> {
     let lock = |table: &Table| format!("SELECT 1 FROM ONLY {} LIMIT 0;", table.qualified());
     let locks: String = tables.iter().map(lock).collect();
-    reader.simple(&locks).await.context("lock the tables")?;
+    let held = reader.simple(&locks).await;
+    held.map_err(about_policies).context("lock the tables")?;
     let oids: Vec<&str> = tables.iter().map(|table| table.oid.as_str()).collect();
     // The column is read in the snapshot, the function tells what is.
     let sql = "SELECT c.oid::pg_catalog.regclass::text FROM pg_catalog.pg_class c \
@@ -398,6 +399,20 @@ async fn copy(
     }
     local.copy_in_finish().await.with_context(writing)?;
     Ok(())
+}
+
+/// A table with policies is read whole by those alone whom they do not bind.
+fn about_policies(error: PgError) -> anyhow::Error {
+    // As `check_enable_rls` of PostgreSQL's `rls.c` says it.
+    let of_policies = error.code() == Some("42501") && error.to_string().contains("row-level");
+    let error = anyhow::Error::new(error);
+    match of_policies {
+        true => error.context(
+            "a table has row-level security; let the role that the URL of the source names see \
+             every row there: ALTER ROLE ... BYPASSRLS",
+        ),
+        false => error,
+    }
 }
 
 #[cfg(test)]

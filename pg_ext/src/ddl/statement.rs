@@ -51,8 +51,6 @@ pub const TRAVELS: &[NodeTag] = &[
     NodeTag::T_CreateConversionStmt,
     NodeTag::T_CreateTransformStmt,
     NodeTag::T_CreatePLangStmt,
-    NodeTag::T_DropOwnedStmt,
-    NodeTag::T_ReassignOwnedStmt,
     NodeTag::T_AlterOpFamilyStmt,
     NodeTag::T_AlterOperatorStmt,
 ];
@@ -106,8 +104,16 @@ pub unsafe fn stays(node: *mut pg_sys::Node, tag: NodeTag) -> Result<bool, &'sta
                 "temporary tables and others cannot be dropped by one replicated statement",
             );
         }
-        let temporary =
-            temporary > 0 || names(node, tag).is_some_and(|names| is_temporary_name(names));
+        let named = names(node, tag);
+        let temporary = temporary > 0 || named.iter().any(|names| is_temporary_name(*names));
+        if tag == NodeTag::T_CreateStmt && !temporary {
+            let create = &*node.cast::<pg_sys::CreateStmt>();
+            let parts = elements::<pg_sys::Node>(create.tableElts).into_iter();
+            let mut like = parts.filter(|part| (**part).type_ == NodeTag::T_TableLikeClause);
+            if like.any(|like| is_temporary((*like.cast::<pg_sys::TableLikeClause>()).relation)) {
+                return Err("a replicated table cannot be made like a temporary one");
+            }
+        }
         Ok(of_terrace || own || temporary)
     }
 }
@@ -209,19 +215,51 @@ unsafe fn named(names: *mut pg_sys::List, kind: ObjectType::Type) -> Option<*mut
     }
 }
 
-/// The name of what is no relation and is made.
-unsafe fn names(node: *mut pg_sys::Node, tag: NodeTag) -> Option<*mut pg_sys::List> {
+/// The names of what is no relation and is made or changed.
+unsafe fn names(node: *mut pg_sys::Node, tag: NodeTag) -> Vec<*mut pg_sys::List> {
     // SAFETY: see the module.
-    Some(unsafe {
-        match tag {
-            NodeTag::T_CreateFunctionStmt => (*node.cast::<pg_sys::CreateFunctionStmt>()).funcname,
-            NodeTag::T_DefineStmt => (*node.cast::<pg_sys::DefineStmt>()).defnames,
-            NodeTag::T_CreateEnumStmt => (*node.cast::<pg_sys::CreateEnumStmt>()).typeName,
-            NodeTag::T_CreateRangeStmt => (*node.cast::<pg_sys::CreateRangeStmt>()).typeName,
-            NodeTag::T_CreateDomainStmt => (*node.cast::<pg_sys::CreateDomainStmt>()).domainname,
-            _ => return None,
+    unsafe {
+        let object = match tag {
+            NodeTag::T_CreateFunctionStmt => {
+                return vec![(*node.cast::<pg_sys::CreateFunctionStmt>()).funcname];
+            }
+            NodeTag::T_DefineStmt => return vec![(*node.cast::<pg_sys::DefineStmt>()).defnames],
+            NodeTag::T_CreateEnumStmt => {
+                return vec![(*node.cast::<pg_sys::CreateEnumStmt>()).typeName];
+            }
+            NodeTag::T_CreateRangeStmt => {
+                return vec![(*node.cast::<pg_sys::CreateRangeStmt>()).typeName];
+            }
+            NodeTag::T_CreateDomainStmt => {
+                return vec![(*node.cast::<pg_sys::CreateDomainStmt>()).domainname];
+            }
+            NodeTag::T_DropStmt => {
+                let objects = elements((*node.cast::<pg_sys::DropStmt>()).objects);
+                return objects.into_iter().filter_map(|it| names_of(it)).collect();
+            }
+            NodeTag::T_AlterFunctionStmt => (*node.cast::<pg_sys::AlterFunctionStmt>()).func.cast(),
+            NodeTag::T_CommentStmt => (*node.cast::<pg_sys::CommentStmt>()).object,
+            NodeTag::T_RenameStmt => (*node.cast::<pg_sys::RenameStmt>()).object,
+            NodeTag::T_AlterOwnerStmt => (*node.cast::<pg_sys::AlterOwnerStmt>()).object,
+            NodeTag::T_AlterObjectSchemaStmt => {
+                (*node.cast::<pg_sys::AlterObjectSchemaStmt>()).object
+            }
+            _ => return Vec::new(),
+        };
+        names_of(object).into_iter().collect()
+    }
+}
+
+/// The name of a function or type.
+unsafe fn names_of(object: *mut pg_sys::Node) -> Option<*mut pg_sys::List> {
+    // SAFETY: an object of the parser; its tag says what it is.
+    unsafe {
+        match object.as_ref()?.type_ {
+            NodeTag::T_ObjectWithArgs => Some((*object.cast::<pg_sys::ObjectWithArgs>()).objname),
+            NodeTag::T_TypeName => Some((*object.cast::<pg_sys::TypeName>()).names),
+            _ => None,
         }
-    })
+    }
 }
 
 /// Names of the relations that are here and are changed: a server below that never had them
@@ -387,12 +425,38 @@ pub unsafe fn fills(alter: &pg_sys::AlterTableStmt) -> Option<pg_sys::Oid> {
                     let mut texts = tree.split('"').skip(1).step_by(2).map(str::to_lowercase);
                     OWN.iter().any(|word| tree.contains(word))
                         || converts && tree.contains("{TYPECAST")
+                        || converts && is_cast_by_a_user(alter.relation, command)
                         || texts.any(|text| MOMENTS.iter().any(|word| text.contains(word)))
                         || has_default((*command).def)
                 }
             });
         let table = fills.then(|| look_up(alter.relation))?;
         (table != pg_sys::InvalidOid).then_some(table)
+    }
+}
+
+/// Whether a column comes to its new type by a cast that a user has made.
+unsafe fn is_cast_by_a_user(
+    table: *const pg_sys::RangeVar,
+    command: *const pg_sys::AlterTableCmd,
+) -> bool {
+    // SAFETY: a command that gives a column another type; look-ups find nothing where there is nothing.
+    unsafe {
+        let column = (*command).def.cast::<pg_sys::ColumnDef>();
+        let table = look_up(table);
+        if table == pg_sys::InvalidOid {
+            return false;
+        }
+        let number = pg_sys::get_attnum(table, (*command).name);
+        let old = pg_sys::get_atttype(table, number);
+        let new = pg_sys::LookupTypeNameOid(std::ptr::null_mut(), (*column).typeName, true);
+        if old == pg_sys::InvalidOid || new == pg_sys::InvalidOid {
+            return false;
+        }
+        let mut function = pg_sys::InvalidOid;
+        let assignment = pg_sys::CoercionContext::COERCION_ASSIGNMENT;
+        pg_sys::find_coercion_pathway(new, old, assignment, &mut function);
+        function.to_u32() >= pg_sys::FirstNormalObjectId
     }
 }
 

@@ -345,6 +345,81 @@ fn a_statement_that_cannot_run_below_is_shown_and_goes_on() {
     assert_eq!(tree.node("branch-1").server.value(left), "t");
 }
 
+// Each of these stalled the whole tree, and took `skip` to go on.
+#[test]
+fn what_needs_something_that_is_not_below_is_left_out() {
+    let schema = format!(
+        "{STEPS} CREATE TABLE part (id int PRIMARY KEY, a int, hidden int);
+         CREATE TABLE local_here (id int PRIMARY KEY);
+         SELECT terrace.add_table('part', columns => '{{id, a}}')"
+    );
+    let tree = tree_with_ddl(&schema);
+    tree.top.sql(
+        "CREATE INDEX part_hidden ON part (hidden);
+         ALTER TABLE part ADD CONSTRAINT few CHECK (hidden < 1000);
+         COMMENT ON COLUMN part.hidden IS 'not below';
+         ALTER TABLE part RENAME hidden TO unseen; ALTER TABLE part ALTER unseen SET DEFAULT 7;
+         CREATE STATISTICS part_statistics ON a, unseen FROM part;
+         CREATE VIEW shows AS SELECT unseen FROM part;
+         CREATE VIEW of_the_top AS SELECT * FROM local_here; CREATE VIEW of_that AS SELECT * FROM of_the_top;
+         COMMENT ON VIEW of_that IS 'not below either';
+         CREATE MATERIALIZED VIEW kept AS SELECT * FROM local_here;
+         BEGIN; INSERT INTO part VALUES (1, 1, 1); ALTER TABLE part ADD c int GENERATED ALWAYS AS (unseen + 1) STORED;
+         INSERT INTO part VALUES (2, 2, 2); COMMIT; INSERT INTO steps VALUES (1)",
+    );
+    tree.wait_for_equal(&["steps", "(SELECT id, a FROM part)"]);
+    let left_out = "SELECT count(*) FROM terrace.events WHERE kind = 'left_out' AND reason LIKE '%needs what is not here%'";
+    wait_until("all is told", || {
+        tree.top.value(left_out).parse::<u32>().expect("count") >= 3 * 10
+    });
+    // A value that a cast of a user's makes is the top's everywhere.
+    tree.top.sql(
+        "CREATE TYPE made AS (a int); CREATE TABLE casted (id int PRIMARY KEY, v made);
+         SELECT terrace.add_table('casted');
+         CREATE FUNCTION at_random(made) RETURNS text LANGUAGE sql VOLATILE AS 'SELECT random()::text';
+         CREATE CAST (made AS text) WITH FUNCTION at_random(made) AS ASSIGNMENT;
+         INSERT INTO casted SELECT g, ROW(g)::made FROM generate_series(1, 5) g;
+         ALTER TABLE casted ALTER v TYPE text; INSERT INTO steps VALUES (2)",
+    );
+    tree.wait_for_equal(&["steps", "casted"]);
+    // What roles own, and what is temporary, is each server's own.
+    tree.top.sql("CREATE ROLE owner_here");
+    for node in &tree.nodes {
+        node.server.sql(
+            "CREATE ROLE owner_here; CREATE TABLE own (); ALTER TABLE own OWNER TO owner_here",
+        );
+    }
+    let mut client = tree.top.connect();
+    for (sql, reason) in [
+        (
+            "SELECT terrace.replicate_ddl('DROP OWNED BY owner_here')",
+            "cannot be replicated",
+        ),
+        (
+            "CREATE TABLE like_that (LIKE brief)",
+            "like a temporary one",
+        ),
+    ] {
+        client
+            .batch_execute("CREATE TEMPORARY TABLE IF NOT EXISTS brief (a int)")
+            .expect("make it");
+        let said = explain(&client.batch_execute(sql).expect_err(sql));
+        assert!(said.contains(reason), "{sql}: {said}");
+    }
+    client
+        .batch_execute(
+            "DROP OWNED BY owner_here; CREATE FUNCTION pg_temp.brief() RETURNS int LANGUAGE sql AS 'SELECT 1';
+             COMMENT ON FUNCTION pg_temp.brief() IS 'brief'; DROP FUNCTION pg_temp.brief();
+             INSERT INTO steps VALUES (3)",
+        )
+        .expect("what is run here alone");
+    tree.wait_for_equal(&["steps"]);
+    for node in &tree.nodes {
+        let kept = "SELECT to_regclass('own') IS NOT NULL";
+        assert_eq!(node.server.value(kept), "t", "{}", node.server.name);
+    }
+}
+
 // Whoever may write messages at the top must not run anything below.
 #[test]
 fn a_forged_message_is_not_obeyed() {

@@ -264,3 +264,73 @@ fn sequences_are_ahead_and_local_writes_are_refused() {
             .is_err()
     );
 }
+
+// A report tells of the last twenty comparisons, and those before them were waited for in vain.
+#[test]
+fn many_tables_are_compared_one_after_the_other() {
+    let schema = "
+        DO $$ BEGIN FOR i IN 1 .. 24 LOOP
+            EXECUTE format('CREATE TABLE many_%s (id int PRIMARY KEY)', i);
+            EXECUTE format('INSERT INTO many_%s SELECT generate_series(1, %1$s)', i);
+            PERFORM terrace.add_table(format('many_%s', i)::regclass);
+        END LOOP; END $$";
+    let mut tree = Tree::grow(schema, &[("region", None, 1)]);
+    tree.node("region-1")
+        .server
+        .sql("SET session_replication_role = replica; DELETE FROM many_3");
+    let (well, text) = command(&mut tree, "region-1", "repair", &[]);
+    assert!(well, "{text}");
+    assert_eq!(text.matches(": equal, ").count(), 24, "{text}");
+    assert_eq!(text.matches("DIFFERS").count(), 1, "{text}");
+    let (well, text) = command(&mut tree, "region-1", "compare", &["--domain", "none"]);
+    assert!(!well && text.contains("of domain \"none\""), "{text}");
+}
+
+#[test]
+fn conflicts_tell_the_last_key_to_those_who_may_read_the_rows() {
+    let schema = "
+        CREATE TABLE pair (id int, b text, v int, PRIMARY KEY (id, b));
+        CREATE TABLE whole (id int PRIMARY KEY, big text, v int);
+        ALTER TABLE whole REPLICA IDENTITY FULL, ALTER big SET STORAGE EXTERNAL;
+        CREATE TABLE keyless (a text);
+        SELECT terrace.add_table(r) FROM unnest('{pair, whole, keyless}'::regclass[]) r;
+        INSERT INTO pair SELECT g, 'b' || g, g FROM generate_series(1, 9) g;
+        INSERT INTO whole SELECT g, repeat(g::text, 9000), g FROM generate_series(1, 9) g;
+        INSERT INTO keyless VALUES ('private')";
+    let tree = Tree::grow(schema, &[("region", None, 1)]);
+    tree.nodes[0].server.sql(
+        "SET session_replication_role = replica; DELETE FROM pair WHERE id IN (2, 3, 4);
+         DELETE FROM whole; DELETE FROM keyless",
+    );
+    for change in [
+        "DELETE FROM pair WHERE id = 2",
+        "DELETE FROM pair WHERE id = 3",
+        "UPDATE pair SET v = -1 WHERE id = 4",
+        // What stands out of line and does not change is in the old row.
+        "UPDATE whole SET v = v + 1",
+        "DELETE FROM keyless",
+    ] {
+        tree.top.sql(change);
+    }
+    tree.wait_for_equal(&["pair", "whole", "keyless"]);
+    let wanted = "SELECT string_agg(concat_ws(' ', \"table\", kind, count, coalesce(last_key, '-')), ', ' \
+                  ORDER BY \"table\", kind) FROM terrace.conflicts";
+    let expected = "public.keyless delete_missing 1 -, public.pair delete_missing 2 (id, b)=(3, b3), \
+                    public.pair update_missing 1 (id, b)=(4, b4), public.whole update_missing 9 (id)=(9)";
+    wait_until("conflicts are told", || tree.top.value(wanted) == expected);
+    tree.top.sql("CREATE ROLE anybody");
+    let mut client = tree.top.connect();
+    client.batch_execute("SET ROLE anybody").expect("set role");
+    let told = rows(&mut client, wanted).expect("conflicts are for everybody");
+    let told = &told[0][0];
+    assert!(told.contains("public.pair delete_missing 2 -"), "{told}");
+    for hidden in [
+        "SELECT report FROM terrace.status",
+        "SELECT last_key FROM terrace.conflict",
+        "SELECT conflicts::text LIKE '%b3%' FROM terrace.node_status",
+    ] {
+        let said = client.simple_query(hidden);
+        let shown = said.is_ok_and(|rows| format!("{rows:?}").contains("\"t\""));
+        assert!(!shown, "{hidden}");
+    }
+}

@@ -223,3 +223,24 @@ fn columns_that_are_not_listed_are_read_by_nobody() {
         .batch_execute("SELECT id FROM person")
         .expect_err("it is granted no more");
 }
+
+// Whoever comes through a relay, or as an ordinary role to the top, saw some of the rows at most.
+#[test]
+fn a_table_with_policies_is_copied_whole() {
+    let schema = "
+        CREATE TABLE guarded (id int PRIMARY KEY, v text);
+        INSERT INTO guarded SELECT g, 'v' FROM generate_series(1, 100) g;
+        ALTER TABLE guarded ENABLE ROW LEVEL SECURITY;
+        CREATE POLICY few ON guarded USING (id < 10);
+        SELECT terrace.add_table('guarded')";
+    let mut tree = Tree::plant(schema).expect("boot the top");
+    tree.boot(&[("region", None, 1), ("branch", Some("region"), 1)])
+        .expect("boot the servers");
+    tree.start_bridges().expect("start the bridges");
+    let told = "SELECT count(*) > 0 FROM terrace.lag WHERE node = 'region-1' AND reason LIKE '%BYPASSRLS%'";
+    wait_until("it is told what to do", || tree.top.value(told) == "t");
+    tree.top.sql("ALTER ROLE terrace BYPASSRLS");
+    tree.wait_streaming();
+    tree.top.sql("UPDATE guarded SET v = 'w' WHERE id > 50");
+    tree.wait_for_equal(&["guarded"]);
+}
