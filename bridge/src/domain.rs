@@ -262,7 +262,9 @@ impl Decider {
                 self.failed(now);
             }
         }
-        self.next_try = now + TURN / 2;
+        // Who hands over is just letting the slot go.
+        let takes_over = self.handover.as_ref().is_some_and(|h| h.to.is_none());
+        self.next_try = now + if takes_over { TURN / 8 } else { TURN / 2 };
     }
 
     /// Notes that the parent server that was tried or followed last could not be, for another
