@@ -58,7 +58,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 pub use parents::{parent_to_copy_from, top_in_sight};
-pub use source::{FoundSlot, Source, copy_source, has_in_sight, may_drop};
+pub use source::{SlotWatch, Source, copy_source, has_in_sight};
 pub use view::{Link, Own, Peer, Sight, Told, in_sight, parent_sight, stranger};
 
 use crate::lsn::Lsn;

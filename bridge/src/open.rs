@@ -12,9 +12,7 @@ use tokio::time::sleep;
 use crate::client::{Client, SessionOptions};
 use crate::conninfo::ConnInfo;
 use crate::copy::CopyError;
-use crate::domain::{
-    FoundSlot, Peer, Source, copy_source, has_in_sight, may_drop, parent_to_copy_from,
-};
+use crate::domain::{SlotWatch, Source, copy_source, has_in_sight, parent_to_copy_from};
 use crate::lsn::{Identity, Lsn};
 use crate::observe::Observer;
 use crate::queue::{Queue, QueueError, Writer};
@@ -286,10 +284,8 @@ async fn create_slot_at_top(shared: &Arc<Shared>) -> anyhow::Result<(Identity, L
 /// What has been tried to copy from.
 struct Tries {
     started: Instant,
-    /// The slot has not been seen in use since then.
-    unused_since: Instant,
-    /// What it had confirmed when it was seen last, and since when.
-    slot: Option<(Lsn, Instant)>,
+    /// Of the domain at the parent; times are since `started`.
+    slot: SlotWatch,
     /// The server of the parent domain that failed last.
     failed: Option<usize>,
 }
@@ -298,32 +294,9 @@ impl Tries {
     fn new() -> Tries {
         Tries {
             started: Instant::now(),
-            unused_since: Instant::now(),
-            slot: None,
+            slot: SlotWatch::new(Duration::ZERO),
             failed: None,
         }
-    }
-
-    /// Notes a slot that is in the way; whether that is news.
-    fn found(&mut self, confirmed: Lsn) -> bool {
-        if self.slot.is_some_and(|(known, _)| known == confirmed) {
-            return false;
-        }
-        if self.slot.replace((confirmed, Instant::now())).is_some() {
-            self.unused_since = Instant::now();
-        }
-        true
-    }
-
-    /// Where the slot is, if it may make room.
-    fn may_go(&self, peers: &[Peer]) -> Option<Lsn> {
-        let (confirmed, since) = self.slot?;
-        let slot = FoundSlot {
-            confirmed,
-            known_for: since.elapsed(),
-            unused_for: self.unused_since.elapsed(),
-        };
-        may_drop(slot, peers).then_some(confirmed)
     }
 }
 
@@ -362,18 +335,20 @@ async fn copy_from_somewhere(
     let source = source.context("an unknown server")?.clone();
     shared.set_link(State::Copying, None);
     publish_view(shared, observer, from_parent.is_some());
-    let may_go = tries.may_go(&observer.peers());
+    let may_go = tries
+        .slot
+        .may_go(tries.started.elapsed(), &observer.peers());
     let error = match copy::initial_copy(shared, &source, may_go).await {
         Ok(result) => return Ok(Some(result)),
         Err(error) => error,
     };
     match error.downcast_ref::<CopyError>() {
         Some(CopyError::Busy(_)) => {
-            tries.unused_since = Instant::now();
+            tries.slot.in_use(tries.started.elapsed());
             return Ok(None);
         }
         Some(CopyError::Held { confirmed, .. }) => {
-            if tries.found(*confirmed) {
+            if tries.slot.found(tries.started.elapsed(), *confirmed) {
                 // Others tell once more first.
                 return Ok(None);
             }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::view::{Peer, Sight, Told, key};
-use super::{LAST_CALL, MISSED, TURN};
+use super::{LAST_CALL, MISSED, Now, TURN};
 use crate::lsn::Lsn;
 use crate::status::Role;
 
@@ -89,22 +89,48 @@ fn is_led(told: &Told) -> bool {
     }
 }
 
-/// The slot of the domain, as one that wants to copy from the parent has found it.
+/// What one that waits to copy from the parent has seen of the domain's slot there.
 #[derive(Clone, Copy, Debug)]
-pub struct FoundSlot {
-    /// What it has confirmed.
-    pub confirmed: Lsn,
-    /// Found so for so long.
-    pub known_for: Duration,
-    /// Nobody has used it for so long, as far as we know.
-    pub unused_for: Duration,
+pub struct SlotWatch {
+    /// Not seen in use since then.
+    used_at: Now,
+    /// What it had confirmed when it was found in the way last, and since when.
+    found: Option<(Lsn, Now)>,
 }
 
-/// Whether a slot may make room for a copy: nobody else may lead with it. What others told before
-/// it was found as it is says nothing: one of them may have made it.
-pub fn may_drop(slot: FoundSlot, peers: &[Peer]) -> bool {
-    let told_since = |peer: &Peer| peer.sight != Sight::Answers || peer.age < slot.known_for;
-    peers.iter().all(told_since) && slot.confirmed > held_by_others(peers, slot.unused_for)
+impl SlotWatch {
+    /// Nothing has been seen yet.
+    pub fn new(now: Now) -> SlotWatch {
+        SlotWatch {
+            used_at: now,
+            found: None,
+        }
+    }
+
+    /// Notes that somebody uses it.
+    pub fn in_use(&mut self, now: Now) {
+        self.used_at = now;
+    }
+
+    /// Notes that it is in the way, with what it has confirmed; whether that is news.
+    pub fn found(&mut self, now: Now, confirmed: Lsn) -> bool {
+        if self.found.is_some_and(|(known, _)| known == confirmed) {
+            return false;
+        }
+        if self.found.replace((confirmed, now)).is_some() {
+            self.used_at = now;
+        }
+        true
+    }
+
+    /// Where it is, if it may make room for a copy: nobody else may lead with it. What others told
+    /// before it was found as it is says nothing: one of them may have made it.
+    pub fn may_go(&self, now: Now, peers: &[Peer]) -> Option<Lsn> {
+        let (confirmed, since) = self.found?;
+        let told_since = |peer: &Peer| peer.sight != Sight::Answers || peer.age < now - since;
+        let free = confirmed > held_by_others(peers, now - self.used_at);
+        (peers.iter().all(told_since) && free).then_some(confirmed)
+    }
 }
 
 /// End of what another server of the domain may have, and lead with. Whoever is led goes on, and whoever
@@ -136,23 +162,30 @@ pub fn has_in_sight(peers: &[Peer], confirmed: Lsn) -> bool {
 mod tests {
     use super::*;
 
+    fn peer(sight: Sight, told: Option<Told>) -> Peer {
+        Peer {
+            name: "two".into(),
+            sight,
+            told,
+            age: Duration::ZERO,
+            standby: false,
+        }
+    }
+
+    fn sound() -> Told {
+        Told {
+            has_data: true,
+            serves: true,
+            healthy: true,
+            flush: Lsn(60),
+            ..Told::default()
+        }
+    }
+
     #[test]
     fn a_slot_is_kept_for_whoever_may_have_what_follows_it() {
         let held = |edit: &dyn Fn(&mut Peer, &mut Told)| {
-            let mut told = Told {
-                has_data: true,
-                serves: true,
-                healthy: true,
-                flush: Lsn(60),
-                ..Told::default()
-            };
-            let mut peer = Peer {
-                name: String::new(),
-                sight: Sight::Answers,
-                told: None,
-                age: Duration::ZERO,
-                standby: false,
-            };
+            let (mut peer, mut told) = (peer(Sight::Answers, None), sound());
             edit(&mut peer, &mut told);
             peer.told = Some(told);
             [Duration::ZERO, LAST_CALL].map(|unused| held_by_others(&[peer.clone()], unused))
@@ -180,23 +213,17 @@ mod tests {
             ..Told::default()
         };
         let source = |waited: u64, told: Option<Told>| {
-            let peer = Peer {
-                name: "two".into(),
-                sight: told.as_ref().map_or(Sight::Unknown, |_| Sight::Answers),
-                told,
-                age: Duration::ZERO,
-                standby: false,
-            };
+            let sight = told.as_ref().map_or(Sight::Unknown, |_| Sight::Answers);
             let limit = Duration::from_secs(3);
-            copy_source(Duration::from_secs(waited), &anew, &[peer], limit)
+            copy_source(
+                Duration::from_secs(waited),
+                &anew,
+                &[peer(sight, told)],
+                limit,
+            )
         };
         let of = |edit: &dyn Fn(&mut Told)| {
-            let mut told = Told {
-                has_data: true,
-                serves: true,
-                healthy: true,
-                ..Told::default()
-            };
+            let mut told = sound();
             edit(&mut told);
             source(10, Some(told))
         };
@@ -215,20 +242,16 @@ mod tests {
 
     #[test]
     fn what_was_told_before_a_slot_was_made_does_not_count() {
-        let empty = [Peer {
-            name: String::new(),
-            sight: Sight::Answers,
-            told: Some(Told::default()),
-            age: Duration::from_millis(300),
-            standby: false,
-        }];
-        let found = |known_for| FoundSlot {
-            confirmed: Lsn(60),
-            known_for: Duration::from_millis(known_for),
-            unused_for: LAST_CALL,
-        };
-        assert!(!may_drop(found(300), &empty));
-        assert!(may_drop(found(301), &empty));
-        assert!(may_drop(found(0), &[]));
+        let mut empty = [peer(Sight::Answers, Some(Told::default()))];
+        empty[0].age = Duration::from_millis(300);
+        // Long out of use, as far as is known.
+        let mut watch = SlotWatch::new(Duration::ZERO);
+        let made = LAST_CALL * 2;
+        assert!(watch.found(made, Lsn(60)));
+        assert!(!watch.found(made, Lsn(60)));
+        let after = |millis| made + Duration::from_millis(millis);
+        assert_eq!(watch.may_go(after(300), &empty), None);
+        assert_eq!(watch.may_go(after(301), &empty), Some(Lsn(60)));
+        assert_eq!(watch.may_go(after(0), &[]), Some(Lsn(60)));
     }
 }

@@ -98,45 +98,42 @@ fn who_did_not_take_over_is_asked_ever_more_rarely() {
     assert!(grows, "{pauses:?}");
 }
 
+/// Whether one of two masters in a domain of three leaves for the other.
+fn leaves(me: Told, other: Told) -> bool {
+    let mut decider = Decider::new(TAKEOVER_AFTER, 3, false);
+    let mut own = own(100, Link::Parent);
+    own.told = me;
+    let peers = [peer(other)];
+    let mut decide = |at| decider.decide(seconds(at), &own, &peers, &top());
+    assert_eq!(decide(10), Decision::Stay);
+    matches!(decide(12), Decision::Leave(_))
+}
+
 // Two that see each other only through others, each at a server of the parent domain of its own.
 #[test]
 fn of_two_masters_the_one_that_most_reach_stays() {
-    for (in_sight, leaves) in [(1, false), (2, true)] {
-        let mut decider = Decider::new(TAKEOVER_AFTER, 3, false);
-        let mut me = own(100, Link::Parent);
-        // By priority and name the other one goes first.
-        (me.told.in_sight, me.told.priority) = (3 - in_sight, 0);
-        let other = Told {
-            in_sight,
-            priority: 9,
-            ..told("two", Role::Master, 100)
-        };
-        let peers = [peer(other)];
-        let mut decide = |at| decider.decide(seconds(at), &me, &peers, &top());
-        assert_eq!(decide(10), Decision::Stay);
-        assert_eq!(matches!(decide(12), Decision::Leave(_)), leaves);
-    }
+    // By priority and name the other one goes first.
+    let master = |node, in_sight, priority| Told {
+        in_sight,
+        priority,
+        ..told(node, Role::Master, 100)
+    };
+    assert!(!leaves(master("one", 2, 0), master("two", 1, 9)));
+    assert!(leaves(master("one", 1, 0), master("two", 2, 9)));
 }
 
 // The old top and its successor both answer.
 #[test]
 fn of_two_masters_the_one_of_the_later_timeline_stays() {
-    for (timeline, leaves) in [(1, false), (3, true)] {
-        let mut decider = Decider::new(TAKEOVER_AFTER, 3, false);
-        let identity = |timeline: u32| format!("1/{timeline}/terrace/1/app").parse().ok();
-        let mut me = own(100, Link::Parent);
-        (me.told.identity, me.told.in_sight) = (identity(2), 2);
-        let other = Told {
-            identity: identity(timeline),
-            in_sight: 4 - timeline as usize,
-            priority: 2 - i64::from(timeline),
-            ..told("two", Role::Master, 100)
-        };
-        let peers = [peer(other)];
-        let mut decide = |at| decider.decide(seconds(at), &me, &peers, &top());
-        assert_eq!(decide(10), Decision::Stay);
-        assert_eq!(matches!(decide(12), Decision::Leave(_)), leaves);
-    }
+    // The later it is, the less else speaks for it.
+    let master = |node, timeline: u32| Told {
+        identity: format!("1/{timeline}/terrace/1/app").parse().ok(),
+        in_sight: 4 - timeline as usize,
+        priority: 2 - i64::from(timeline),
+        ..told(node, Role::Master, 100)
+    };
+    assert!(!leaves(master("one", 2), master("two", 1)));
+    assert!(leaves(master("one", 2), master("two", 3)));
 }
 
 // All servers above that it reached were cut off from the top themselves.

@@ -1,9 +1,7 @@
 //! How a server of the domain gets its data, and what becomes of the slot meanwhile: what
 //! `open.rs` and `copy.rs` do.
 
-use terrace_bridge::domain::{
-    FoundSlot, Peer, Source, Told, copy_source, has_in_sight, may_drop, parent_to_copy_from,
-};
+use terrace_bridge::domain::{Peer, Source, Told, copy_source, has_in_sight, parent_to_copy_from};
 use terrace_bridge::lsn::Lsn;
 
 use crate::node::{NAMES, Node, TAKEOVER_AFTER, ticks};
@@ -111,24 +109,14 @@ impl World {
         };
         let mut others = self.nodes.iter().filter(|other| other.index != index);
         if server.holder.is_some() || others.any(copies) {
-            self.nodes[index].slot_used_at = self.now;
+            self.nodes[index].slot.in_use(ticks(self.now));
             return false;
         }
         match &server.slot {
             Some(slot) if slot.exists => {
                 let node = &mut self.nodes[index];
-                let known = node.slot_found.filter(|(at, _)| *at == slot.confirmed);
-                if known.is_none() && node.slot_found.is_some() {
-                    node.slot_used_at = self.now;
-                }
-                let (confirmed, since) = known.unwrap_or((slot.confirmed, self.now));
-                node.slot_found = Some((confirmed, since));
-                let found = FoundSlot {
-                    confirmed: Lsn(confirmed),
-                    known_for: ticks(self.now - since),
-                    unused_for: ticks(self.now - node.slot_used_at),
-                };
-                node.anew && may_drop(found, peers)
+                node.slot.found(ticks(self.now), Lsn(slot.confirmed));
+                node.anew && node.slot.may_go(ticks(self.now), peers).is_some()
             }
             _ => true,
         }

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use terrace_bridge::domain::{
-    Decider, Decision, Link, Missing, Own, Peer, Refusal, Session, Sight, Told,
+    Decider, Decision, Link, Missing, Own, Peer, Refusal, Session, Sight, SlotWatch, Told,
 };
 use terrace_bridge::lsn::Lsn;
 
@@ -56,10 +56,8 @@ pub struct Node {
     /// It has thrown its data away, to copy the parent's.
     pub anew: bool,
     pub waiting_to_copy: u64,
-    /// When it has seen the slot in use.
-    pub slot_used_at: u64,
-    /// Where it has found the slot in its way, and since when.
-    pub slot_found: Option<(u64, u64)>,
+    /// What it has seen of the domain's slot.
+    pub slot: SlotWatch,
     pub copying: Option<Copying>,
     pub healthy: bool,
     /// Its database is far behind its queue.
@@ -107,8 +105,7 @@ impl Node {
             has_data: true,
             anew: false,
             waiting_to_copy: 0,
-            slot_used_at: 0,
-            slot_found: None,
+            slot: SlotWatch::new(Duration::ZERO),
             copying: None,
             healthy: true,
             lagging: false,
@@ -150,8 +147,7 @@ impl Node {
         self.answers.clear();
         self.jumped = Duration::ZERO;
         self.waiting_to_copy = 0;
-        self.slot_used_at = now;
-        self.slot_found = None;
+        self.slot = SlotWatch::new(ticks(now));
         self.said.fill((0, 0));
     }
 
@@ -259,11 +255,11 @@ impl Node {
         (self.has_data, self.anew, self.copying) = (true, false, None);
     }
 
-    fn throw_away(&mut self, anew: bool) {
+    fn throw_away(&mut self, now: u64, anew: bool) {
         self.unlink();
         (self.has_data, self.anew) = (false, anew);
         (self.flush, self.first, self.waiting_to_copy) = (0, 0, 0);
-        self.slot_found = None;
+        self.slot = SlotWatch::new(ticks(now));
     }
 }
 
@@ -453,7 +449,8 @@ impl World {
                     None => {}
                 }
                 self.let_go_of_parent(index);
-                self.nodes[index].throw_away(missing.is_some());
+                let now = self.now;
+                self.nodes[index].throw_away(now, missing.is_some());
             }
         }
     }
