@@ -135,13 +135,13 @@ impl Session<'_> {
 
     /// Says which table a refused row is for, and where to look when a value is refused.
     fn about_table(&self, payload: &Bytes, error: anyhow::Error) -> anyhow::Error {
-        let (Some(refused), Ok(table)) = (error.downcast_ref(), self.planner.table_of(payload))
-        else {
+        let (Some(refused), Ok(row)) = (error.downcast_ref(), self.planner.row_of(payload)) else {
             return error;
         };
         if !is_of_the_transaction(&error) {
             return error;
         }
+        let table = row.table;
         let of_value = PgError::class(refused) == Some(DATA_EXCEPTION)
             || refused.code() == Some(DATATYPE_MISMATCH);
         error.context(match of_value {

@@ -425,15 +425,6 @@ impl Planner {
         Some(columns.iter().map(|column| column.name.as_str()).collect())
     }
 
-    /// `schema.table` that the message changes.
-    pub fn table_of(&self, payload: &Bytes) -> anyhow::Result<String> {
-        let message = pgoutput::decode(payload)?;
-        Ok(self
-            .relation_of(&message)
-            .map(Relation::table)
-            .unwrap_or_default())
-    }
-
     /// The row that the message is about.
     pub fn row_of(&self, payload: &Bytes) -> anyhow::Result<Row> {
         let message = pgoutput::decode(payload)?;

@@ -100,7 +100,7 @@ impl Planner {
             Message::Delete { old: (_, old), .. } => ("DELETE", row(old), None),
             _ => return Ok(None),
         };
-        let table = self.table_of(payload)?;
+        let table = self.row_of(payload)?.table;
         Ok(Some(Change {
             table,
             kind,

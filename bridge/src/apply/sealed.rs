@@ -28,7 +28,7 @@ const ALONE: &[u8] = b"\"alone\":true";
 const UNDEFINED_COLUMN: &str = "42703";
 /// A table, column, function or type is missing.
 const UNDEFINED: [&str; 4] = ["42P01", UNDEFINED_COLUMN, "42883", "42704"];
-/// So much of a statement is shown when it fails.
+/// So many bytes of a statement are shown.
 const SHOWN: usize = 300;
 
 /// What a sealed message asks for.
@@ -57,6 +57,13 @@ pub struct Ddl {
     /// It makes a view.
     #[serde(default)]
     view: bool,
+}
+
+impl Ddl {
+    /// As much of the statement as people are shown.
+    fn shown(&self) -> &str {
+        &self.sql[..self.sql.floor_char_boundary(SHOWN)]
+    }
 }
 
 /// Content of a `terrace.rows` message (`pg_ext/src/fill.rs`), but for the rows.
@@ -159,9 +166,8 @@ impl Session<'_> {
     pub(super) async fn obey(&mut self, order: &SealedOrder) -> anyhow::Result<()> {
         match order {
             SealedOrder::Ddl(ddl) => {
-                let shown: String = ddl.sql.chars().take(SHOWN).collect();
                 let ran = self.run_ddl(ddl).await;
-                ran.with_context(|| format!("run \"{shown}\""))?;
+                ran.with_context(|| format!("run \"{}\"", ddl.shown()))?;
                 // Whatever it was about may look different now.
                 self.planner.forget_lookups();
                 Ok(())
@@ -223,12 +229,9 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// In this transaction. What needs something that was never to be here is left out, if no row
-    /// is written by it.
+    /// In this transaction. What needs something that was never to be here is left out: a view, for
+    /// which no row is written, and what is about a column that is not listed.
     async fn run_within(&mut self, ddl: &Ddl, role: bool) -> anyhow::Result<()> {
-        let sql = "SELECT EXISTS (SELECT FROM terrace.sync_table WHERE columns IS NOT NULL)";
-        let rows = self.client.query(sql, &[]).await?;
-        let in_part = rows.first().and_then(|row| row.first()?.as_deref()) == Some("t");
         self.client.simple("SAVEPOINT terrace_ddl").await?;
         let ran = match role {
             true => {
@@ -242,21 +245,36 @@ impl Session<'_> {
             self.client.simple("RELEASE SAVEPOINT terrace_ddl").await?;
             return Ok(());
         };
-        let left_out = match error.code() {
-            Some(UNDEFINED_COLUMN) if in_part => true,
-            Some(code) => ddl.view && UNDEFINED.contains(&code),
-            None => false,
-        };
-        if !left_out {
+        let code = error.code().unwrap_or_default();
+        if !UNDEFINED.contains(&code) {
             return Err(error.into());
         }
         self.client
             .simple("ROLLBACK TO SAVEPOINT terrace_ddl; RELEASE SAVEPOINT terrace_ddl")
             .await?;
-        let shown: String = ddl.sql.chars().take(SHOWN).collect();
-        let reason = format!("\"{shown}\" needs what is not here: {error}");
+        let unlisted = code == UNDEFINED_COLUMN && self.is_about_a_part(ddl).await?;
+        if !ddl.view && !unlisted {
+            return Err(error.into());
+        }
+        let reason = format!("\"{}\" needs what is not here: {error}", ddl.shown());
         self.shared.event("left_out", &reason);
         Ok(())
+    }
+
+    /// Whether a statement is about a table that is synchronised by some of its columns.
+    async fn is_about_a_part(&mut self, ddl: &Ddl) -> anyhow::Result<bool> {
+        for (namespace, name) in &ddl.about {
+            let sql = "SELECT 1 FROM terrace.sync_table \
+                       WHERE nspname = $1 AND relname = $2 AND columns IS NOT NULL";
+            let found = self
+                .client
+                .query(sql, &[Some(namespace), Some(name)])
+                .await?;
+            if !found.is_empty() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// The settings by which a statement is read. From here to their end the search path is
