@@ -23,7 +23,7 @@ pub fn start() {
         .with_env_filter(filter);
     if std::env::var("TERRACE_LOG_FORMAT").is_ok_and(|format| format == "json") {
         let logs = logs.json().with_timer(SystemTime);
-        logs.with_writer(Named::new).init();
+        logs.with_writer(|| Named { out: io::stderr() }).init();
     } else {
         logs.with_ansi(false).with_writer(io::stderr).init();
     }
@@ -45,12 +45,6 @@ impl FormatTime for Signature {
 /// Gives each object the names as fields.
 struct Named<W> {
     out: W,
-}
-
-impl Named<io::Stderr> {
-    fn new() -> Named<io::Stderr> {
-        Named { out: io::stderr() }
-    }
 }
 
 impl<W: Write> Write for Named<W> {
