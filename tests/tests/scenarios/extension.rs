@@ -43,6 +43,7 @@ fn wrong_calls_are_refused() {
     let (top, _scratch) = top();
     top.sql(
         "CREATE VIEW v AS SELECT 1; CREATE UNLOGGED TABLE u (); CREATE TABLE t (id int);
+             CREATE TABLE p (id int) PARTITION BY HASH (id);
              SELECT terrace.create_domain('region'), terrace.create_domain('branch', 'region')",
     );
     for (sql, words) in [
@@ -81,6 +82,22 @@ fn wrong_calls_are_refused() {
         (
             "SELECT terrace.add_table('t', columns => '{id,nope}')",
             "no column \"nope\"",
+        ),
+        (
+            "SELECT terrace.add_table('t', columns => '{id,id}')",
+            "is listed twice",
+        ),
+        (
+            "SELECT terrace.add_table('p', filter => 'id > 0')",
+            "cannot be synchronised in part",
+        ),
+        (
+            "SELECT terrace.add_table('p', columns => '{id}')",
+            "cannot be synchronised in part",
+        ),
+        (
+            "SELECT terrace.add_table('p', ARRAY['region'])",
+            "for some domains only",
         ),
         ("SELECT terrace.resend('t')", "is not synchronised"),
         (

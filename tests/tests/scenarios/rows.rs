@@ -334,3 +334,19 @@ fn conflicts_tell_the_last_key_to_those_who_may_read_the_rows() {
         assert!(!shown, "{hidden}");
     }
 }
+
+// It reads a table for as long as that takes, and nothing in the stream waits for it longer than 20 s.
+#[test]
+fn a_comparison_gives_way_to_what_waits_for_it() {
+    let schema = "CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1); SELECT terrace.add_table('t')";
+    let tree = Tree::grow(schema, &[("region", None, 1)]);
+    let mut reader = tree.nodes[0].server.connect();
+    reader
+        .batch_execute("SET application_name = 'terrace comparison'; BEGIN; SELECT FROM t")
+        .expect("read");
+    tree.top.sql("TRUNCATE t; INSERT INTO t VALUES (2)");
+    tree.wait_for_equal(&["t"]);
+    reader.batch_execute("COMMIT").expect_err("it was ended");
+    let told = "SELECT count(*) > 0 FROM terrace.events WHERE kind = 'copy_ended'";
+    wait_until("it is told", || tree.top.value(told) == "t");
+}
