@@ -98,6 +98,11 @@ CREATE FUNCTION arm_tag() RETURNS trigger
 CREATE FUNCTION arm_now() RETURNS void
     LANGUAGE c AS 'MODULE_PATHNAME', 'arm_now_wrapper';
 
+-- What a bridge calls first in the session that it streams in: a backlog goes out with few
+-- system calls. It changes nothing outside the session, and nothing in one that does not stream.
+CREATE FUNCTION gather_sends() RETURNS void
+    LANGUAGE c AS 'MODULE_PATHNAME', 'gather_sends_wrapper';
+
 -- What a relay calls first in each session that it passes on. The pass-through role
 -- could change itself otherwise: no grant keeps a role from that.
 CREATE FUNCTION guard_session() RETURNS void
@@ -1709,7 +1714,7 @@ END $$;
 -- Whoever may write at the top may send, so send is for everybody; a session through
 -- a relay is kept from it by its guard, as it is from pg_notify and the like.
 REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA terrace FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION arm_now(), refuse_guarded(), read_value(text, anyarray), read_array(text, anyarray), replicate_ddl(text), must_be_top(), current_tag(), with_ancestors(text[]), send(text, text),
+GRANT EXECUTE ON FUNCTION arm_now(), gather_sends(), refuse_guarded(), read_value(text, anyarray), read_array(text, anyarray), replicate_ddl(text), must_be_top(), current_tag(), with_ancestors(text[]), send(text, text),
     top_lsn(), is_top(), shown(jsonb), wait_for(pg_lsn, text, interval) TO PUBLIC;
 GRANT EXECUTE ON FUNCTION report(jsonb), guard_session(), resend(regclass, text[]),
     begin_comparison(regclass, integer), finish_comparison(comparison),

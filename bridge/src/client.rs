@@ -20,7 +20,7 @@ use tokio::time::timeout;
 pub use error::{DbError, PgError};
 
 use crate::conninfo::{ConnInfo, SslMode};
-use crate::wire::{self, Framed, MAX_MESSAGE, Message, Stream, Way, take_cstr};
+use crate::wire::{self, Framed, MAX_MESSAGE, Message, Stream, take_cstr};
 
 /// A row of text values.
 pub type Row = Vec<Option<String>>;
@@ -66,11 +66,11 @@ pub struct Client {
 }
 
 /// A plain (later perhaps encrypted) connection to the server of `info`.
-pub async fn open_stream(info: &ConnInfo, way: Way) -> io::Result<Box<dyn Stream>> {
+pub async fn open_stream(info: &ConnInfo) -> io::Result<Box<dyn Stream>> {
     if let Some(path) = info.socket_path() {
         return Ok(Box::new(UnixStream::connect(path).await?));
     }
-    let stream = wire::connect((info.address(), info.port()), way).await?;
+    let stream = wire::connect((info.address(), info.port())).await?;
     Ok(Box::new(stream))
 }
 
@@ -91,22 +91,18 @@ impl Client {
     }
 
     async fn connect_untimed(info: &ConnInfo, options: &SessionOptions) -> Result<Client> {
-        let way = match options.replication {
-            true => Way::Stream,
-            false => Way::Requests,
-        };
         let plain = info.ssl_mode() <= SslMode::Allow;
-        match Client::connect_over(info, options, way, !plain).await {
+        match Client::connect_over(info, options, !plain).await {
             // As libpq does: a server that refuses plain text may take TLS.
             Err(PgError::Db(error)) if info.ssl_mode() == SslMode::Allow => {
-                let again = Client::connect_over(info, options, way, true).await;
+                let again = Client::connect_over(info, options, true).await;
                 again.map_err(|_| PgError::Db(error))
             }
             // And one that refuses TLS may take plain text.
             Err(PgError::Db(error))
                 if info.ssl_mode() == SslMode::Prefer && error.code == NO_ENTRY =>
             {
-                let again = Client::connect_over(info, options, way, false).await;
+                let again = Client::connect_over(info, options, false).await;
                 again.map_err(|second| match second {
                     PgError::Db(second) if second.code != NO_ENTRY => PgError::Db(second),
                     _ => PgError::Db(error),
@@ -116,13 +112,8 @@ impl Client {
         }
     }
 
-    async fn connect_over(
-        info: &ConnInfo,
-        options: &SessionOptions,
-        way: Way,
-        tls: bool,
-    ) -> Result<Client> {
-        let (framed, binding) = login::secure(info, way, tls).await?;
+    async fn connect_over(info: &ConnInfo, options: &SessionOptions, tls: bool) -> Result<Client> {
+        let (framed, binding) = login::secure(info, tls).await?;
         let mut client = Client {
             framed,
             parameters: BTreeMap::new(),

@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
+use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::assemble::{AssembleError, Assembler, passes};
@@ -54,9 +54,6 @@ const TICK: Duration = Duration::from_millis(100);
 const BATCH_MESSAGES: usize = 10_000;
 /// … or as many bytes of them: a bridge sends many records in one.
 const BATCH_BYTES: usize = 4 << 20;
-/// More messages than this within [`REST`] are a burst, and rested for as long.
-const BURST_MESSAGES: usize = 60;
-const REST: Duration = Duration::from_millis(1);
 
 /// Why a link ended; most ends are not faults.
 #[derive(Debug, thiserror::Error)]
@@ -222,8 +219,6 @@ struct Link<'a> {
     acknowledged: Lsn,
     /// End and time of what has been taken in since the last publish.
     received: Option<(Lsn, i64)>,
-    /// Messages since the moment.
-    burst: (Instant, usize),
 }
 
 enum Never {}
@@ -279,6 +274,7 @@ impl<'a> Link<'a> {
         if bridge {
             client.copy_both(&start).await?;
         } else {
+            client.simple("SELECT terrace.gather_sends()").await?;
             if let Err(error) = start_when_free(&mut client, &start, target).await {
                 return Err(why_not_started(target, error).await);
             }
@@ -311,7 +307,6 @@ impl<'a> Link<'a> {
             told_at: Instant::now(),
             acknowledged,
             received: None,
-            burst: (Instant::now(), 0),
         })
     }
 
@@ -334,9 +329,8 @@ impl<'a> Link<'a> {
                     filled?;
                     heard = Instant::now();
                     self.shared.note_heard();
-                    let taken = self.drain(writer).await?;
+                    self.drain(writer).await?;
                     self.publish(writer)?;
-                    self.rest_under_load(taken).await;
                 }
                 _ = tick.tick() => {
                     if heard.elapsed() > SILENCE {
@@ -351,9 +345,8 @@ impl<'a> Link<'a> {
         }
     }
 
-    /// Takes what has been read and what the socket holds, so that it is written at
-    /// once; the number of messages.
-    async fn drain(&mut self, writer: &mut Writer) -> Result<usize, LinkEnd> {
+    /// Takes what has been read and what the socket holds, so that it is written at once.
+    async fn drain(&mut self, writer: &mut Writer) -> Result<(), LinkEnd> {
         let (mut taken, mut bytes) = (0, 0);
         loop {
             while let Some(message) = self.client.buffered()? {
@@ -362,7 +355,7 @@ impl<'a> Link<'a> {
                 self.take(message.kind, message.body, writer)?;
             }
             if taken > BATCH_MESSAGES || bytes > BATCH_BYTES {
-                return Ok(taken);
+                return Ok(());
             }
             tokio::select! {
                 biased;
@@ -371,7 +364,7 @@ impl<'a> Link<'a> {
                     self.shared.note_heard();
                 }
                 // Another thread tells when the socket has more, a moment late: ask twice.
-                () = tokio::task::yield_now() => return Ok(taken),
+                () = tokio::task::yield_now() => return Ok(()),
             }
         }
     }
@@ -388,18 +381,6 @@ impl<'a> Link<'a> {
             self.shared.set_received(lsn, time);
         }
         Ok(())
-    }
-
-    /// Messages that come one by one and fast cost both ends a wake-up each, which is
-    /// more than their content does: let them gather for a moment.
-    async fn rest_under_load(&mut self, taken: usize) {
-        if self.burst.0.elapsed() > REST {
-            self.burst = (Instant::now(), 0);
-        }
-        self.burst.1 += taken;
-        if self.burst.1 > BURST_MESSAGES {
-            sleep(REST).await;
-        }
     }
 
     fn take(&mut self, kind: u8, body: Bytes, writer: &mut Writer) -> Result<(), LinkEnd> {

@@ -6,7 +6,6 @@
 
 use std::future::poll_fn;
 use std::io;
-use std::net::SocketAddr;
 use std::pin::pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -14,7 +13,7 @@ use std::time::Duration;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::{TcpSocket, TcpStream, lookup_host};
+use tokio::net::{TcpStream, lookup_host};
 use tokio::time::timeout;
 
 /// Settings of every TCP connection, either way: nothing waits to be sent, and a
@@ -28,44 +27,17 @@ pub fn tune(tcp: &TcpStream) -> io::Result<()> {
     SockRef::from(tcp).set_tcp_keepalive(&keepalive)
 }
 
-/// What a connection is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
-    /// Questions and answers, or rows in bulk.
-    Requests,
-    /// Many small messages, from the other end to this one.
-    Stream,
-}
-
-/// Receive buffer of a [`Way::Stream`] over loopback, bytes.
-const LOOPBACK_BUFFER: u32 = 32 << 10;
-/// Segments must fit into it several times, or they wait for each other.
-const LOOPBACK_SEGMENT: u32 = 16 << 10;
-
 /// An address of several that has not answered for so long is left for the next one.
 const NEXT_ADDRESS: Duration = Duration::from_secs(2);
 
 /// Connects to the first address of `host` that answers.
-///
-/// A walsender writes message by message. Over loopback each becomes a segment, which
-/// costs it more than decoding does, until the receiver's window is full: only then do
-/// messages gather. A distance that needs a larger window does not exist there, so the
-/// window is a small one.
-pub async fn connect(host: (&str, u16), way: Way) -> io::Result<TcpStream> {
+pub async fn connect(host: (&str, u16)) -> io::Result<TcpStream> {
     let mut failed = io::Error::other("the host name has no address");
     let mut addresses = lookup_host(host).await?.peekable();
     while let Some(address) = addresses.next() {
-        let socket = match address {
-            SocketAddr::V4(_) => TcpSocket::new_v4()?,
-            SocketAddr::V6(_) => TcpSocket::new_v6()?,
-        };
-        if way == Way::Stream && address.ip().is_loopback() {
-            socket.set_recv_buffer_size(LOOPBACK_BUFFER)?;
-            SockRef::from(&socket).set_tcp_mss(LOOPBACK_SEGMENT)?;
-        }
         // One that swallows everything must not keep us from the next one.
         let limit = addresses.peek().map_or(Duration::MAX, |_| NEXT_ADDRESS);
-        match timeout(limit, socket.connect(address)).await {
+        match timeout(limit, TcpStream::connect(address)).await {
             Ok(Ok(stream)) => return tune(&stream).map(|()| stream),
             // One that swallows everything is silent, whatever the others say.
             Ok(Err(_)) if failed.kind() == io::ErrorKind::TimedOut => {}

@@ -12,6 +12,7 @@ mod ddl;
 mod fill;
 mod guard;
 mod owner;
+mod sender;
 mod utility;
 
 use std::cell::{Cell, RefCell};

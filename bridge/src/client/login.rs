@@ -10,7 +10,7 @@ use tokio_rustls::TlsConnector;
 use super::{Client, PgError, Result, SessionOptions, open_stream};
 use crate::conninfo::{ChannelBinding, ConnInfo, SslMode};
 use crate::tls;
-use crate::wire::{Framed, MAX_UNAUTHENTICATED, Way, take_cstr};
+use crate::wire::{Framed, MAX_UNAUTHENTICATED, take_cstr};
 
 const SSL_REQUEST: &[u8] = &[0, 0, 0, 8, 4, 210, 22, 47];
 
@@ -168,8 +168,8 @@ pub(super) enum Binding {
 }
 
 /// A connection as `sslmode` asks for it.
-pub(super) async fn secure(info: &ConnInfo, way: Way, tls: bool) -> Result<(Framed, Binding)> {
-    let plain = open_stream(info, way).await?;
+pub(super) async fn secure(info: &ConnInfo, tls: bool) -> Result<(Framed, Binding)> {
+    let plain = open_stream(info).await?;
     // As libpq: no TLS over a Unix socket.
     if info.socket_path().is_some() || !tls {
         return Ok((Framed::new(plain), Binding::None));

@@ -10,14 +10,14 @@ use super::Relay;
 use crate::client::{Client, PATIENT, PgError, SessionOptions, open_stream};
 use crate::open::local_client;
 use crate::report::{RELAY_ROLE, prepare_local};
-use crate::wire::{self, Framed, Way};
+use crate::wire::{self, Framed};
 
 /// Passes a CancelRequest on, if its key is one of a session that is passed on.
 pub async fn cancel(relay: &Relay, packet: &Bytes) -> anyhow::Result<()> {
     if !relay.keys().contains(packet) {
         return Ok(());
     }
-    let mut stream = open_stream(&relay.local()?, Way::Requests).await?;
+    let mut stream = open_stream(&relay.local()?).await?;
     stream.write_all(&[0, 0, 0, 16, 4, 210, 22, 46]).await?;
     stream.write_all(packet).await?;
     Ok(stream.shutdown().await?)

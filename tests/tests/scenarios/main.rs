@@ -6,6 +6,7 @@ mod copy;
 mod ddl;
 mod extension;
 mod failover;
+mod gathering;
 mod identity;
 mod layouts;
 mod matching;

@@ -1,0 +1,203 @@
+//! A walsender that has much to send sends much at once.
+//!
+//! A walsender hands each message of the stream to the kernel by itself, and its receiver is woken
+//! for each. Where a backlog is decoded that takes several times as long as the decoding. A bridge
+//! asks, in the session that it will stream in, that what is sent be gathered: what goes over the
+//! wire stays the same, byte for byte and in the same order, so nothing about positions or
+//! keepalives changes.
+//!
+//! Guarantees:
+//! - Changes are held only while much WAL waits to be decoded, and no longer than [`PATIENCE`], or
+//!   until [`ENOUGH`] bytes are there. (While a transaction is read of which nothing is published,
+//!   nobody asks: what was held before waits for its end, or for the next keepalive.)
+//! - The walsender does not go to sleep on them: it asks whether to send before it does, and has not
+//!   come further since it asked last.
+//! - A keepalive, and the end of the stream, go out at once, with what is before them.
+//!
+//! It works in the place where PostgreSQL sends (`PqCommMethods` in `libpq/libpq.h`, which parallel
+//! workers replace too), not in an output plugin: servers allow those by name
+//! (`output_plugin_libraries`).
+
+use std::cell::Cell;
+use std::ffi::{c_char, c_int};
+use std::time::{Duration, Instant};
+
+use pgrx::pg_sys;
+use pgrx::prelude::*;
+
+/// Bytes that are worth a system call.
+const ENOUGH: usize = 32 << 10;
+/// Longest that a message is held back.
+const PATIENCE: Duration = Duration::from_millis(2);
+/// So often is asked in vain before one looks at the clock: it is asked for each record and message.
+const LOOK: u32 = 8;
+/// Bytes of WAL: more than nearly any record has, so that the next one is there as a whole.
+const BACKLOG: u64 = 64 << 10;
+
+/// `libpq/libpq.h`; not in pgrx's bindings.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct CommMethods {
+    comm_reset: unsafe extern "C-unwind" fn(),
+    flush: unsafe extern "C-unwind" fn() -> c_int,
+    flush_if_writable: unsafe extern "C-unwind" fn() -> c_int,
+    is_send_pending: unsafe extern "C-unwind" fn() -> bool,
+    putmessage: unsafe extern "C-unwind" fn(c_char, *const c_char, usize) -> c_int,
+    putmessage_noblock: unsafe extern "C-unwind" fn(c_char, *const c_char, usize),
+}
+
+unsafe extern "C" {
+    static mut PqCommMethods: *const CommMethods;
+}
+
+#[derive(Clone, Copy)]
+struct Held {
+    /// Bytes; none when all that was given to PostgreSQL has been offered to the socket.
+    bytes: usize,
+    /// Since when there are some.
+    since: Instant,
+    /// How often it was asked whether they are to be sent.
+    asked: u32,
+    /// Where the walsender was when it was asked last, and how many there were.
+    last: (u64, usize),
+    /// The WAL was flushed at least so far.
+    flushed: u64,
+}
+
+thread_local! {
+    /// What was there before.
+    static SOCKET: Cell<Option<CommMethods>> = const { Cell::new(None) };
+    static HELD: Cell<Option<Held>> = const { Cell::new(None) };
+}
+
+/// From now on, this session gathers what it sends. Nothing happens in one that is no walsender.
+#[pg_extern]
+fn gather_sends() {
+    // SAFETY: a variable of this process.
+    if !unsafe { pg_sys::am_walsender } || SOCKET.get().is_some() {
+        return;
+    }
+    // SAFETY: set since the session began, and never to nothing.
+    let socket = unsafe { *PqCommMethods };
+    SOCKET.set(Some(socket));
+    HELD.set(Some(Held {
+        bytes: 0,
+        since: Instant::now(),
+        asked: 0,
+        last: (0, 0),
+        flushed: 0,
+    }));
+    let gathering = CommMethods {
+        flush,
+        flush_if_writable,
+        is_send_pending,
+        putmessage_noblock,
+        ..socket
+    };
+    // SAFETY: it lives as long as the process, as do the functions in it.
+    unsafe { PqCommMethods = Box::leak(Box::new(gathering)) };
+}
+
+/// Ours are called only when this is there.
+fn socket() -> CommMethods {
+    SOCKET.get().expect("set before they are")
+}
+
+/// What was held is no longer.
+fn let_go() {
+    HELD.set(HELD.get().map(|held| Held { bytes: 0, ..held }));
+}
+
+// No `pg_guard`: an error of what is called jumps over frames that hold nothing to be dropped.
+
+unsafe extern "C-unwind" fn flush() -> c_int {
+    let_go();
+    // SAFETY: as PostgreSQL would call it.
+    unsafe { (socket().flush)() }
+}
+
+unsafe extern "C-unwind" fn flush_if_writable() -> c_int {
+    if may_wait() {
+        return 0;
+    }
+    let_go();
+    // SAFETY: as PostgreSQL would call it.
+    unsafe { (socket().flush_if_writable)() }
+}
+
+/// What is held does not keep the walsender from going on. What the socket did not take does, and
+/// nothing is held behind it; and so does what is to go out.
+unsafe extern "C-unwind" fn is_send_pending() -> bool {
+    let held = HELD
+        .get()
+        .is_some_and(|held| (1..ENOUGH).contains(&held.bytes));
+    // SAFETY: as PostgreSQL would call it.
+    !held && unsafe { (socket().is_send_pending)() }
+}
+
+unsafe extern "C-unwind" fn putmessage_noblock(kind: c_char, message: *const c_char, len: usize) {
+    if let Some(mut held) = HELD.get() {
+        if held.bytes == 0 {
+            (held.since, held.asked) = (Instant::now(), 0);
+        }
+        // SAFETY: as PostgreSQL would call it; a message of the stream has a byte that says what it is.
+        let (pending, data) = unsafe {
+            let pending = held.bytes == 0 && (socket().is_send_pending)();
+            (
+                pending,
+                kind as u8 == b'd' && len > 0 && *message as u8 == b'w',
+            )
+        };
+        if !data {
+            held.bytes = ENOUGH;
+        } else if !pending {
+            held.bytes += len;
+        }
+        HELD.set(Some(held));
+    }
+    // SAFETY: as PostgreSQL would call it.
+    unsafe { (socket().putmessage_noblock)(kind, message, len) }
+}
+
+fn may_wait() -> bool {
+    let Some(mut held) = HELD.get() else {
+        return false;
+    };
+    if held.bytes == 0 || held.bytes >= ENOUGH {
+        return false;
+    }
+    // SAFETY: of this process, which is a walsender; nobody else writes it.
+    let sent = unsafe { (*pg_sys::MyWalSnd).sentPtr };
+    let moves = held.last != (sent, held.bytes);
+    held.last = (sent, held.bytes);
+    held.asked += 1;
+    let waits = moves && much_is_waiting(&mut held, sent);
+    HELD.set(Some(held));
+    // A look at the clock costs as much as all else here.
+    waits && (held.asked % LOOK != 0 || held.since.elapsed() < PATIENCE)
+}
+
+/// Whether the walsender has more WAL before it than it will look at in one step.
+fn much_is_waiting(held: &mut Held, sent: u64) -> bool {
+    let beyond = sent + BACKLOG;
+    if beyond > held.flushed {
+        // SAFETY: of this process; the timeline is not asked for.
+        held.flushed = match unsafe { pg_sys::RecoveryInProgress() || waits_for_standbys() } {
+            true => 0,
+            false => unsafe { pg_sys::GetFlushRecPtr(std::ptr::null_mut()) },
+        };
+    }
+    beyond <= held.flushed
+}
+
+/// A failover slot sends nothing that certain standbys do not have (`synchronized_standby_slots`).
+unsafe fn waits_for_standbys() -> bool {
+    #[cfg(any(feature = "pg17", feature = "pg18"))]
+    // SAFETY: a slot that this process holds stays where it is.
+    unsafe {
+        let slot = pg_sys::MyReplicationSlot;
+        return !slot.is_null() && (*slot).data.failover;
+    }
+    #[cfg(any(feature = "pg15", feature = "pg16"))]
+    false
+}

@@ -1,0 +1,162 @@
+//! A walsender that is asked to gathers what it sends: the same bytes, in few pieces, and nothing
+//! is held back where nothing waits.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use terrace_tests::{Scratch, Server, ServerOptions};
+
+const SCHEMA: &str = "
+    CREATE TABLE t (id int PRIMARY KEY, v text);
+    CREATE TABLE unpublished ();
+    CREATE PUBLICATION p FOR TABLE t";
+const SLOTS: &str = "SELECT pg_create_logical_replication_slot(name, 'pgoutput') \
+                     FROM unnest('{plain, gathered}'::name[]) name";
+const TRANSACTIONS: usize = 2000;
+
+/// A replication session, as a client that trusts everybody has it.
+struct Stream(TcpStream);
+
+impl Stream {
+    fn open(port: u16) -> Stream {
+        let mut socket = TcpStream::connect(("127.0.0.1", port)).expect("connect");
+        let limit = Some(Duration::from_secs(20));
+        socket.set_read_timeout(limit).expect("limit");
+        let parameters = b"\0\x03\0\0user\0postgres\0database\0app\0replication\0database\0\
+              options\0-c wal_sender_timeout=1s\0\0";
+        let length = (parameters.len() as u32 + 4).to_be_bytes();
+        socket
+            .write_all(&[&length, &parameters[..]].concat())
+            .expect("start");
+        let mut stream = Stream(socket);
+        stream.skip_to(b'Z');
+        stream
+    }
+
+    fn message(&mut self) -> (u8, Vec<u8>) {
+        let mut head = [0; 5];
+        self.0.read_exact(&mut head).expect("a message");
+        let length = u32::from_be_bytes([head[1], head[2], head[3], head[4]]);
+        let mut body = vec![0; length as usize - 4];
+        self.0.read_exact(&mut body).expect("its body");
+        assert_ne!(head[0], b'E', "{}", String::from_utf8_lossy(&body));
+        (head[0], body)
+    }
+
+    fn skip_to(&mut self, wanted: u8) {
+        while self.message().0 != wanted {}
+    }
+
+    fn ask(&mut self, sql: &str) {
+        let length = (sql.len() as u32 + 5).to_be_bytes();
+        self.0
+            .write_all(&[b"Q", &length[..], sql.as_bytes(), b"\0"].concat())
+            .expect("ask");
+    }
+
+    fn start(&mut self, slot: &str) {
+        self.ask(&format!(
+            "START_REPLICATION SLOT {slot} LOGICAL 0/0 (proto_version '1', publication_names 'p')"
+        ));
+        self.skip_to(b'W');
+    }
+
+    /// Frames without their clocks, up to the one that ends so many transactions.
+    fn transactions(&mut self, mut count: usize) -> Vec<Vec<u8>> {
+        let mut frames = Vec::new();
+        while count > 0 {
+            let (kind, mut body) = self.message();
+            match (kind, body[0]) {
+                (b'd', b'w') => {
+                    body.drain(17..25);
+                    count -= usize::from(body[17] == b'C');
+                    frames.push(body);
+                }
+                (b'd', b'k') if body[17] == 1 => self.answer(),
+                _ => {}
+            }
+        }
+        frames
+    }
+
+    /// Tells a walsender that asks that we are there.
+    fn answer(&mut self) {
+        let status = [&b"d\0\0\0\x26r"[..], &[0; 33]].concat();
+        self.0.write_all(&status).expect("answer");
+    }
+
+    /// Segments that have come with data in them; `None` where nobody can tell.
+    fn segments(&self) -> Option<u64> {
+        let port = self.0.local_addr().ok()?.port();
+        let output = Command::new("ss")
+            .args(["-tinH", &format!("sport = :{port}")])
+            .output()
+            .ok()?;
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let number = said.split("data_segs_in:").nth(1)?;
+        number.split_whitespace().next()?.parse().ok()
+    }
+}
+
+#[test]
+fn a_backlog_comes_in_few_pieces_and_news_at_once() {
+    let scratch = Scratch::new("terrace-").expect("scratch");
+    let options = ServerOptions {
+        top: true,
+        ..Default::default()
+    };
+    let server = Server::start(&scratch, "top", &options).expect("boot");
+    let hba = server.value("SHOW hba_file");
+    let lines = std::fs::read_to_string(&hba).expect("pg_hba.conf");
+    std::fs::write(
+        &hba,
+        format!("host all postgres 127.0.0.1/32 trust\n{lines}"),
+    )
+    .expect("trust");
+    server.sql("SELECT pg_reload_conf()");
+    server.sql(SCHEMA);
+    server.sql(SLOTS);
+    server.sql(&format!(
+        "DO $$ BEGIN FOR i IN 1..{TRANSACTIONS} LOOP
+             INSERT INTO t VALUES (i, repeat('x', i % 200)); COMMIT; END LOOP; END $$"
+    ));
+    let read = |slot: &str, gather: bool| {
+        let mut stream = Stream::open(server.port);
+        if gather {
+            stream.ask("SELECT terrace.gather_sends()");
+            stream.skip_to(b'Z');
+        }
+        stream.start(slot);
+        // What the socket can hold is there by then, however slowly it is read.
+        let frames = stream.transactions(TRANSACTIONS);
+        (stream.segments(), frames, stream)
+    };
+    let (plain, wanted, stream) = read("plain", false);
+    drop(stream);
+    let (gathered, frames, mut stream) = read("gathered", true);
+    assert!(frames == wanted, "the same is sent");
+    match (plain, gathered) {
+        (Some(plain), Some(gathered)) => assert!(gathered * 5 < plain, "{gathered} of {plain}"),
+        _ => println!("skipped: ss (iproute2) does not tell how many segments came"),
+    }
+    // Also behind much that nobody is told of, which takes longer than a walsender waits for an answer.
+    let quiet = "INSERT INTO unpublished SELECT FROM generate_series(1, 1500000); ";
+    for (number, before) in ["", quiet].into_iter().enumerate() {
+        let id = TRANSACTIONS + 1 + number;
+        std::thread::scope(|scope| {
+            let asked = Instant::now();
+            scope.spawn(|| {
+                server.sql(before);
+                server.sql(&format!("INSERT INTO t VALUES ({id}, 'news')"));
+            });
+            let news = stream.transactions(1);
+            assert!(news.iter().any(|frame| frame.ends_with(b"news")));
+            let took = asked.elapsed();
+            assert!(number > 0 || took < Duration::from_secs(1), "{took:?}");
+        });
+    }
+    // In a session that does not stream it does nothing.
+    server.sql("SELECT terrace.gather_sends(); SELECT terrace.gather_sends()");
+}
