@@ -28,7 +28,7 @@ pub const TPCB: Script = Script {
 pub const INSERT: Script = Script {
     name: "insert-only",
     text: Some("INSERT INTO bench_insert (body) VALUES (md5(:client_id::text));\n"),
-    share: 0.5,
+    share: 2.0,
     table: "bench_insert",
 };
 
@@ -37,7 +37,7 @@ pub const HOT: Script = Script {
     text: Some(
         "\\set id random(1, 10)\nUPDATE bench_hot SET n = n + 1, body = md5(n::text) WHERE id = :id;\n",
     ),
-    share: 0.5,
+    share: 2.0,
     table: "bench_hot",
 };
 
