@@ -17,6 +17,7 @@
 mod careful;
 mod fold;
 mod in_order;
+mod obstacle;
 mod plan;
 mod quarantine;
 mod relation;
@@ -190,6 +191,8 @@ struct Session<'a> {
     folds: bool,
     /// The local transaction under way has statements of a fold.
     sent_sets: bool,
+    /// What is in the way of unique values, and nobody's, makes way.
+    clears: bool,
     /// Up to here nothing is folded: it has been tried.
     plain_until: Lsn,
     /// Transactions that go in order before the next look whether all can go set-wise.
@@ -261,6 +264,7 @@ impl<'a> Session<'a> {
             folded: None,
             folds: true,
             sent_sets: false,
+            clears: false,
             plain_until: Lsn::ZERO,
             in_order: MAX_TRANSACTIONS,
             attempted: committed,

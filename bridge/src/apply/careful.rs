@@ -8,6 +8,7 @@ use bytes::Bytes;
 use postgres_protocol::message::frontend;
 use tokio::time::timeout;
 
+use super::obstacle::is_in_the_way;
 use super::plan::Planned;
 use super::skip::is_of_the_transaction;
 use super::statement::{Expect, Step};
@@ -47,9 +48,16 @@ impl Session<'_> {
             if self.skip_if_told().await? {
                 continue;
             }
-            if let Err(error) = self.careful_transaction().await {
-                self.client.simple("ROLLBACK").await.ok();
-                return Err(self.name_culprit(error).await);
+            let Err(error) = self.careful_transaction().await else {
+                self.clears = false;
+                continue;
+            };
+            self.client.simple("ROLLBACK").await.ok();
+            // Once more, and what is in the way and nobody's makes way.
+            self.clears = is_in_the_way(&error) && !self.clears;
+            match self.clears {
+                true => self.rewind()?,
+                false => return Err(self.name_culprit(error).await),
             }
         }
         // What was planned here was run without being prepared.
@@ -154,14 +162,7 @@ impl Session<'_> {
     }
 
     async fn careful_step(&mut self, payload: &Bytes, step: &Step) -> anyhow::Result<()> {
-        // An existing row makes way for the top's.
-        if let Some((clear, kind)) = self.planner.clear_way(payload)? {
-            let gone = self.run_step(&clear).await?;
-            if gone > 0 {
-                let row = self.planner.row_of(payload)?;
-                self.bump(&row, kind, gone).await.map_err(fatal)?;
-            }
-        }
+        self.make_way(payload).await?;
         let count = self.run_step(step).await?;
         match &step.expect {
             Expect::One if count == 0 => {
@@ -180,12 +181,26 @@ impl Session<'_> {
         Ok(())
     }
 
+    /// Existing rows make way for the top's.
+    async fn make_way(&mut self, payload: &Bytes) -> anyhow::Result<()> {
+        let mut gone = Vec::new();
+        if let Some(clear) = self.planner.clear_way(payload)? {
+            gone.push(self.run_step(&clear).await?);
+        }
+        if self.clears {
+            gone.extend(self.remove_obstacles(payload).await?);
+        }
+        let kind = match gone.iter().filter(|rows| **rows > 0).count() {
+            0 => return Ok(()),
+            1 => self.planner.conflict(payload)?,
+            _ => "multiple_unique_conflicts",
+        };
+        let row = self.planner.row_of(payload)?;
+        let bumped = self.bump(&row, kind, gone.iter().sum()).await;
+        bumped.map_err(fatal)
+    }
+
     pub(super) async fn run_step(&mut self, step: &Step) -> anyhow::Result<u64> {
-        let values: Vec<Option<&str>> = step
-            .values
-            .iter()
-            .map(|value| value.as_deref().map(std::str::from_utf8).transpose())
-            .collect::<Result<_, _>>()?;
-        Ok(self.client.execute(&step.sql, &values).await?)
+        Ok(self.client.execute(&step.sql, &step.texts()?).await?)
     }
 }

@@ -13,7 +13,8 @@ use super::fold::{Fold, NotFoldable};
 use super::relation::{Column, Relation};
 use super::sealed::{SealedOrder, Seals, is_order};
 use super::statement::{
-    Expect, Row, Step, clear_partition, delete, insert, key, moves, primary_clause, unnamed, update,
+    Expect, Row, Step, Written, clear_partition, delete, insert, key, moves, others, unnamed,
+    update,
 };
 use crate::client::Client;
 use crate::pgoutput::{self, Datum, Message, OldKind, TRUNCATE_RESTART_IDENTITY};
@@ -410,7 +411,7 @@ impl Planner {
         }
     }
 
-    fn relation_of<'a>(&self, message: &Message<'a>) -> Option<&Relation> {
+    pub(super) fn relation_of<'a>(&self, message: &Message<'a>) -> Option<&Relation> {
         match message {
             Message::Insert { relid, .. }
             | Message::Update { relid, .. }
@@ -444,37 +445,32 @@ impl Planner {
     }
 
     /// For an insert, or an update to another key: the statement that removes a row
-    /// that has the primary key already, and what PostgreSQL calls such a conflict.
-    pub fn clear_way(&self, payload: &Bytes) -> anyhow::Result<Option<(Step, &'static str)>> {
+    /// that has the primary key already.
+    pub fn clear_way(&self, payload: &Bytes) -> anyhow::Result<Option<Step>> {
         let message = pgoutput::decode(payload)?;
         let Some(relation) = self.relation_of(&message) else {
             return Ok(None);
         };
-        let (new, kind) = match &message {
-            Message::Insert { new, .. } => (new, "insert_exists"),
-            Message::Update {
-                old: Some((_, old)),
-                new,
-                ..
-            } if moves(relation, *old, *new) => (new, "update_exists"),
-            _ => return Ok(None),
+        let Some(written) = Written::by(&message) else {
+            return Ok(None);
         };
-        if !relation.routed || !relation.has_primary() {
+        let old = written.old;
+        let stays = old.is_some_and(|(_, old)| !moves(relation, old, written.new));
+        if !relation.routed || !relation.has_primary() || stays {
             return Ok(None);
         }
-        let mut values = Vec::new();
-        let mut clause = primary_clause(relation, *new, payload, &mut values);
-        if let Message::Update {
-            old: Some((_, old)),
-            ..
-        } = &message
-        {
-            // Two texts may be one value: the row itself is in nobody's way.
-            let itself = primary_clause(relation, *old, payload, &mut values);
-            clause = format!("{clause} AND NOT ({itself})");
-        }
-        let sql = format!("DELETE FROM {} WHERE {clause}", relation.rows());
-        Ok(Some((unnamed(sql, values, Expect::Done), kind)))
+        let is_primary = |column: &Column| column.local.as_ref().is_some_and(|local| local.primary);
+        let others = others(relation, is_primary, written, payload)?;
+        Ok(others.map(|(condition, values)| {
+            let sql = format!("DELETE FROM {} WHERE {condition}", relation.rows());
+            unnamed(sql, values, Expect::Done)
+        }))
+    }
+
+    /// What PostgreSQL calls it when another row has what is this one's.
+    pub fn conflict(&self, payload: &Bytes) -> anyhow::Result<&'static str> {
+        let message = pgoutput::decode(payload)?;
+        Ok(Written::by(&message).map_or("", |written| written.conflict()))
     }
 
     /// For an update whose row is missing: the insert of its new row, if that is whole. Of a row

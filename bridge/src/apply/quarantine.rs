@@ -9,6 +9,7 @@ use bytes::Bytes;
 use serde_json::{Map, Value};
 
 use super::Session;
+use super::obstacle::is_in_the_way;
 use super::plan::Planner;
 use crate::client::PgError;
 use crate::lsn::Lsn;
@@ -42,6 +43,10 @@ impl Session<'_> {
         let Some((code, message)) = refusal(&error) else {
             return Err(error);
         };
+        // Nothing of the top's is put aside before what is in its way.
+        if is_in_the_way(&error) && !self.clears {
+            return Err(error);
+        }
         let Some(change) = self.planner.change(payload)? else {
             return Err(error);
         };

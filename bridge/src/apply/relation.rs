@@ -32,6 +32,16 @@ pub(super) struct LocalColumn {
     pub compared: Input,
 }
 
+impl LocalColumn {
+    /// The condition that the column of this name has the value of a parameter.
+    pub fn equals(&self, name: &str, number: usize) -> String {
+        match self.comparable {
+            true => format!("{name} = {}", self.compared.parameter(number)),
+            false => format!("{name}::pg_catalog.text = ${number}::pg_catalog.text"),
+        }
+    }
+}
+
 /// How a value of a type is made from text.
 #[derive(Clone, Debug)]
 pub struct Input {

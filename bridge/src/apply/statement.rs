@@ -7,7 +7,7 @@ use bytes::Bytes;
 
 use super::relation::{Column, Relation};
 use crate::client::quote_ident;
-use crate::pgoutput::{Datum, OldKind, Tuple};
+use crate::pgoutput::{Datum, Message, OldKind, Tuple};
 
 /// What a statement's completion must say.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,6 +39,15 @@ pub struct Step {
     pub expect: Expect,
     /// Content of the notification that this raises.
     pub notify: Option<Bytes>,
+}
+
+impl Step {
+    /// Its values as the protocol's text.
+    pub fn texts(&self) -> anyhow::Result<Vec<Option<&str>>> {
+        let texts = self.values.iter();
+        let texts = texts.map(|value| value.as_deref().map(std::str::from_utf8).transpose());
+        Ok(texts.collect::<Result<_, _>>()?)
+    }
 }
 
 pub(super) fn value(datum: Datum<'_>, payload: &Bytes) -> Option<Bytes> {
@@ -259,7 +268,62 @@ fn likeness(
     )
 }
 
-pub(super) fn primary_clause(
+/// What an insert or update makes of a row.
+#[derive(Clone, Copy)]
+pub(super) struct Written<'a> {
+    /// None before an insert.
+    pub old: Option<(OldKind, Tuple<'a>)>,
+    pub new: Tuple<'a>,
+}
+
+impl<'a> Written<'a> {
+    pub fn by(message: &Message<'a>) -> Option<Written<'a>> {
+        match message {
+            Message::Insert { new, .. } => Some(Written {
+                old: None,
+                new: *new,
+            }),
+            Message::Update { old, new, .. } => Some(Written {
+                old: Some(old.unwrap_or((OldKind::Key, *new))),
+                new: *new,
+            }),
+            _ => None,
+        }
+    }
+
+    /// What PostgreSQL calls it when another row has what is this one's.
+    pub fn conflict(&self) -> &'static str {
+        match self.old {
+            None => "insert_exists",
+            Some(_) => "update_exists",
+        }
+    }
+}
+
+/// The condition that holds for other rows that have the new row's values in the columns that
+/// are `wanted`; `None` where a value is null, and in nobody's way, or is not told.
+pub(super) fn others(
+    relation: &Relation,
+    wanted: impl Fn(&Column) -> bool,
+    Written { old, new }: Written<'_>,
+    payload: &Bytes,
+) -> anyhow::Result<Option<(String, Vec<Option<Bytes>>)>> {
+    check_width(relation, new.len())?;
+    let mut columns = relation.columns.iter().zip(new.iter());
+    if columns.any(|(column, datum)| wanted(column) && !matches!(datum, Datum::Text(_))) {
+        return Ok(None);
+    }
+    let mut values = Vec::new();
+    let mut condition = clause(relation, new, payload, &mut values, wanted);
+    if let Some((kind, old)) = old {
+        // Two texts may be one value: the row itself is in nobody's way.
+        let itself = row_clause(relation, kind, old, payload, &mut values)?;
+        condition = format!("{condition} AND ({itself}) IS NOT TRUE");
+    }
+    Ok(Some((condition, values)))
+}
+
+fn primary_clause(
     relation: &Relation,
     row: Tuple<'_>,
     payload: &Bytes,
@@ -293,10 +357,8 @@ fn clause(
                 values.push(value(datum, payload));
                 let number = values.len();
                 terms.push(match &column.local {
-                    Some(local) if local.comparable => {
-                        format!("{name} = {}", local.compared.parameter(number))
-                    }
-                    _ => format!("{name}::pg_catalog.text = ${number}::pg_catalog.text"),
+                    Some(local) => local.equals(&name, number),
+                    None => format!("{name}::pg_catalog.text = ${number}::pg_catalog.text"),
                 });
             }
         }

@@ -27,3 +27,4 @@ mod timeline;
 mod tls;
 mod tree;
 mod types;
+mod unique;

@@ -9,7 +9,7 @@ use terrace_tests::{Bridge, Disk, Node, Scratch, Server, ServerOptions, Tree, wa
 const ONE: [(&str, Option<&str>, usize); 1] = [("region", None, 1)];
 
 /// Waits until the server itself says that it is stalled, for a reason that has these words.
-fn wait_stalled(node: &Node, words: &[&str]) {
+pub fn wait_stalled(node: &Node, words: &[&str]) {
     let sql = "SELECT state || ': ' || coalesce(reason, '') FROM terrace.lag";
     let mut said = String::new();
     wait_until(&format!("stalled for {words:?}"), || {

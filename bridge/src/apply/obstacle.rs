@@ -1,0 +1,162 @@
+//! Rows that have a value already which must be unique here, and are none of the top's.
+//!
+//! The primary key is the top's everywhere, so a row that has it makes way at once
+//! ([`super::careful`]). Of another unique value that is not known: the constraint may be one of
+//! this server alone, and the row that is in the way one of the top's. So a transaction that a
+//! unique value stops is gone through once more, and such a row is asked for above.
+//!
+//! Guarantee: no row is removed whose primary key a row above has, at a position at or beyond ours.
+//! What was removed although the top had it here (it is gone above by now) would have been
+//! deleted by what follows. Otherwise the server stalls as before, and a person decides.
+
+use anyhow::{Context, bail};
+use bytes::Bytes;
+
+use super::Session;
+use super::plan::Planner;
+use super::relation::{Column, Relation};
+use super::statement::{Expect, Step, Written, others, unnamed};
+use crate::client::{Client, PgError, SessionOptions, quote_ident, quote_table};
+use crate::lsn::Lsn;
+use crate::pgoutput;
+use crate::upstream::pinned_settings;
+
+/// A row that may be in the way of a change.
+struct Obstacle {
+    /// Gives its primary key, if there is one.
+    find: String,
+    remove: Step,
+    /// Whether there is a row of that key, and up to where; asked above.
+    above: String,
+}
+
+/// Whether a row is refused for a value that another one has (unique_violation).
+pub(super) fn is_in_the_way(error: &anyhow::Error) -> bool {
+    let causes = error.chain();
+    let refused = causes.filter_map(|cause| cause.downcast_ref::<PgError>());
+    refused
+        .into_iter()
+        .any(|refused| refused.code() == Some("23505"))
+}
+
+impl Session<'_> {
+    /// Removes what is in the way of this change and not known above; how many rows by each
+    /// of the constraints.
+    pub(super) async fn remove_obstacles(&mut self, payload: &Bytes) -> anyhow::Result<Vec<u64>> {
+        let Some(table) = self.planner.own_table(payload)? else {
+            return Ok(Vec::new());
+        };
+        let sql = "SELECT pg_catalog.to_json(ARRAY( \
+                       SELECT a.attname FROM pg_catalog.pg_attribute a WHERE a.attrelid = i.indrelid \
+                         AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]))) \
+                   FROM pg_catalog.pg_index i \
+                   WHERE i.indrelid = pg_catalog.to_regclass($1) AND i.indisunique AND i.indisvalid \
+                     AND i.indimmediate AND NOT i.indisprimary \
+                     AND i.indpred IS NULL AND i.indexprs IS NULL";
+        let keys = self.client.query(sql, &[Some(&table)]).await?;
+        let mut gone = Vec::new();
+        for key in keys.into_iter().flatten().flatten() {
+            let key: Vec<String> = serde_json::from_str(&key)?;
+            if let Some(obstacle) = self.planner.obstacle(payload, &key)? {
+                gone.push(self.remove_obstacle(obstacle).await?);
+            }
+        }
+        Ok(gone)
+    }
+
+    async fn remove_obstacle(&mut self, obstacle: Obstacle) -> anyhow::Result<u64> {
+        let values = obstacle.remove.texts()?;
+        let found = self.client.query(&obstacle.find, &values).await?;
+        let Some(row) = found.into_iter().next() else {
+            return Ok(0);
+        };
+        let key: Vec<Option<&str>> = row.iter().map(Option::as_deref).collect();
+        if self.is_above(&obstacle.above, &key).await? {
+            return Ok(0);
+        }
+        self.run_step(&obstacle.remove).await
+    }
+
+    /// Asks the server above, which must be as far as we are.
+    async fn is_above(&self, sql: &str, key: &[Option<&str>]) -> anyhow::Result<bool> {
+        let above = self
+            .shared
+            .upstream()
+            .context("no server above is in sight")?;
+        let mut gucs = pinned_settings();
+        // An error rather than no row, where policies hide it.
+        gucs.push(("row_security".into(), "off".into()));
+        let options = SessionOptions {
+            application_name: format!("terrace {}", self.shared.config.node.name),
+            gucs,
+            ..Default::default()
+        };
+        let answer = async {
+            let mut client = Client::connect(&above, &options).await?;
+            client.query(sql, key).await
+        };
+        let rows = answer
+            .await
+            .with_context(|| format!("ask {} for a row that is in the way", above.endpoint()))?;
+        let Some([Some(there), position]) = rows.first().map(Vec::as_slice) else {
+            bail!("{} gave no answer", above.endpoint());
+        };
+        // The top has no position of its own: it is ahead of all.
+        if let Some(position) = position
+            && position.parse::<Lsn>()? < self.committed
+        {
+            bail!("{} is behind this server", above.endpoint());
+        }
+        Ok(there == "t")
+    }
+}
+
+impl Planner {
+    /// The table that a message changes a row of, if its rows have one of that name here.
+    fn own_table(&self, payload: &Bytes) -> anyhow::Result<Option<String>> {
+        let message = pgoutput::decode(payload)?;
+        let relation = self.relation_of(&message);
+        let own = relation.filter(|relation| relation.routed && relation.place.is_none());
+        Ok(own.map(Relation::qualified))
+    }
+
+    /// The row that has what this change gives to its own in the columns of `key`.
+    fn obstacle(&self, payload: &Bytes, key: &[String]) -> anyhow::Result<Option<Obstacle>> {
+        let message = pgoutput::decode(payload)?;
+        let Some(relation) = self.relation_of(&message) else {
+            return Ok(None);
+        };
+        let Some(written) = Written::by(&message) else {
+            return Ok(None);
+        };
+        let is_of_key = |column: &Column| key.contains(&column.name);
+        // Columns that are of this server alone are not told.
+        if relation.columns.iter().filter(|c| is_of_key(c)).count() < key.len() {
+            return Ok(None);
+        }
+        let Some((condition, values)) = others(relation, is_of_key, written, payload)? else {
+            return Ok(None);
+        };
+        let (mut names, mut terms) = (Vec::new(), Vec::new());
+        for column in &relation.columns {
+            if let Some(local) = column.local.as_ref().filter(|local| local.primary) {
+                let name = quote_ident(&column.name);
+                terms.push(local.equals(&name, terms.len() + 1));
+                names.push(name);
+            }
+        }
+        let (names, terms) = (names.join(", "), terms.join(" AND "));
+        let rows = relation.rows();
+        let sql = format!("DELETE FROM {rows} WHERE {condition}");
+        // Above, rows of tables that inherit from it may be its rows.
+        let table = quote_table(&relation.namespace, &relation.name);
+        Ok((!names.is_empty()).then(|| Obstacle {
+            find: format!("SELECT {names} FROM {rows} WHERE {condition}"),
+            remove: unnamed(sql, values, Expect::Done),
+            above: format!(
+                "SELECT EXISTS (SELECT FROM {table} WHERE {terms}), \
+                        (SELECT lsn FROM terrace.progress)"
+            ),
+        }))
+    }
+}

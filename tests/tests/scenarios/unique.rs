@@ -1,0 +1,119 @@
+//! Local rows that have a unique value of one of the top's.
+
+use terrace_tests::{Tree, wait_until};
+
+use crate::stalls::wait_stalled;
+
+const TREE: [(&str, Option<&str>, usize); 2] = [("region", None, 1), ("branch", Some("region"), 1)];
+
+const SCHEMA: &str = "
+    CREATE TABLE person (id int PRIMARY KEY, email text UNIQUE, code int, n numeric, part int, line int,
+                         UNIQUE (line, part));
+    CREATE UNIQUE INDEX ON person (code);
+    CREATE UNIQUE INDEX ON person (lower(email)) WHERE n > 1000;
+    CREATE TABLE plain (a int NOT NULL, b text);
+    CREATE UNIQUE INDEX plain_a ON plain (a);
+    ALTER TABLE plain REPLICA IDENTITY USING INDEX plain_a;
+    CREATE TABLE late (id int PRIMARY KEY, v text, w int UNIQUE DEFERRABLE);
+    SELECT terrace.add_table(r) FROM unnest('{person, plain, late}'::regclass[]) r;
+    INSERT INTO person SELECT g, 'p' || g, g, g, g, g FROM generate_series(1, 5) g";
+
+const NAMES: [&str; 3] = ["person", "plain", "late"];
+
+/// Where nobody should write, somebody does.
+fn accident(tree: &mut Tree, node: &str, sql: &str) {
+    let sql = format!("SET session_replication_role = replica; {sql}");
+    tree.node(node).server.sql(&sql);
+}
+
+#[test]
+fn a_local_row_gives_way_to_one_of_the_top_s() {
+    let mut tree = Tree::grow(SCHEMA, &TREE);
+    tree.wait_for_equal(&NAMES);
+    accident(
+        &mut tree,
+        "branch-1",
+        "INSERT INTO person VALUES (101, 'a', NULL, 0, 100, 200), (102, 'b', NULL, 0, 7, 7), (106, NULL, 77, 0, 6, 7),
+                                   (103, 'c', 78, 0, 8, 9), (104, 'keep', 79, 0, 9, 8), (105, NULL, NULL, 0, 1, NULL);
+         INSERT INTO late VALUES (50, 'local', 50)",
+    );
+    accident(
+        &mut tree,
+        "region-1",
+        "INSERT INTO person VALUES (7, 'other', 80, 0, 50, 50), (109, 'd', 81, 0, 51, 51)",
+    );
+    for change in [
+        // By one value, by two, by an update, by two columns; and with a null, which is in nobody's way.
+        "INSERT INTO person VALUES (6, 'a', NULL, 0, 10, 20)",
+        "INSERT INTO person VALUES (7, 'b', 77, 0, 10, 30)",
+        "UPDATE person SET code = 78 WHERE id = 3",
+        "UPDATE person SET n = 9.50 WHERE id = 3",
+        "UPDATE person SET email = 'd', part = 51, line = 51 WHERE id = 2",
+        "INSERT INTO person VALUES (8, NULL, NULL, 0, 1, NULL)",
+        "INSERT INTO plain VALUES (1, 'top')",
+        "INSERT INTO late VALUES (1, 'top', 1)",
+        // Values that change hands within one transaction.
+        "BEGIN; UPDATE person SET code = -1 WHERE id = 4; UPDATE person SET code = 4 WHERE id = 5;
+         UPDATE person SET code = 5 WHERE id = 4; COMMIT",
+    ] {
+        tree.top.sql(change);
+    }
+    // What was in nobody's way is still there.
+    accident(
+        &mut tree,
+        "branch-1",
+        "DELETE FROM person WHERE id IN (104, 105); DELETE FROM late WHERE id = 50",
+    );
+    tree.wait_for_equal(&NAMES);
+    let counted = "SELECT string_agg(concat_ws(' ', node, \"table\", kind, count, last_key), ', ' \
+                   ORDER BY node, \"table\", kind) FROM terrace.conflicts";
+    let expected = "branch-1 public.person insert_exists 1 (id)=(6), \
+                    branch-1 public.person multiple_unique_conflicts 2 (id)=(7), \
+                    branch-1 public.person update_exists 1 (id)=(3), \
+                    region-1 public.person insert_exists 1 (id)=(7), \
+                    region-1 public.person update_exists 1 (id)=(2)";
+    wait_until("conflicts are told", || tree.top.value(counted) == expected);
+    let gone = "SELECT count(*) FROM terrace.event WHERE kind IN ('stalled', 'quarantine')";
+    assert_eq!(tree.top.value(gone), "0");
+}
+
+// A constraint that is only here says nothing of the top's rows, and takes none of them away.
+#[test]
+fn what_is_unique_here_alone_stalls_and_takes_no_row_away() {
+    let mut tree = Tree::grow(SCHEMA, &[("region", None, 1)]);
+    tree.wait_for_equal(&NAMES);
+    tree.node("region-1")
+        .server
+        .sql("CREATE UNIQUE INDEX own ON person (n)");
+    // The top lets go of one that stays here.
+    tree.top.sql("DROP INDEX person_code_idx");
+    tree.top
+        .sql("INSERT INTO person VALUES (6, 'six', 6, 5, 6, 6)");
+    wait_stalled(
+        &tree.nodes[0],
+        &["own", "public.person", "cannot be applied"],
+    );
+    let rows = "SELECT string_agg(id::text, ' ' ORDER BY id) FROM person";
+    let server = &tree.nodes[0].server;
+    assert_eq!(server.value(rows), "1 2 3 4 5");
+    server.sql("DROP INDEX own");
+    wait_until("it goes on", || server.value(rows) == "1 2 3 4 5 6");
+    tree.top
+        .sql("INSERT INTO person VALUES (7, 'seven', 6, 7, 7, 7)");
+    wait_stalled(&tree.nodes[0], &["person_code_idx", "public.person"]);
+    assert_eq!(server.value(rows), "1 2 3 4 5 6");
+    server.sql("DROP INDEX person_code_idx");
+    tree.wait_for_equal(&NAMES);
+    // A row of the top's that was changed here: whoever did may know what it was.
+    let accident = "SET session_replication_role = replica; UPDATE person SET email =";
+    server.sql(&format!("{accident} 'taken' WHERE id = 1"));
+    tree.top
+        .sql("INSERT INTO person VALUES (8, 'taken', 8, 8, 8, 8)");
+    wait_stalled(&tree.nodes[0], &["person_email_key", "public.person"]);
+    server.sql(&format!("{accident} 'p1' WHERE id = 1"));
+    tree.wait_for_equal(&NAMES);
+    assert_eq!(
+        tree.top.value("SELECT count(*) FROM terrace.conflicts"),
+        "0"
+    );
+}
