@@ -191,8 +191,8 @@ struct Session<'a> {
     folds: bool,
     /// The local transaction under way has statements of a fold.
     sent_sets: bool,
-    /// What is in the way of unique values, and nobody's, makes way.
-    clears: bool,
+    /// In the transaction of this end, what is in the way of unique values, and nobody's, makes way.
+    clears: Option<Lsn>,
     /// Up to here nothing is folded: it has been tried.
     plain_until: Lsn,
     /// Transactions that go in order before the next look whether all can go set-wise.
@@ -264,7 +264,7 @@ impl<'a> Session<'a> {
             folded: None,
             folds: true,
             sent_sets: false,
-            clears: false,
+            clears: None,
             plain_until: Lsn::ZERO,
             in_order: MAX_TRANSACTIONS,
             attempted: committed,

@@ -49,16 +49,17 @@ impl Session<'_> {
                 continue;
             }
             let Err(error) = self.careful_transaction().await else {
-                self.clears = false;
+                self.clears = None;
                 continue;
             };
             self.client.simple("ROLLBACK").await.ok();
             // Once more, and what is in the way and nobody's makes way.
-            self.clears = is_in_the_way(&error) && !self.clears;
-            match self.clears {
-                true => self.rewind()?,
-                false => return Err(self.name_culprit(error).await),
+            if !is_in_the_way(&error) || self.clears.take().is_some() {
+                return Err(self.name_culprit(error).await);
             }
+            self.rewind()?;
+            self.clears = Some(self.read_transaction().await?.lsn);
+            self.rewind()?;
         }
         // What was planned here was run without being prepared.
         self.planner.forget_statements();
@@ -187,8 +188,8 @@ impl Session<'_> {
         if let Some(clear) = self.planner.clear_way(payload)? {
             gone.push(self.run_step(&clear).await?);
         }
-        if self.clears {
-            gone.extend(self.remove_obstacles(payload).await?);
+        if let Some(end) = self.clears {
+            gone.extend(self.remove_obstacles(payload, end).await?);
         }
         let kind = match gone.iter().filter(|rows| **rows > 0).count() {
             0 => return Ok(()),

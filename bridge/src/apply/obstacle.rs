@@ -5,9 +5,9 @@
 //! this server alone, and the row that is in the way one of the top's. So a transaction that a
 //! unique value stops is gone through once more, and such a row is asked for above.
 //!
-//! Guarantee: no row is removed whose primary key a row above has, at a position at or beyond ours.
-//! What was removed although the top had it here (it is gone above by now) would have been
-//! deleted by what follows. Otherwise the server stalls as before, and a person decides.
+//! Guarantee: no row is removed whose primary key a row above has, at a position at or beyond the end
+//! of that transaction. What was removed although the top had it here (it is gone above by now) would
+//! have been deleted by what follows. Otherwise the server stalls as before, and a person decides.
 
 use anyhow::{Context, bail};
 use bytes::Bytes;
@@ -20,6 +20,9 @@ use crate::client::{Client, PgError, SessionOptions, quote_ident, quote_table};
 use crate::lsn::Lsn;
 use crate::pgoutput;
 use crate::upstream::pinned_settings;
+
+/// The table may be locked above.
+const PATIENCE: &str = "10s";
 
 /// A row that may be in the way of a change.
 struct Obstacle {
@@ -40,9 +43,13 @@ pub(super) fn is_in_the_way(error: &anyhow::Error) -> bool {
 }
 
 impl Session<'_> {
-    /// Removes what is in the way of this change and not known above; how many rows by each
-    /// of the constraints.
-    pub(super) async fn remove_obstacles(&mut self, payload: &Bytes) -> anyhow::Result<Vec<u64>> {
+    /// Removes what is in the way of this change, of a transaction that ends at `end`, and not known
+    /// above; how many rows by each of the constraints.
+    pub(super) async fn remove_obstacles(
+        &mut self,
+        payload: &Bytes,
+        end: Lsn,
+    ) -> anyhow::Result<Vec<u64>> {
         let Some(table) = self.planner.own_table(payload)? else {
             return Ok(Vec::new());
         };
@@ -58,27 +65,27 @@ impl Session<'_> {
         for key in keys.into_iter().flatten().flatten() {
             let key: Vec<String> = serde_json::from_str(&key)?;
             if let Some(obstacle) = self.planner.obstacle(payload, &key)? {
-                gone.push(self.remove_obstacle(obstacle).await?);
+                gone.push(self.remove_obstacle(obstacle, end).await?);
             }
         }
         Ok(gone)
     }
 
-    async fn remove_obstacle(&mut self, obstacle: Obstacle) -> anyhow::Result<u64> {
+    async fn remove_obstacle(&mut self, obstacle: Obstacle, end: Lsn) -> anyhow::Result<u64> {
         let values = obstacle.remove.texts()?;
         let found = self.client.query(&obstacle.find, &values).await?;
         let Some(row) = found.into_iter().next() else {
             return Ok(0);
         };
         let key: Vec<Option<&str>> = row.iter().map(Option::as_deref).collect();
-        if self.is_above(&obstacle.above, &key).await? {
+        if self.is_above(&obstacle.above, &key, end).await? {
             return Ok(0);
         }
         self.run_step(&obstacle.remove).await
     }
 
-    /// Asks the server above, which must be as far as we are.
-    async fn is_above(&self, sql: &str, key: &[Option<&str>]) -> anyhow::Result<bool> {
+    /// Asks the server above, which must have come to `end`.
+    async fn is_above(&self, sql: &str, key: &[Option<&str>], end: Lsn) -> anyhow::Result<bool> {
         let above = self
             .shared
             .upstream()
@@ -86,6 +93,7 @@ impl Session<'_> {
         let mut gucs = pinned_settings();
         // An error rather than no row, where policies hide it.
         gucs.push(("row_security".into(), "off".into()));
+        gucs.push(("statement_timeout".into(), PATIENCE.into()));
         let options = SessionOptions {
             application_name: format!("terrace {}", self.shared.config.node.name),
             gucs,
@@ -103,9 +111,12 @@ impl Session<'_> {
         };
         // The top has no position of its own: it is ahead of all.
         if let Some(position) = position
-            && position.parse::<Lsn>()? < self.committed
+            && position.parse::<Lsn>()? < end
         {
-            bail!("{} is behind this server", above.endpoint());
+            bail!(
+                "{} has not come to {end}, and cannot tell yet whose a row is that is in the way",
+                above.endpoint()
+            );
         }
         Ok(there == "t")
     }

@@ -44,7 +44,7 @@ impl Session<'_> {
             return Err(error);
         };
         // Nothing of the top's is put aside before what is in its way.
-        if is_in_the_way(&error) && !self.clears {
+        if is_in_the_way(&error) && self.clears.is_none() {
             return Err(error);
         }
         let Some(change) = self.planner.change(payload)? else {

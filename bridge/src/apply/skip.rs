@@ -65,7 +65,7 @@ impl Session<'_> {
     }
 
     /// Reads to the end of the next transaction, taking its definitions in.
-    async fn read_transaction(&mut self) -> anyhow::Result<Record> {
+    pub(super) async fn read_transaction(&mut self) -> anyhow::Result<Record> {
         loop {
             let record = self.next_record().await?;
             match record.kind {

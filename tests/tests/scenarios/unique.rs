@@ -117,3 +117,31 @@ fn what_is_unique_here_alone_stalls_and_takes_no_row_away() {
         "0"
     );
 }
+
+// A server that shows what it has at once may be ahead of the one that it asks.
+#[test]
+fn a_row_that_is_not_above_yet_takes_no_harm() {
+    let at_once = "\n[apply]\nwait_for_upstream = false\n";
+    let tree = Tree::grow_with(at_once, SCHEMA, &TREE);
+    tree.wait_for_equal(&NAMES);
+    let (region, node) = (&tree.nodes[0].server, &tree.nodes[1]);
+    let branch = &node.server;
+    branch.sql("CREATE UNIQUE INDEX own ON person (n)");
+    // What region waits for.
+    let mut held = region.connect();
+    held.batch_execute(
+        "SET session_replication_role = replica; BEGIN; INSERT INTO person (id) VALUES (10)",
+    )
+    .expect("hold a key");
+    tree.top
+        .sql("INSERT INTO person VALUES (10, 'x', 10, 50, 10, 10), (11, 'y', 11, 50, 11, 11)");
+    wait_stalled(node, &["has not come to"]);
+    held.batch_execute("ROLLBACK").expect("let go");
+    wait_stalled(node, &["own", "public.person"]);
+    branch.sql("DROP INDEX own");
+    tree.wait_for_equal(&NAMES);
+    assert_eq!(
+        tree.top.value("SELECT count(*) FROM terrace.conflicts"),
+        "0"
+    );
+}
