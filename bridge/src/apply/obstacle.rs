@@ -29,7 +29,7 @@ struct Obstacle {
     /// Gives its primary key, if there is one.
     find: String,
     remove: Step,
-    /// Whether there is a row of that key, and up to where; asked above.
+    /// Whether there is a row of that key, up to where, and in which system; asked above.
     above: String,
 }
 
@@ -106,13 +106,16 @@ impl Session<'_> {
         let rows = answer
             .await
             .with_context(|| format!("ask {} for a row that is in the way", above.endpoint()))?;
-        let Some([Some(there), position]) = rows.first().map(Vec::as_slice) else {
+        let Some([Some(there), position, Some(system)]) = rows.first().map(Vec::as_slice) else {
             bail!("{} gave no answer", above.endpoint());
         };
-        // The top has no position of its own: it is ahead of all.
-        if let Some(position) = position
-            && position.parse::<Lsn>()? < end
-        {
+        // The top has no position of its own: it is ahead of all. Nor has a server that is
+        // copied to.
+        let has_come = match position {
+            Some(position) => position.parse::<Lsn>()? >= end,
+            None => system.parse::<i64>()?.cast_unsigned() == self.queue.identity().system_id,
+        };
+        if !has_come {
             bail!(
                 "{} has not come to {end}, and cannot tell yet whose a row is that is in the way",
                 above.endpoint()
@@ -166,7 +169,8 @@ impl Planner {
             remove: unnamed(sql, values, Expect::Done),
             above: format!(
                 "SELECT EXISTS (SELECT FROM {table} WHERE {terms}), \
-                        (SELECT lsn FROM terrace.progress)"
+                        (SELECT lsn FROM terrace.progress), \
+                        (SELECT system_identifier FROM pg_catalog.pg_control_system())"
             ),
         }))
     }
