@@ -46,6 +46,7 @@ impl Session<'_> {
     pub(super) async fn careful(&mut self, until: Lsn) -> anyhow::Result<()> {
         while self.committed < until {
             if self.skip_if_told().await? {
+                self.clears = None;
                 continue;
             }
             let Err(error) = self.careful_transaction().await else {

@@ -3,34 +3,44 @@
 //! The primary key is the top's everywhere, so a row that has it makes way at once
 //! ([`super::careful`]). Of another unique value that is not known: the constraint may be one of
 //! this server alone, and the row that is in the way one of the top's. So a transaction that a
-//! unique value stops is gone through once more, and such a row is asked for above.
+//! unique value stops is gone through once more, and the server above is asked.
 //!
-//! Guarantee: no row is removed whose primary key a row above has, at a position at or beyond the end
-//! of that transaction. What was removed although the top had it here (it is gone above by now) would
-//! have been deleted by what follows. Otherwise the server stalls as before, and a person decides.
+//! Guarantee: a row is removed only if the server above, at or beyond the end of that transaction,
+//! has no row of its primary key and holds the same columns unique. Where they are unique all the way
+//! up, the top cannot have had both rows; where they are not, the lowest server that has the
+//! constraint and whose parent has not stalls at the transaction, and those below it are ahead of it.
+//! Otherwise the server stalls as before, and a person decides. (A row that a server above put aside
+//! or skipped is none that it has.)
+
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use bytes::Bytes;
+use tokio::time::timeout;
 
 use super::Session;
 use super::plan::Planner;
 use super::relation::{Column, Relation};
 use super::statement::{Expect, Step, Written, others, unnamed};
-use crate::client::{Client, PgError, SessionOptions, quote_ident, quote_table};
-use crate::lsn::Lsn;
+use crate::client::{Client, PgError, SessionOptions, quote_ident, quote_literal, quote_table};
+use crate::lsn::{Identity, Lsn};
 use crate::pgoutput;
 use crate::upstream::pinned_settings;
 
 /// The table may be locked above.
 const PATIENCE: &str = "10s";
+/// Longer, the transaction here is not kept open.
+const LIMIT: Duration = Duration::from_secs(15);
 
 /// A row that may be in the way of a change.
 struct Obstacle {
     /// Gives its primary key, if there is one.
     find: String,
     remove: Step,
-    /// Whether there is a row of that key, up to where, and in which system; asked above.
+    /// Asked above: whether there is a row of that key, whether `columns` are unique, and whose
+    /// history is known up to where.
     above: String,
+    columns: String,
 }
 
 /// Whether a row is refused for a value that another one has (unique_violation).
@@ -74,18 +84,25 @@ impl Session<'_> {
     async fn remove_obstacle(&mut self, obstacle: Obstacle, end: Lsn) -> anyhow::Result<u64> {
         let values = obstacle.remove.texts()?;
         let found = self.client.query(&obstacle.find, &values).await?;
-        let Some(row) = found.into_iter().next() else {
+        // More than one are none that this constraint keeps apart.
+        let [row] = found.as_slice() else {
             return Ok(0);
         };
-        let key: Vec<Option<&str>> = row.iter().map(Option::as_deref).collect();
-        if self.is_above(&obstacle.above, &key, end).await? {
-            return Ok(0);
+        let mut asked: Vec<Option<&str>> = row.iter().map(Option::as_deref).collect();
+        asked.push(Some(&obstacle.columns));
+        match self.is_nobodys(&obstacle.above, &asked, end).await? {
+            true => self.run_step(&obstacle.remove).await,
+            false => Ok(0),
         }
-        self.run_step(&obstacle.remove).await
     }
 
     /// Asks the server above, which must have come to `end`.
-    async fn is_above(&self, sql: &str, key: &[Option<&str>], end: Lsn) -> anyhow::Result<bool> {
+    async fn is_nobodys(
+        &self,
+        sql: &str,
+        asked: &[Option<&str>],
+        end: Lsn,
+    ) -> anyhow::Result<bool> {
         let above = self
             .shared
             .upstream()
@@ -101,27 +118,37 @@ impl Session<'_> {
         };
         let answer = async {
             let mut client = Client::connect(&above, &options).await?;
-            client.query(sql, key).await
+            client.query(sql, asked).await
         };
-        let rows = answer
-            .await
-            .with_context(|| format!("ask {} for a row that is in the way", above.endpoint()))?;
-        let Some([Some(there), position, Some(system)]) = rows.first().map(Vec::as_slice) else {
-            bail!("{} gave no answer", above.endpoint());
+        let endpoint = above.endpoint();
+        // Whatever is wrong there is not wrong with the row.
+        let rows = match timeout(LIMIT, answer).await {
+            Ok(Ok(rows)) => rows,
+            Ok(Err(error)) => bail!("ask {endpoint} for a row that is in the way: {error}"),
+            Err(_) => bail!("ask {endpoint} for a row that is in the way: no answer"),
         };
+        let Some([Some(there), Some(unique), position, identity, Some(system)]) =
+            rows.first().map(Vec::as_slice)
+        else {
+            bail!("{endpoint} gave no answer");
+        };
+        let ours = self.queue.identity();
         // The top has no position of its own: it is ahead of all. Nor has a server that is
         // copied to.
-        let has_come = match position {
-            Some(position) => position.parse::<Lsn>()? >= end,
-            None => system.parse::<i64>()?.cast_unsigned() == self.queue.identity().system_id,
+        let has_come = match (position, identity) {
+            (Some(position), Some(identity)) => {
+                let theirs: Identity = identity.parse()?;
+                let same = theirs.continues(&ours) || ours.continues(&theirs);
+                same && position.parse::<Lsn>()? >= end
+            }
+            _ => system.parse::<i64>()?.cast_unsigned() == ours.system_id,
         };
         if !has_come {
             bail!(
-                "{} has not come to {end}, and cannot tell yet whose a row is that is in the way",
-                above.endpoint()
+                "{endpoint} has not come to {end}, and cannot tell yet whose a row is that is in the way"
             );
         }
-        Ok(there == "t")
+        Ok(there == "f" && unique == "t")
     }
 }
 
@@ -159,19 +186,29 @@ impl Planner {
                 names.push(name);
             }
         }
+        let last = terms.len() + 1;
         let (names, terms) = (names.join(", "), terms.join(" AND "));
         let rows = relation.rows();
         let sql = format!("DELETE FROM {rows} WHERE {condition}");
         // Above, rows of tables that inherit from it may be its rows.
         let table = quote_table(&relation.namespace, &relation.name);
+        let place = quote_literal(&table);
+        let width = key.len();
         Ok((!names.is_empty()).then(|| Obstacle {
             find: format!("SELECT {names} FROM {rows} WHERE {condition}"),
             remove: unnamed(sql, values, Expect::Done),
             above: format!(
                 "SELECT EXISTS (SELECT FROM {table} WHERE {terms}), \
-                        (SELECT lsn FROM terrace.progress), \
-                        (SELECT system_identifier FROM pg_catalog.pg_control_system())"
+                     EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = {place}::pg_catalog.regclass \
+                         AND i.indisunique AND i.indisvalid AND i.indimmediate \
+                         AND i.indpred IS NULL AND i.indexprs IS NULL AND i.indnkeyatts = {width} \
+                         AND NOT EXISTS (SELECT FROM pg_catalog.pg_attribute a WHERE a.attrelid = i.indrelid \
+                             AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]) \
+                             AND a.attname <> ALL (pg_catalog.string_to_array(${last}, E'\\x01')))), \
+                     p.lsn, p.identity, c.system_identifier \
+                 FROM pg_catalog.pg_control_system() c LEFT JOIN terrace.progress p ON true"
             ),
+            columns: key.join("\u{1}"),
         }))
     }
 }

@@ -181,6 +181,7 @@ fn a_backlog_comes_in_few_pieces_and_news_at_once() {
     drop(stream);
     let mut stream = open("plain", true, "400ms");
     let (answered, mut asking) = (AtomicBool::new(false), stream.other_end());
+    let begun = Instant::now();
     std::thread::scope(|scope| {
         scope.spawn(|| {
             server.sql("INSERT INTO unpublished SELECT FROM generate_series(1, 3000000)");
@@ -198,8 +199,8 @@ fn a_backlog_comes_in_few_pieces_and_news_at_once() {
         stream.transactions(1);
         answered.store(true, Ordering::Relaxed);
     });
-    let longest = stream.silence.1;
-    assert!(longest < Duration::from_millis(2500), "{longest:?}");
+    let (all, longest) = (begun.elapsed(), stream.silence.1);
+    assert!(longest * 4 < all, "{longest:?} of {all:?}");
     // In a session that does not stream it does nothing.
     server.sql("SELECT terrace.gather_sends(); SELECT terrace.gather_sends()");
 }

@@ -239,6 +239,10 @@ fn pg_recvlogical_goes_on_where_it_confirmed() {
     tree.nodes[0].bridge.kill9();
     tree.nodes[0].bridge.restart().expect("start the bridge");
     tree.top.sql("INSERT INTO t VALUES (3, 'afterwards')");
+    let relay = ("127.0.0.1", tree.nodes[0].bridge.port);
+    wait_until("the relay is there", || {
+        std::net::TcpStream::connect(relay).is_ok()
+    });
     let _receiver = receive(&conninfo, "stock", &second);
     wait_until("the rest is received", || {
         place(&second, b"while away").is_some() && place(&second, b"afterwards").is_some()
