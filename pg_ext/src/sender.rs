@@ -51,7 +51,9 @@ unsafe extern "C" {
 }
 
 #[derive(Clone, Copy)]
-struct Held {
+struct Gathering {
+    /// What was there before.
+    socket: CommMethods,
     /// Bytes; none when all that was given to PostgreSQL has been offered to the socket.
     bytes: usize,
     /// Since when there are some.
@@ -65,29 +67,27 @@ struct Held {
 }
 
 thread_local! {
-    /// What was there before.
-    static SOCKET: Cell<Option<CommMethods>> = const { Cell::new(None) };
-    static HELD: Cell<Option<Held>> = const { Cell::new(None) };
+    static GATHERING: Cell<Option<Gathering>> = const { Cell::new(None) };
 }
 
 /// From now on, this session gathers what it sends. Nothing happens in one that is no walsender.
 #[pg_extern]
 fn gather_sends() {
     // SAFETY: a variable of this process.
-    if !unsafe { pg_sys::am_walsender } || SOCKET.get().is_some() {
+    if !unsafe { pg_sys::am_walsender } || GATHERING.get().is_some() {
         return;
     }
     // SAFETY: set since the session began, and never to nothing.
     let socket = unsafe { *PqCommMethods };
-    SOCKET.set(Some(socket));
-    HELD.set(Some(Held {
+    GATHERING.set(Some(Gathering {
+        socket,
         bytes: 0,
         since: Instant::now(),
         asked: 0,
         last: (0, 0),
         flushed: 0,
     }));
-    let gathering = CommMethods {
+    let methods = CommMethods {
         flush,
         flush_if_writable,
         is_send_pending,
@@ -95,74 +95,65 @@ fn gather_sends() {
         ..socket
     };
     // SAFETY: it lives as long as the process, as do the functions in it.
-    unsafe { PqCommMethods = Box::leak(Box::new(gathering)) };
+    unsafe { PqCommMethods = Box::leak(Box::new(methods)) };
 }
 
-/// Ours are called only when this is there.
-fn socket() -> CommMethods {
-    SOCKET.get().expect("set before they are")
+/// Our methods are called only when this is there.
+fn gathering() -> Gathering {
+    GATHERING.get().expect("set before the methods are")
 }
 
-/// What was held is no longer.
-fn let_go() {
-    HELD.set(HELD.get().map(|held| Held { bytes: 0, ..held }));
+/// What was held is no longer; where it goes to.
+fn let_go() -> CommMethods {
+    let held = gathering();
+    GATHERING.set(Some(Gathering { bytes: 0, ..held }));
+    held.socket
 }
 
 // No `pg_guard`: an error of what is called jumps over frames that hold nothing to be dropped.
 
 unsafe extern "C-unwind" fn flush() -> c_int {
-    let_go();
     // SAFETY: as PostgreSQL would call it.
-    unsafe { (socket().flush)() }
+    unsafe { (let_go().flush)() }
 }
 
 unsafe extern "C-unwind" fn flush_if_writable() -> c_int {
     if may_wait() {
         return 0;
     }
-    let_go();
     // SAFETY: as PostgreSQL would call it.
-    unsafe { (socket().flush_if_writable)() }
+    unsafe { (let_go().flush_if_writable)() }
 }
 
 /// What is held does not keep the walsender from going on. What the socket did not take does, and
 /// nothing is held behind it; and so does what is to go out.
 unsafe extern "C-unwind" fn is_send_pending() -> bool {
-    let held = HELD
-        .get()
-        .is_some_and(|held| (1..ENOUGH).contains(&held.bytes));
+    let held = gathering();
     // SAFETY: as PostgreSQL would call it.
-    !held && unsafe { (socket().is_send_pending)() }
+    !(1..ENOUGH).contains(&held.bytes) && unsafe { (held.socket.is_send_pending)() }
 }
 
 unsafe extern "C-unwind" fn putmessage_noblock(kind: c_char, message: *const c_char, len: usize) {
-    if let Some(mut held) = HELD.get() {
-        if held.bytes == 0 {
-            (held.since, held.asked) = (Instant::now(), 0);
-        }
-        // SAFETY: as PostgreSQL would call it; a message of the stream has a byte that says what it is.
-        let (pending, data) = unsafe {
-            let pending = held.bytes == 0 && (socket().is_send_pending)();
-            (
-                pending,
-                kind as u8 == b'd' && len > 0 && *message as u8 == b'w',
-            )
-        };
-        if !data {
-            held.bytes = ENOUGH;
-        } else if !pending {
-            held.bytes += len;
-        }
-        HELD.set(Some(held));
+    let mut held = gathering();
+    if held.bytes == 0 {
+        (held.since, held.asked) = (Instant::now(), 0);
     }
+    // SAFETY: a message of the stream has a byte that says what it is.
+    let data = kind as u8 == b'd' && len > 0 && unsafe { *message as u8 } == b'w';
     // SAFETY: as PostgreSQL would call it.
-    unsafe { (socket().putmessage_noblock)(kind, message, len) }
+    let pending = held.bytes == 0 && unsafe { (held.socket.is_send_pending)() };
+    if !data {
+        held.bytes = ENOUGH;
+    } else if !pending {
+        held.bytes += len;
+    }
+    GATHERING.set(Some(held));
+    // SAFETY: as PostgreSQL would call it.
+    unsafe { (held.socket.putmessage_noblock)(kind, message, len) }
 }
 
 fn may_wait() -> bool {
-    let Some(mut held) = HELD.get() else {
-        return false;
-    };
+    let mut held = gathering();
     if held.bytes == 0 || held.bytes >= ENOUGH {
         return false;
     }
@@ -172,13 +163,13 @@ fn may_wait() -> bool {
     held.last = (sent, held.bytes);
     held.asked += 1;
     let waits = moves && much_is_waiting(&mut held, sent);
-    HELD.set(Some(held));
+    GATHERING.set(Some(held));
     // A look at the clock costs as much as all else here.
-    waits && (held.asked % LOOK != 0 || held.since.elapsed() < PATIENCE)
+    waits && (!held.asked.is_multiple_of(LOOK) || held.since.elapsed() < PATIENCE)
 }
 
 /// Whether the walsender has more WAL before it than it will look at in one step.
-fn much_is_waiting(held: &mut Held, sent: u64) -> bool {
+fn much_is_waiting(held: &mut Gathering, sent: u64) -> bool {
     let beyond = sent + BACKLOG;
     if beyond > held.flushed {
         // SAFETY: of this process; the timeline is not asked for.
