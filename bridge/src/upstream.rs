@@ -38,7 +38,8 @@ use crate::wire::put;
 pub use history::timeline_history;
 use history::{adopt_timeline, check_members, not_known_as_set_back, not_set_back, same_timeline};
 pub use session::{
-    BRIDGE_PARAMETER, PUBLICATION, connect, create_snapshot, is_standby, pinned_settings, session,
+    BRIDGE_PARAMETER, PUBLICATION, connect, create_snapshot, is_standby, pinned_settings,
+    reading_settings, session,
 };
 use slot::{named_session, slot_exists, start_when_free, verify_slot, why_not_started};
 

@@ -20,12 +20,13 @@ use tokio::time::timeout;
 
 use super::Session;
 use super::plan::Planner;
-use super::relation::{Column, Relation};
+use super::relation::{Column, IS_UNIQUE, KEY_COLUMNS, Relation, listed, unique_by};
+use super::skip::refused;
 use super::statement::{Expect, Step, Written, others, unnamed};
 use crate::client::{Client, PgError, SessionOptions, quote_ident, quote_literal, quote_table};
 use crate::lsn::{Identity, Lsn};
 use crate::pgoutput;
-use crate::upstream::pinned_settings;
+use crate::upstream::reading_settings;
 
 /// The table may be locked above.
 const PATIENCE: &str = "10s";
@@ -45,11 +46,7 @@ struct Obstacle {
 
 /// Whether a row is refused for a value that another one has (unique_violation).
 pub(super) fn is_in_the_way(error: &anyhow::Error) -> bool {
-    let causes = error.chain();
-    let refused = causes.filter_map(|cause| cause.downcast_ref::<PgError>());
-    refused
-        .into_iter()
-        .any(|refused| refused.code() == Some("23505"))
+    refused(error).and_then(PgError::code) == Some("23505")
 }
 
 impl Session<'_> {
@@ -63,14 +60,13 @@ impl Session<'_> {
         let Some(table) = self.planner.own_table(payload)? else {
             return Ok(Vec::new());
         };
-        let sql = "SELECT pg_catalog.to_json(ARRAY( \
-                       SELECT a.attname FROM pg_catalog.pg_attribute a WHERE a.attrelid = i.indrelid \
-                         AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]))) \
-                   FROM pg_catalog.pg_index i \
-                   WHERE i.indrelid = pg_catalog.to_regclass($1) AND i.indisunique AND i.indisvalid \
-                     AND i.indimmediate AND NOT i.indisprimary \
-                     AND i.indpred IS NULL AND i.indexprs IS NULL";
-        let keys = self.client.query(sql, &[Some(&table)]).await?;
+        let sql = format!(
+            "SELECT pg_catalog.to_json(ARRAY(SELECT a.attname {KEY_COLUMNS})) \
+             FROM pg_catalog.pg_index i \
+             WHERE i.indrelid = pg_catalog.to_regclass($1) AND {IS_UNIQUE} \
+               AND i.indimmediate AND NOT i.indisprimary"
+        );
+        let keys = self.client.query(&sql, &[Some(&table)]).await?;
         let mut gone = Vec::new();
         for key in keys.into_iter().flatten().flatten() {
             let key: Vec<String> = serde_json::from_str(&key)?;
@@ -107,9 +103,7 @@ impl Session<'_> {
             .shared
             .upstream()
             .context("no server above is in sight")?;
-        let mut gucs = pinned_settings();
-        // An error rather than no row, where policies hide it.
-        gucs.push(("row_security".into(), "off".into()));
+        let mut gucs = reading_settings();
         gucs.push(("statement_timeout".into(), PATIENCE.into()));
         let options = SessionOptions {
             application_name: format!("terrace {}", self.shared.config.node.name),
@@ -192,23 +186,18 @@ impl Planner {
         let sql = format!("DELETE FROM {rows} WHERE {condition}");
         // Above, rows of tables that inherit from it may be its rows.
         let table = quote_table(&relation.namespace, &relation.name);
-        let place = quote_literal(&table);
+        let unique = unique_by(&quote_literal(&table), last);
         let width = key.len();
         Ok((!names.is_empty()).then(|| Obstacle {
             find: format!("SELECT {names} FROM {rows} WHERE {condition}"),
             remove: unnamed(sql, values, Expect::Done),
             above: format!(
                 "SELECT EXISTS (SELECT FROM {table} WHERE {terms}), \
-                     EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = {place}::pg_catalog.regclass \
-                         AND i.indisunique AND i.indisvalid AND i.indimmediate \
-                         AND i.indpred IS NULL AND i.indexprs IS NULL AND i.indnkeyatts = {width} \
-                         AND NOT EXISTS (SELECT FROM pg_catalog.pg_attribute a WHERE a.attrelid = i.indrelid \
-                             AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]) \
-                             AND a.attname <> ALL (pg_catalog.string_to_array(${last}, E'\\x01')))), \
+                     EXISTS ({unique} AND i.indimmediate AND i.indnkeyatts = {width}), \
                      p.lsn, p.identity, c.system_identifier \
                  FROM pg_catalog.pg_control_system() c LEFT JOIN terrace.progress p ON true"
             ),
-            columns: key.join("\u{1}"),
+            columns: listed(key),
         }))
     }
 }

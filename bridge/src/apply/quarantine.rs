@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use super::Session;
 use super::obstacle::is_in_the_way;
 use super::plan::Planner;
-use crate::client::PgError;
+use super::skip::refused;
 use crate::lsn::Lsn;
 use crate::pgoutput::{self, Datum, Message, Tuple};
 
@@ -81,9 +81,7 @@ impl Session<'_> {
 
 /// SQLSTATE and message, if it is for its values that a row is refused.
 fn refusal(error: &anyhow::Error) -> Option<(String, String)> {
-    let error = error
-        .chain()
-        .find_map(|cause| cause.downcast_ref::<PgError>())?;
+    let error = refused(error)?;
     let code = error.code()?;
     let of_values = OF_VALUES.iter().any(|class| code.starts_with(class));
     of_values.then(|| (code.to_owned(), error.message()))

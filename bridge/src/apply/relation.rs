@@ -291,6 +291,30 @@ pub async fn other_place(
         .and_then(|row| row.into_iter().next()?))
 }
 
+/// SQL: the index `i` holds all rows apart.
+pub(super) const IS_UNIQUE: &str = "i.indisunique AND i.indisvalid AND i.indpred IS NULL \
+     AND i.indexprs IS NULL";
+/// SQL: its columns `a`, to follow what is selected of them.
+pub(super) const KEY_COLUMNS: &str = "FROM pg_catalog.pg_attribute a \
+     WHERE a.attrelid = i.indrelid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])";
+
+/// SQL: the indexes `i` of a table that hold its rows apart by no other columns than those that are
+/// [`listed`] in the parameter of this number.
+pub(super) fn unique_by(table: &str, number: usize) -> String {
+    format!(
+        "SELECT 1 FROM pg_catalog.pg_index i \
+         WHERE i.indrelid = pg_catalog.to_regclass({table}) AND {IS_UNIQUE} \
+           AND NOT EXISTS (SELECT {KEY_COLUMNS} \
+               AND a.attname <> ALL (pg_catalog.string_to_array(${number}, E'\\x01')))"
+    )
+}
+
+/// Names of columns as one parameter.
+pub(super) fn listed<S: AsRef<str>>(columns: &[S]) -> String {
+    let columns: Vec<&str> = columns.iter().map(AsRef::as_ref).collect();
+    columns.join("\u{1}")
+}
+
 /// A key of a partition alone may be that of several rows of the whole.
 async fn must_tell_rows_apart(
     client: &mut Client,
@@ -298,14 +322,8 @@ async fn must_tell_rows_apart(
     keys: &[&str],
     table: &str,
 ) -> anyhow::Result<()> {
-    let sql = "SELECT 1 FROM pg_catalog.pg_index i \
-               WHERE i.indrelid = pg_catalog.to_regclass($1) AND i.indisunique AND i.indisvalid \
-                 AND i.indpred IS NULL AND i.indexprs IS NULL \
-                 AND NOT EXISTS (SELECT FROM pg_catalog.unnest((i.indkey::int2[])[0:i.indnkeyatts - 1]) n \
-                     JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = n \
-                     WHERE a.attname <> ALL (pg_catalog.string_to_array($2, E'\\x01')))";
     let unique = client
-        .query(sql, &[Some(place), Some(&keys.join("\u{1}"))])
+        .query(&unique_by("$1", 2), &[Some(place), Some(&listed(keys))])
         .await?;
     if unique.is_empty() {
         bail!(

@@ -14,7 +14,7 @@ impl Session<'_> {
     /// What cannot be applied, for people, with where it ends. Errors that say nothing of
     /// the transaction stay as they are.
     pub(super) async fn name_culprit(&mut self, error: anyhow::Error) -> anyhow::Error {
-        if let Some(PgError::Db(refused)) = error.chain().find_map(|cause| cause.downcast_ref())
+        if let Some(PgError::Db(refused)) = refused(&error)
             && let Some(detail) = refused.detail_of_rows()
         {
             tracing::warn!(detail, "{}", refused.message);
@@ -80,12 +80,14 @@ impl Session<'_> {
     }
 }
 
+/// What a server said, or that it said nothing.
+pub(super) fn refused(error: &anyhow::Error) -> Option<&PgError> {
+    error.chain().find_map(|cause| cause.downcast_ref())
+}
+
 /// Not that the connection was lost, the server shuts down, or two got in each other's way.
 pub(super) fn is_of_the_transaction(error: &anyhow::Error) -> bool {
-    let Some(error) = error
-        .chain()
-        .find_map(|cause| cause.downcast_ref::<PgError>())
-    else {
+    let Some(error) = refused(error) else {
         return true;
     };
     let passes = |class| ["08", "40", "53", "57", "58"].contains(&class);

@@ -21,7 +21,7 @@ use crate::apply::{AS_OWNERS, COMPRESS_FAST, other_place};
 use crate::client::{Client, PgError, SessionOptions, quote_literal, quote_table};
 use crate::conninfo::ConnInfo;
 use crate::status::Shared;
-use crate::upstream::pinned_settings;
+use crate::upstream::{pinned_settings, reading_settings};
 
 /// Less than this is no reason for one more session.
 const WORTH_A_SESSION: u64 = 4 << 20;
@@ -241,12 +241,9 @@ pub(super) async fn hold(reader: &mut Client, tables: &[Table]) -> anyhow::Resul
 
 /// A session at the source that reads in `snapshot`.
 pub(super) async fn snapshot_session(source: &ConnInfo, snapshot: &str) -> Result<Client, PgError> {
-    let mut gucs = pinned_settings();
-    // An error rather than some of the rows, where policies hide the others.
-    gucs.push(("row_security".into(), "off".into()));
     let options = SessionOptions {
         application_name: "terrace copy".into(),
-        gucs,
+        gucs: reading_settings(),
         ..Default::default()
     };
     let mut client = Client::connect(source, &options).await?;

@@ -31,6 +31,14 @@ pub fn pinned_settings() -> Vec<(String, String)> {
         .collect()
 }
 
+/// [`pinned_settings`] of a session that reads others' rows: an error rather than some of them,
+/// where policies hide the others.
+pub fn reading_settings() -> Vec<(String, String)> {
+    let mut settings = pinned_settings();
+    settings.push(("row_security".into(), "off".into()));
+    settings
+}
+
 /// Opens a session that a bridge answers itself; at a Postgres it is a plain one,
 /// unless `replication` is wanted.
 pub async fn session(
