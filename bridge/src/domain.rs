@@ -43,8 +43,8 @@
 //!    wait anew, only who answers at once counts for the majority, and nobody may
 //!    know of a master.
 //! 7. *Of several servers of the parent domain* the present one is followed while it is sound, reads
-//!    the top as lately as the others and keeps what follows our end; else the first of them
-//!    that does (`parents.rs`).
+//!    the top as lately as the others, but for a moment, and keeps what follows our end; else the
+//!    first of them that does (`parents.rs`).
 //!
 //! Who has no data yet copies from a sibling that has some, else from the parent, one server after
 //! the other (`source.rs`).
@@ -173,6 +173,8 @@ pub struct Decider {
     outnumbered_since: Option<Now>,
     /// Since when, as master, others have seen the top later than we can.
     stale_since: Option<Now>,
+    /// Since when, as master, the server above that is followed has been behind others of its domain.
+    behind_since: Option<Now>,
     /// Who did not take over when it was asked to: how often, and until when it is not asked again.
     unfit: BTreeMap<String, (u32, Now)>,
     /// Who is in the way at the parent, and since when.
@@ -220,6 +222,7 @@ impl Decider {
             rivals: BTreeMap::new(),
             outnumbered_since: None,
             stale_since: None,
+            behind_since: None,
             unfit: BTreeMap::new(),
             busy: None,
             lacking: None,
@@ -363,6 +366,7 @@ impl Decider {
         }
         self.rivals.clear();
         (self.outnumbered_since, self.stale_since) = (None, None);
+        self.behind_since = None;
         let slot_missing = std::mem::take(&mut self.slot_missing);
         let is_done = |to: &String| view.master().is_some_and(|master| master.name == *to);
         if let Some(to) = self.yields_to().filter(is_done) {

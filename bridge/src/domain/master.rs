@@ -117,7 +117,7 @@ impl Decider {
 }
 
 /// For how long something has been so, which is noted in `since`.
-fn lasts(since: &mut Option<Now>, is_so: bool, now: Now) -> Duration {
+pub(super) fn lasts(since: &mut Option<Now>, is_so: bool, now: Now) -> Duration {
     *since = since.or(Some(now)).filter(|_| is_so);
     since.map_or(Duration::ZERO, |since| now - since)
 }

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use super::master::lasts;
 use super::source::copies_first;
 use super::view::{Peer, STALE_MICROS, Sight, Told, View};
 use super::{Decider, Decision, LAST_CALL, Lacking, Missing, Now, Refusal, Session, TURN};
@@ -39,11 +40,14 @@ impl Decider {
         }
     }
 
-    /// A master goes to another server of the parent domain when that one serves better.
+    /// A master goes to another server of the parent domain when that one serves better. Servers
+    /// that have just started, or work off what has piled up, are behind each other for a moment.
     pub(super) fn better_parent(&mut self, now: Now, view: &View<'_>) -> Decision {
-        let present = self.parent;
-        match self.choose(now, view, present) {
-            Some(parent) if present.is_some_and(|at| at != parent) => self.lead(now, view, None),
+        let behind = is_behind(view, self.parent);
+        let lags = lasts(&mut self.behind_since, behind, now) >= self.takeover_after;
+        let present = self.parent.map(|at| Present { at, lags });
+        match self.choose(now, view, present).zip(self.parent) {
+            Some((better, present)) if better != present => self.lead(now, view, None),
             _ => Decision::Stay,
         }
     }
@@ -51,7 +55,7 @@ impl Decider {
     /// As master: the server that is followed reads the top no more, and those that do have let go of
     /// what follows our end. From here on one of them has all.
     pub(super) fn only_kept_elsewhere(&self, view: &View<'_>) -> Option<Lsn> {
-        let latest = latest(told(view.parents));
+        let latest = latest(told_by(view.parents));
         let present = view.parents.get(self.parent?)?.told.as_ref()?;
         let own = &view.own.told;
         // What comes over the link tells of it as well.
@@ -66,7 +70,7 @@ impl Decider {
             .filter(|first| *first > own.flush)
     }
 
-    fn choose(&mut self, now: Now, view: &View<'_>, present: Option<usize>) -> Option<usize> {
+    fn choose(&mut self, now: Now, view: &View<'_>, present: Option<Present>) -> Option<usize> {
         self.tried.retain(|(_, at)| now - *at < TRIED);
         let tried: Vec<usize> = self.tried.iter().map(|(index, _)| *index).collect();
         let own = &view.own.told;
@@ -142,6 +146,20 @@ impl Decider {
     }
 }
 
+/// The server of the parent domain that is followed.
+#[derive(Clone, Copy)]
+struct Present {
+    at: usize,
+    /// It has not read the top as lately as others, and not just for a moment.
+    lags: bool,
+}
+
+/// The server that is followed has not read the top as lately as others.
+fn is_behind(view: &View<'_>, present: Option<usize>) -> bool {
+    let present = present.and_then(|at| view.parents.get(at)?.told.as_ref());
+    present.is_some_and(|told| !is_fresh(told.top_time, latest(told_by(view.parents))))
+}
+
 /// Which server of the parent domain to attach to: the present one while it is
 /// sound, else the first in the configured order that is sound, reads the top as
 /// lately as the others, keeps what follows our end, and is not below us itself.
@@ -149,11 +167,11 @@ impl Decider {
 fn choose_parent(
     own: &Told,
     parents: &[Peer],
-    present: Option<usize>,
+    present: Option<Present>,
     tried: &[usize],
     limit: Duration,
 ) -> Option<usize> {
-    let latest = latest(told(parents));
+    let latest = latest(told_by(parents));
     let grade = |index: usize, parent: &Peer| {
         let usable = match &parent.told {
             // A Postgres; whether it can be followed shows when it is tried.
@@ -161,12 +179,15 @@ fn choose_parent(
             Some(told) => keeps(told, own),
         };
         let told = parent.told.as_ref();
-        let sound = told.is_none_or(|told| told.healthy && is_fresh(told.top_time, latest));
+        let present = present.filter(|present| present.at == index);
+        let keeps_up = present.is_some_and(|present| !present.lags);
+        let sound =
+            told.is_none_or(|told| told.healthy && (keeps_up || is_fresh(told.top_time, latest)));
         (
             usable && parent.sight.is_live(limit),
             !tried.contains(&index),
             sound,
-            present == Some(index),
+            present.is_some(),
         )
     };
     let graded = parents
@@ -206,7 +227,7 @@ pub(super) fn keeps_it(view: &View<'_>) -> bool {
 }
 
 /// What bridges of the parent domain have told last …
-fn told(parents: &[Peer]) -> impl Iterator<Item = &Told> {
+fn told_by(parents: &[Peer]) -> impl Iterator<Item = &Told> {
     parents.iter().filter_map(|parent| parent.told.as_ref())
 }
 

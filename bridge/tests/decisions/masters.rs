@@ -162,3 +162,30 @@ fn a_master_whose_servers_above_read_the_top_no_more_hands_over_to_one_that_has_
     assert!(!decide(14, 3_900_000));
     assert!(!decide(20, 4_000_000));
 }
+
+// Six bridges were started at once: of the servers above the first to come to what had piled up was
+// ahead of the others for a second, and the master below went over to it, and back.
+#[test]
+fn a_server_above_that_is_behind_others_for_a_moment_is_not_left() {
+    let above = |node: &str, top_time: i64| Told {
+        top_time,
+        domain: "above".into(),
+        ..told(node, Role::Slave, 100)
+    };
+    let mut decider = Decider::new(TAKEOVER_AFTER, 1, false);
+    let mut decide = |at: u64, link: Link, ahead: i64| {
+        let parents = [
+            peer(above("first", 1_000_000)),
+            peer(above("second", ahead)),
+        ];
+        decider.decide(seconds(at), &own(100, link), &[], &parents)
+    };
+    let to = |parent| Decision::Lead {
+        parent,
+        depose: None,
+    };
+    assert_eq!(decide(10, Link::None, 1_000_000), to(0));
+    assert_eq!(decide(11, Link::Parent, 9_000_000), Decision::Stay);
+    assert_eq!(decide(13, Link::Parent, 9_000_000), Decision::Stay);
+    assert_eq!(decide(14, Link::Parent, 9_000_000), to(1));
+}
