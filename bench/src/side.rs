@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use postgres::Client;
+use postgres::{Client, Statement};
 use terrace_tests::Server;
 
 use crate::proc;
@@ -65,12 +65,17 @@ pub fn drain(
     marker: i64,
     mut meanwhile: impl FnMut(&dyn Side),
 ) -> Result<Drained> {
-    let mut waiting: Vec<Client> = side.servers().iter().map(|one| one.connect()).collect();
+    let mut waiting = Vec::new();
+    for server in side.servers() {
+        let mut client = server.connect();
+        let ask = client.prepare("SELECT n FROM bench_marker WHERE id = 1")?;
+        waiting.push((client, ask));
+    }
     let before = (side.cpu_seconds(), proc::cpu_seconds(top));
     let start = Instant::now();
     side.resume()?;
     wait("the backlog arrives", POLL, || {
-        let arrived = all(&mut waiting, |client| shows(client, marker))?;
+        let arrived = all(&mut waiting, |(client, ask)| shows(client, ask, marker))?;
         meanwhile(side);
         Ok(arrived)
     })?;
@@ -81,8 +86,8 @@ pub fn drain(
     })
 }
 
-fn shows(client: &mut Client, marker: i64) -> Result<bool> {
-    let row = client.query_opt("SELECT n FROM bench_marker WHERE id = 1", &[])?;
+fn shows(client: &mut Client, ask: &Statement, marker: i64) -> Result<bool> {
+    let row = client.query_opt(ask, &[])?;
     Ok(row.is_some_and(|row| row.get::<_, i64>(0) >= marker))
 }
 

@@ -15,13 +15,14 @@ use crate::terrace::Terrace;
 use crate::workload::{Plan, wait};
 
 /// Of every server, on both sides: what an operator would set on a small machine. Checkpoints
-/// come when asked for, not in the middle of a measurement; a subscription that was
+/// and vacuum come when asked for, not in the middle of a measurement; a subscription that was
 /// disabled a moment ago is started again without a pause.
-const SETTINGS: [(&str, &str); 6] = [
+const SETTINGS: [(&str, &str); 7] = [
     ("fsync", "on"),
     ("shared_buffers", "128MB"),
     ("max_wal_size", "8GB"),
     ("checkpoint_timeout", "30min"),
+    ("autovacuum", "off"),
     ("wal_retrieve_retry_interval", "100ms"),
     ("jit", "off"),
 ];
@@ -178,7 +179,7 @@ impl World {
             terrace,
         };
         world.explain(ready)?;
-        world.checkpoint()?;
+        world.settle()?;
         println!("    booted in {:.0} s", start.elapsed().as_secs_f64());
         Ok(world)
     }
@@ -199,13 +200,15 @@ impl World {
         }
     }
 
-    /// Checkpoints everywhere, so that none is due in what is measured next.
-    pub fn checkpoint(&self) -> Result<()> {
+    /// Vacuums and checkpoints everywhere, so that neither is due in what is measured next.
+    pub fn settle(&self) -> Result<()> {
         let beside = self.pglogical.iter().flat_map(Side::servers);
         let below = self.native.servers().into_iter().chain(beside);
         let servers = below.chain(self.terrace.servers()).chain([self.top()]);
         at_once(servers, |server| {
-            Ok(server.try_connect()?.batch_execute("CHECKPOINT")?)
+            let mut client = server.try_connect()?;
+            client.batch_execute("VACUUM ANALYZE")?;
+            Ok(client.batch_execute("CHECKPOINT")?)
         })
     }
 
