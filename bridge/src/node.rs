@@ -132,6 +132,7 @@ async fn serve(
         queue,
         writer,
         pinned,
+        local,
     } = opened;
     let closed = cancel.child_token();
     shared.flushed.send_replace(queue.end());
@@ -164,6 +165,7 @@ async fn serve(
         Arc::clone(shared),
         Arc::clone(observer),
         queue,
+        local,
         closed.clone(),
     ));
     let roles = Roles::new(Arc::clone(shared), Arc::clone(observer));
@@ -280,13 +282,13 @@ async fn housekeeping(
     shared: Arc<Shared>,
     observer: Arc<Observer>,
     queue: Queue,
+    mut client: Option<Client>,
     cancel: CancellationToken,
 ) -> anyhow::Result<()> {
     let mut durable = queue.durable();
     let mut tick = tokio::time::interval(Duration::from_secs(1));
     let mut pending: Option<(Lsn, String)> = None;
     let mut replay_durable = Lsn::ZERO;
-    let mut client: Option<Client> = None;
     loop {
         tokio::select! {
             // The sender lives in the queue.

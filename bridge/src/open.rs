@@ -37,6 +37,8 @@ pub struct Opened {
     pub writer: Writer,
     /// Holds the upstream's queue for us after an initial copy.
     pub pinned: Option<Client>,
+    /// With the Postgres beside the bridge; for who needs one next.
+    pub local: Option<Client>,
 }
 
 /// Opens what is here, or copies until something is.
@@ -62,7 +64,15 @@ pub async fn open_or_copy(
     let mut local = None;
     loop {
         let attempt = match local_progress(shared, &mut local).await {
-            Ok(Some((identity, lsn))) => return resume(shared, &dir, opened, identity, lsn),
+            Ok(Some((identity, lsn))) => {
+                let (queue, writer) = resume(shared, &dir, opened, identity, lsn)?;
+                return Ok(Opened {
+                    queue,
+                    writer,
+                    pinned: None,
+                    local,
+                });
+            }
             Ok(None) => {
                 shared.set_empty(copy::is_from_parent(shared));
                 // Of data that is none any more. Were it still there after a crash at the end of
@@ -86,6 +96,7 @@ pub async fn open_or_copy(
                     queue,
                     writer,
                     pinned,
+                    local,
                 });
             }
             Ok(None) => {
@@ -130,7 +141,7 @@ fn resume(
     opened: Option<(Queue, Writer)>,
     identity: Identity,
     lsn: Lsn,
-) -> anyhow::Result<Opened> {
+) -> anyhow::Result<(Queue, Writer)> {
     let (queue, writer) = match opened {
         // The queue may be of a later timeline than what has been applied yet.
         Some((queue, writer)) if queue.identity().continues(&identity) && queue.first() <= lsn => {
@@ -145,11 +156,7 @@ fn resume(
         shared.set_diverged(problem);
     }
     shared.replayed.send_replace(lsn);
-    Ok(Opened {
-        queue,
-        writer,
-        pinned: None,
-    })
+    Ok((queue, writer))
 }
 
 /// A session of ours with the Postgres beside the bridge.
@@ -221,6 +228,7 @@ async fn open_at_top(
         queue,
         writer,
         pinned: None,
+        local: None,
     })
 }
 

@@ -115,6 +115,9 @@ async fn connect(info: &ConnInfo, shared: &Shared) -> Result<Client, PgError> {
     let gucs = [
         ("search_path", "pg_catalog"),
         ("default_transaction_read_only", "off"),
+        // Each statement of these functions would be planned anew the first five times, just while a
+        // bridge starts.
+        ("plan_cache_mode", "force_generic_plan"),
     ];
     let options = SessionOptions {
         application_name: format!("terrace report {}", shared.config.node.name),
@@ -215,7 +218,8 @@ async fn report_here(shared: &Arc<Shared>, info: &ConnInfo, link: &mut Link, bel
             let mut client = connect(info, shared).await?;
             let prepared = prepare_local(&mut client, shared).await;
             link.client = Some((info.endpoint(), client));
-            link.relay_next = None;
+            // While a bridge starts there is enough to do.
+            link.relay_next = Some(Instant::now() + RELAY_SOON);
             prepared
         };
         if let Err(error) = prepared.await {
