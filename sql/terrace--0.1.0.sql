@@ -206,7 +206,7 @@ BEGIN
         PERFORM terrace.detach_table(OLD.nspname, OLD.relname);
     END IF;
     IF TG_OP IN ('UPDATE', 'INSERT') THEN
-        PERFORM terrace.attach_table(NEW.nspname, NEW.relname);
+        PERFORM terrace.attach_table(NEW.nspname, NEW.relname, TG_OP = 'INSERT');
     END IF;
     RETURN NULL;
 END $$;
@@ -233,7 +233,7 @@ $$;
 
 -- PostgreSQL refuses every UPDATE and DELETE of a published table, on each server,
 -- whose old rows cannot be told or that is published by columns outside of that.
-CREATE FUNCTION ensure_identity(rel regclass, columns text[]) RETURNS void
+CREATE FUNCTION ensure_identity(rel regclass, columns text[], adding boolean DEFAULT false) RETURNS void
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     identity int2[] := terrace.identity_of(rel);
@@ -260,12 +260,18 @@ BEGIN
             RETURN;
         ELSIF terrace.is_top() THEN
             RAISE EXCEPTION 'table "%" %', rel, problem
-                USING ERRCODE = 'invalid_parameter_value',
+                USING ERRCODE = 'invalid_column_reference',
                       DETAIL = 'With a list of columns, rows could not be updated or deleted.',
                       HINT = 'List the columns of the primary key and of the filter too, or leave columns out.';
         ELSIF terrace.in_publication(rel) THEN
             EXECUTE format('ALTER PUBLICATION terrace DROP TABLE ONLY %s', rel);  -- nothing reads it here
         END IF;
+    ELSIF identity IS NOT NULL AND problem IS NOT NULL AND adding AND terrace.is_top() THEN
+        -- Whole old rows in the WAL are a price that nobody is to pay without a word.
+        RAISE EXCEPTION 'table "%" %', rel, problem
+            USING ERRCODE = 'invalid_column_reference',
+                  DETAIL = 'Rows that come to pass it, or do no more, could not be told.',
+                  HINT = format('Filter by columns of the primary key, or ALTER TABLE %s REPLICA IDENTITY FULL first.', rel);
     ELSIF problem IS NOT NULL THEN
         IF terrace.is_top() AND NOT (SELECT relispartition FROM pg_class WHERE oid = rel) THEN
             RAISE NOTICE 'table "%" %, setting REPLICA IDENTITY FULL', rel, problem;
@@ -430,7 +436,7 @@ CREATE TRIGGER follow BEFORE DELETE ON partition FOR EACH ROW EXECUTE FUNCTION f
 ALTER TABLE partition ENABLE ALWAYS TRIGGER follow;
 
 -- What it does here, each server does by itself.
-CREATE FUNCTION attach_table(schema_name text, table_name text) RETURNS void
+CREATE FUNCTION attach_table(schema_name text, table_name text, adding boolean DEFAULT false) RETURNS void
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET terrace.ddl = off AS $$
 DECLARE
     rel regclass := to_regclass(format('%I.%I', schema_name, table_name));
@@ -473,7 +479,7 @@ BEGIN
         END;
     END IF;
     FOREACH part IN ARRAY parts LOOP
-        PERFORM terrace.ensure_identity(part, setting.columns);
+        PERFORM terrace.ensure_identity(part, setting.columns, adding);
         -- Where a bridge writes, nobody else does.
         IF current_setting('session_replication_role') = 'replica'
            AND NOT EXISTS (SELECT FROM terrace.unprotected u
@@ -753,8 +759,9 @@ CREATE TABLE conflict (
     PRIMARY KEY (relation, kind)
 );
 
--- Changes that a server refused for their values (`on_error = "quarantine"`): the columns in
--- their types' text forms, with the position in the top's WAL.
+-- Changes that a server refused for their values (`on_error = "quarantine"`), and rows of this server
+-- alone that made way for one of the top's (kind LOCAL): the columns in their types' text forms, with
+-- the position in the top's WAL.
 CREATE TABLE quarantine (
     seq bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     "time" timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
@@ -830,6 +837,10 @@ BEGIN
     SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.oid = rel
     ON CONFLICT DO NOTHING;
+    -- The bridge may have died in the middle of much.
+    IF EXISTS (SELECT FROM terrace.progress) THEN
+        PERFORM terrace.advance_sequences(true, rel);
+    END IF;
 END $$;
 
 -- ----- what is synchronised --------------------------------------------------
@@ -1363,7 +1374,7 @@ CREATE VIEW owned_sequence AS
 -- On a receiving server: whoever writes here when nothing comes from above any more must
 -- not draw a number that came from there. Looking for the highest one of a column without
 -- an index reads the table, which is done with large ones when "thorough" only.
-CREATE FUNCTION advance_sequences(thorough boolean) RETURNS integer
+CREATE FUNCTION advance_sequences(thorough boolean, of_table regclass DEFAULT NULL) RETURNS integer
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     found terrace.owned_sequence;
@@ -1373,7 +1384,8 @@ DECLARE
     goal numeric;
     advanced integer := 0;
 BEGIN
-    FOR found IN SELECT * FROM terrace.owned_sequence WHERE thorough OR cheap LOOP
+    FOR found IN SELECT * FROM terrace.owned_sequence
+                 WHERE (thorough OR cheap) AND (of_table IS NULL OR rel = of_table) LOOP
         -- A column that holds no numbers, say, keeps no other sequence back.
         BEGIN
             EXECUTE format('SELECT %s(%I) FROM %s', CASE WHEN found.seqincrement > 0 THEN 'max' ELSE 'min' END,

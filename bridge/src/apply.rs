@@ -47,6 +47,7 @@ use crate::queue::{Queue, QueueError, Reader};
 use crate::record::{CommitInfo, Record};
 use crate::status::Shared;
 use crate::upstream::pinned_settings;
+use obstacle::Clearing;
 use plan::Planner;
 pub use relation::other_place;
 use statement::{Expect, Row, Step};
@@ -191,8 +192,10 @@ struct Session<'a> {
     folds: bool,
     /// The local transaction under way has statements of a fold.
     sent_sets: bool,
-    /// In the transaction of this end, what is in the way of unique values, and nobody's, makes way.
-    clears: Option<Lsn>,
+    /// In the next transaction what is in the way of unique values, and nobody's, makes way.
+    clears: Option<Clearing>,
+    /// Rows that have been resolved in the local transaction under way.
+    conflicts: u64,
     /// Up to here nothing is folded: it has been tried.
     plain_until: Lsn,
     /// Transactions that go in order before the next look whether all can go set-wise.
@@ -265,6 +268,7 @@ impl<'a> Session<'a> {
             folds: true,
             sent_sets: false,
             clears: None,
+            conflicts: 0,
             plain_until: Lsn::ZERO,
             in_order: MAX_TRANSACTIONS,
             attempted: committed,
@@ -449,8 +453,7 @@ impl<'a> Session<'a> {
                 ],
             )
             .await?;
-        self.shared
-            .set_applied(|applied| applied.conflicts += count);
+        self.conflicts += count;
         Ok(())
     }
 
@@ -458,7 +461,9 @@ impl<'a> Session<'a> {
         self.sequences.1 |= batch.transactions > 0;
         self.shared.replayed.send_replace(batch.end);
         let top_time = self.shared.top_time();
+        let conflicts = std::mem::take(&mut self.conflicts);
         self.shared.set_applied(|applied| {
+            applied.conflicts += conflicts;
             applied.transactions += batch.transactions as u64;
             match &batch.last {
                 None => applied.top_time = top_time,

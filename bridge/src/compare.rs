@@ -93,14 +93,20 @@ pub async fn repair(
     table: Option<&str>,
     domain: Option<&str>,
 ) -> anyhow::Result<()> {
+    let mut silent = 0;
+    let unanswered = |findings: &[Finding]| {
+        let answers = findings.iter().filter(|finding| finding.differ.is_none());
+        answers.count()
+    };
     let mut comparisons = Comparisons::of(config, table).await?;
     while let Some(comparison) = comparisons.next(config).await? {
-        let findings = comparison.end(config, domain).await?;
+        let mut findings = comparison.end(config, domain).await?;
         let wrong = || findings.iter().filter(|finding| finding.differs());
         let ranges: BTreeSet<i64> = wrong()
             .flat_map(|f| f.differ.clone().unwrap_or_default())
             .collect();
         if ranges.is_empty() {
+            silent += unanswered(&findings);
             continue;
         }
         let domains: BTreeSet<String> = wrong().map(|finding| finding.domain.clone()).collect();
@@ -113,10 +119,15 @@ pub async fn repair(
         let table = &comparison.table;
         println!("{table}: {rows} rows sent again");
         let again = Comparison::begin(config, table).await?;
-        let findings = again.end(config, domain).await?;
+        findings = again.end(config, domain).await?;
+        silent += unanswered(&findings);
         let left = findings.iter().filter(|finding| finding.differs()).count();
         ensure!(left == 0, "table {table} still differs on {left} servers");
     }
+    ensure!(
+        silent == 0,
+        "{silent} answers are missing; run terrace-bridge repair again when those servers are back"
+    );
     Ok(())
 }
 

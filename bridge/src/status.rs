@@ -556,6 +556,11 @@ impl Shared {
         queue.as_ref()?.queue.disk_problem(limit)
     }
 
+    /// The server that is followed.
+    pub fn followed(&self) -> Option<ConnInfo> {
+        self.inner().upstream.clone()
+    }
+
     /// Server to report to: the one that is followed, else the domain's master if it
     /// is in sight, else one above, so that whoever follows nobody is heard of all the same.
     pub fn upstream(&self) -> Option<ConnInfo> {

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use postgres_protocol::message::frontend;
 use tokio::time::timeout;
 
-use super::obstacle::is_in_the_way;
+use super::obstacle::{Clearing, is_in_the_way};
 use super::plan::Planned;
 use super::skip::is_of_the_transaction;
 use super::statement::{Expect, Step};
@@ -54,13 +54,17 @@ impl Session<'_> {
                 continue;
             };
             self.client.simple("ROLLBACK").await.ok();
+            self.conflicts = 0;
             // Once more, and what is in the way and nobody's makes way.
             if !is_in_the_way(&error) || self.clears.take().is_some() {
                 return Err(self.name_culprit(error).await);
             }
             self.rewind()?;
-            self.clears = Some(self.read_transaction().await?.lsn);
+            let end = self.read_transaction().await?.lsn;
             self.rewind()?;
+            // The server above is to know all of it when it is asked.
+            self.wait_for_gate(end).await?;
+            self.clears = Some(Clearing::new(end));
         }
         // What was planned here was run without being prepared.
         self.planner.forget_statements();
@@ -189,9 +193,7 @@ impl Session<'_> {
         if let Some(clear) = self.planner.clear_way(payload)? {
             gone.push(self.run_step(&clear).await?);
         }
-        if let Some(end) = self.clears {
-            gone.extend(self.remove_obstacles(payload, end).await?);
-        }
+        gone.extend(self.remove_obstacles(payload).await?);
         let kind = match gone.iter().filter(|rows| **rows > 0).count() {
             0 => return Ok(()),
             1 => self.planner.conflict(payload)?,

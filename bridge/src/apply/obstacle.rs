@@ -1,31 +1,37 @@
 //! Rows that have a value already which must be unique here, and are none of the top's.
 //!
-//! The primary key is the top's everywhere, so a row that has it makes way at once
-//! ([`super::careful`]). Of another unique value that is not known: the constraint may be one of
-//! this server alone, and the row that is in the way one of the top's. So a transaction that a
+//! A row that has the primary key of one of the top's makes way at once ([`super::careful`]), where
+//! that key is known to be one at the top. Of another unique value that is not known: the constraint may
+//! be one of this server alone, and the row that is in the way one of the top's. So a transaction that a
 //! unique value stops is gone through once more, and the server above is asked.
 //!
-//! Guarantee: a row is removed only if the server above, at or beyond the end of that transaction,
-//! has no row of its primary key and holds the same columns unique. Where they are unique all the way
-//! up, the top cannot have had both rows; where they are not, the lowest server that has the
-//! constraint and whose parent has not stalls at the transaction, and those below it are ahead of it.
-//! Otherwise the server stalls as before, and a person decides. (A row that a server above put aside
-//! or skipped is none that it has.)
+//! Guarantee: a row is removed only if the server above, at or beyond the end of that transaction in the
+//! same history, has the same constraint (columns, types, collations, operators) and the same primary
+//! key, and no row of that key; or if it is by the primary key itself that it is in the way. Where the
+//! constraint is there all the way up, the top cannot have had both rows; where it is not, the lowest server
+//! that has it and whose parent has not stalls at the transaction, and those below it are ahead of it.
+//! Otherwise the server stalls as before, and a person decides. What is removed is kept in
+//! `terrace.quarantine`, for there is one thing that the server above cannot tell: a row that it put
+//! aside, skipped, or lost to somebody's hand is none that it has.
 
+use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use bytes::Bytes;
+use serde::Deserialize;
 use tokio::time::timeout;
 
 use super::Session;
 use super::plan::Planner;
-use super::relation::{Column, IS_UNIQUE, KEY_COLUMNS, Relation, listed, unique_by};
+use super::relation::{Column, IS_UNIQUE, Relation};
 use super::skip::refused;
 use super::statement::{Expect, Step, Written, others, unnamed};
 use crate::client::{Client, PgError, SessionOptions, quote_ident, quote_literal, quote_table};
+use crate::conninfo::ConnInfo;
 use crate::lsn::{Identity, Lsn};
-use crate::pgoutput;
+use crate::pgoutput::{self, Message};
 use crate::upstream::reading_settings;
 
 /// The table may be locked above.
@@ -33,16 +39,69 @@ const PATIENCE: &str = "10s";
 /// Longer, the transaction here is not kept open.
 const LIMIT: Duration = Duration::from_secs(15);
 
+/// SQL: what makes index `i` the same constraint on another server.
+const SIGNATURE: &str = "(SELECT pg_catalog.concat_ws(' ', pg_catalog.string_agg(pg_catalog.concat_ws(' ', \
+           pg_catalog.quote_ident(a.attname), pg_catalog.format_type(a.atttypid, a.atttypmod), \
+           l.collname, o.opcname), ', ' ORDER BY a.attname), i.indnullsnotdistinct) \
+     FROM ROWS FROM (pg_catalog.unnest(i.indkey), pg_catalog.unnest(i.indclass), \
+                     pg_catalog.unnest(i.indcollation)) WITH ORDINALITY k (attnum, class, coll, n) \
+     JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum \
+     JOIN pg_catalog.pg_opclass o ON o.oid = k.class \
+     LEFT JOIN pg_catalog.pg_collation l ON l.oid = k.coll \
+     WHERE k.n <= i.indnkeyatts)";
+
+/// What a transaction is gone through with once more.
+pub(super) struct Clearing {
+    /// Where it ends.
+    pub end: Lsn,
+    /// A session with the server above, once that has been asked.
+    above: Option<Client>,
+    tables: HashMap<String, Arc<Table>>,
+}
+
+impl Clearing {
+    pub fn new(end: Lsn) -> Clearing {
+        Clearing {
+            end,
+            above: None,
+            tables: HashMap::new(),
+        }
+    }
+}
+
+/// A table here.
+#[derive(Deserialize)]
+struct Table {
+    columns: Vec<String>,
+    /// The constraints that hold all its rows apart at once.
+    keys: Vec<Key>,
+}
+
+#[derive(Deserialize)]
+struct Key {
+    columns: Vec<String>,
+    signature: String,
+    primary: bool,
+}
+
 /// A row that may be in the way of a change.
-struct Obstacle {
+struct Obstacle<'a> {
+    key: &'a Key,
+    primary: &'a Key,
+    /// The table, by its name and its OID at the top.
+    table: String,
+    relid: u32,
     /// Gives its primary key, if there is one.
     find: String,
     remove: Step,
-    /// Asked above: whether there is a row of that key, whether `columns` are unique, and whose
-    /// history is known up to where.
-    above: String,
-    columns: String,
+    /// Asked above: whether there is a row of that key.
+    there: String,
 }
+
+/// The server above could not say, which is no fault of the transaction.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct Unanswered(String);
 
 /// Whether a row is refused for a value that another one has (unique_violation).
 pub(super) fn is_in_the_way(error: &anyhow::Error) -> bool {
@@ -50,100 +109,235 @@ pub(super) fn is_in_the_way(error: &anyhow::Error) -> bool {
 }
 
 impl Session<'_> {
-    /// Removes what is in the way of this change, of a transaction that ends at `end`, and not known
-    /// above; how many rows by each of the constraints.
-    pub(super) async fn remove_obstacles(
-        &mut self,
-        payload: &Bytes,
-        end: Lsn,
-    ) -> anyhow::Result<Vec<u64>> {
-        let Some(table) = self.planner.own_table(payload)? else {
+    /// Removes what is in the way of this change and not known above; how many rows by each of the
+    /// constraints. Nothing in a transaction that nothing has stopped yet.
+    pub(super) async fn remove_obstacles(&mut self, payload: &Bytes) -> anyhow::Result<Vec<u64>> {
+        let Some(mut clearing) = self.clears.take() else {
             return Ok(Vec::new());
         };
-        let sql = format!(
-            "SELECT pg_catalog.to_json(ARRAY(SELECT a.attname {KEY_COLUMNS})) \
-             FROM pg_catalog.pg_index i \
-             WHERE i.indrelid = pg_catalog.to_regclass($1) AND {IS_UNIQUE} \
-               AND i.indimmediate AND NOT i.indisprimary"
-        );
-        let keys = self.client.query(&sql, &[Some(&table)]).await?;
+        let gone = self.clear(&mut clearing, payload).await;
+        self.clears = Some(clearing);
+        gone
+    }
+
+    async fn clear(
+        &mut self,
+        clearing: &mut Clearing,
+        payload: &Bytes,
+    ) -> anyhow::Result<Vec<u64>> {
         let mut gone = Vec::new();
-        for key in keys.into_iter().flatten().flatten() {
-            let key: Vec<String> = serde_json::from_str(&key)?;
-            if let Some(obstacle) = self.planner.obstacle(payload, &key)? {
-                gone.push(self.remove_obstacle(obstacle, end).await?);
+        let Some(name) = self.planner.own_table(payload)? else {
+            return Ok(gone);
+        };
+        let table = match clearing.tables.get(&name) {
+            Some(table) => Arc::clone(table),
+            None => {
+                let table = Arc::new(self.read_table(&name).await?);
+                clearing.tables.insert(name, Arc::clone(&table));
+                table
+            }
+        };
+        for key in &table.keys {
+            if let Some(obstacle) = self.planner.obstacle(payload, &table, key, clearing.end)? {
+                gone.push(self.remove_obstacle(clearing, obstacle).await?);
             }
         }
         Ok(gone)
     }
 
-    async fn remove_obstacle(&mut self, obstacle: Obstacle, end: Lsn) -> anyhow::Result<u64> {
-        let values = obstacle.remove.texts()?;
-        let found = self.client.query(&obstacle.find, &values).await?;
+    async fn read_table(&mut self, name: &str) -> anyhow::Result<Table> {
+        let sql = format!(
+            "SELECT pg_catalog.json_build_object( \
+               'columns', ARRAY(SELECT attname FROM pg_catalog.pg_attribute \
+                                WHERE attrelid = t.oid AND attnum > 0 AND NOT attisdropped), \
+               'keys', ARRAY(SELECT pg_catalog.json_build_object( \
+                   'columns', ARRAY(SELECT attname FROM pg_catalog.pg_attribute WHERE attrelid = t.oid \
+                                    AND attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])), \
+                   'signature', {SIGNATURE}, 'primary', i.indisprimary) \
+                 FROM pg_catalog.pg_index i \
+                 WHERE i.indrelid = t.oid AND {IS_UNIQUE} AND i.indimmediate)) \
+             FROM pg_catalog.to_regclass($1) t (oid)"
+        );
+        let rows = self.client.query(&sql, &[Some(name)]).await?;
+        let text = rows
+            .into_iter()
+            .next()
+            .and_then(|row| row.into_iter().next()?);
+        Ok(serde_json::from_str(&text.context("no table")?)?)
+    }
+
+    async fn remove_obstacle(
+        &mut self,
+        clearing: &mut Clearing,
+        obstacle: Obstacle<'_>,
+    ) -> anyhow::Result<u64> {
+        let found = self
+            .client
+            .query(&obstacle.find, &obstacle.remove.texts()?)
+            .await?;
         // More than one are none that this constraint keeps apart.
         let [row] = found.as_slice() else {
             return Ok(0);
         };
-        let mut asked: Vec<Option<&str>> = row.iter().map(Option::as_deref).collect();
-        asked.push(Some(&obstacle.columns));
-        match self.is_nobodys(&obstacle.above, &asked, end).await? {
-            true => self.run_step(&obstacle.remove).await,
-            false => Ok(0),
+        let row: Vec<Option<&str>> = row.iter().map(Option::as_deref).collect();
+        let is_nobodys = match self.ask_above(clearing, &obstacle, &row).await {
+            // Whoever wants rows put aside does not want to wait for an answer.
+            Err(error) if self.shared.config.apply.quarantines() => {
+                tracing::warn!("{error:#}");
+                false
+            }
+            answer => answer?,
+        };
+        if !is_nobodys {
+            return Ok(0);
         }
+        let reason = format!(
+            "a row of this server alone made way for one of table {}; see terrace.quarantine",
+            obstacle.table
+        );
+        self.shared.event_once("quarantine", &reason);
+        self.run_step(&obstacle.remove).await
     }
 
-    /// Asks the server above, which must have come to `end`.
-    async fn is_nobodys(
+    /// Whether the row of this primary key is nobody's.
+    async fn ask_above(
         &self,
-        sql: &str,
-        asked: &[Option<&str>],
-        end: Lsn,
+        clearing: &mut Clearing,
+        obstacle: &Obstacle<'_>,
+        row: &[Option<&str>],
     ) -> anyhow::Result<bool> {
-        let above = self
-            .shared
-            .upstream()
-            .context("no server above is in sight")?;
+        let unanswered =
+            |text: String| Unanswered(format!("ask for a row that is in the way: {text}"));
+        let above = self.shared.followed();
+        let above = above.ok_or_else(|| unanswered("no server above is followed".into()))?;
+        let endpoint = above.endpoint();
+        let client = clearing.above.take();
+        let answer = async {
+            let mut client = match client {
+                Some(client) => client,
+                None => self.session_above(&above).await?,
+            };
+            let answer = self
+                .question(&mut client, obstacle, row, clearing.end)
+                .await?;
+            Ok::<_, anyhow::Error>((client, answer))
+        };
+        let (client, answer) = match timeout(LIMIT, answer).await {
+            Ok(Ok(answered)) => answered,
+            // Whatever is wrong there is not wrong with the row.
+            Ok(Err(error)) => Err(unanswered(format!("{endpoint}: {error:#}")))?,
+            Err(_) => Err(unanswered(format!("{endpoint} does not answer")))?,
+        };
+        clearing.above = Some(client);
+        Ok(answer)
+    }
+
+    async fn session_above(&self, above: &ConnInfo) -> Result<Client, PgError> {
         let mut gucs = reading_settings();
         gucs.push(("statement_timeout".into(), PATIENCE.into()));
+        // Whose operators and tables are meant is not for anybody there to say.
+        gucs.push(("search_path".into(), "pg_catalog, pg_temp".into()));
         let options = SessionOptions {
             application_name: format!("terrace {}", self.shared.config.node.name),
             gucs,
             ..Default::default()
         };
-        let answer = async {
-            let mut client = Client::connect(&above, &options).await?;
-            client.query(sql, asked).await
+        Client::connect(above, &options).await
+    }
+
+    async fn question(
+        &self,
+        client: &mut Client,
+        obstacle: &Obstacle<'_>,
+        row: &[Option<&str>],
+        end: Lsn,
+    ) -> anyhow::Result<bool> {
+        let Obstacle {
+            key,
+            primary,
+            table,
+            ..
+        } = obstacle;
+        let asked = [Some(table), Some(&key.signature), Some(&primary.signature)];
+        let rows = client
+            .query(&about_table(), &asked.map(|text| text.map(String::as_str)))
+            .await?;
+        let [answer] = rows.as_slice() else {
+            anyhow::bail!("no answer");
         };
-        let endpoint = above.endpoint();
-        // Whatever is wrong there is not wrong with the row.
-        let rows = match timeout(LIMIT, answer).await {
-            Ok(Ok(rows)) => rows,
-            Ok(Err(error)) => bail!("ask {endpoint} for a row that is in the way: {error}"),
-            Err(_) => bail!("ask {endpoint} for a row that is in the way: no answer"),
-        };
-        let Some([Some(there), Some(unique), position, identity, Some(system)]) =
-            rows.first().map(Vec::as_slice)
-        else {
-            bail!("{endpoint} gave no answer");
+        let is_same = self.is_far_enough(answer, obstacle.relid, end)?;
+        let has = |column: usize| answer[column].as_deref() == Some("t");
+        if !is_same || !has(1) || !has(2) {
+            return Ok(false);
+        }
+        if key.primary {
+            return Ok(true);
+        }
+        let rows = client.query(&obstacle.there, row).await?;
+        Ok(rows.is_empty())
+    }
+
+    /// Whether it is the same table there, on a server that must have come to `end`.
+    fn is_far_enough(
+        &self,
+        answer: &[Option<String>],
+        relid: u32,
+        end: Lsn,
+    ) -> anyhow::Result<bool> {
+        let [table, _, _, identity, position, system, database, timeline] = answer else {
+            anyhow::bail!("no answer");
         };
         let ours = self.queue.identity();
-        // The top has no position of its own: it is ahead of all. Nor has a server that is
-        // copied to.
-        let has_come = match (position, identity) {
-            (Some(position), Some(identity)) => {
-                let theirs: Identity = identity.parse()?;
-                let same = theirs.continues(&ours) || ours.continues(&theirs);
-                same && position.parse::<Lsn>()? >= end
-            }
-            _ => system.parse::<i64>()?.cast_unsigned() == ours.system_id,
+        let is_top = identity.is_none();
+        let theirs = match identity {
+            Some(identity) => identity.parse()?,
+            // The top has no progress; nor has a server that is copied to, which is another one.
+            None => Identity {
+                system_id: system
+                    .as_deref()
+                    .unwrap_or_default()
+                    .parse::<i64>()?
+                    .cast_unsigned(),
+                timeline: timeline
+                    .as_deref()
+                    .map_or(Ok(0), |hex| u32::from_str_radix(hex, 16))?,
+                database: database.clone().unwrap_or_default(),
+                ..ours.clone()
+            },
         };
-        if !has_come {
-            bail!(
-                "{endpoint} has not come to {end}, and cannot tell yet whose a row is that is in the way"
-            );
+        let position: Lsn = position.as_deref().map_or(Ok(Lsn::ZERO), str::parse)?;
+        if theirs != ours || position < end {
+            anyhow::bail!("it has not come to {end}, and cannot tell yet whose the row is");
         }
-        Ok(there == "f" && unique == "t")
+        let Some(table) = table else {
+            return Ok(false);
+        };
+        Ok(!is_top || table.parse() == Ok(relid))
     }
+}
+
+/// About table $1: its OID, whether constraints $2 and $3 are there, whose history is known up to where,
+/// and what tells a top from others.
+fn about_table() -> String {
+    let has = |number: usize| {
+        format!(
+            "EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND {IS_UNIQUE} \
+                     AND i.indimmediate AND {SIGNATURE} = ${number})"
+        )
+    };
+    format!(
+        "SELECT c.oid, {}, {}, p.identity, \
+                CASE WHEN p.identity IS NOT NULL THEN p.lsn \
+                     WHEN NOT pg_catalog.pg_is_in_recovery() THEN pg_catalog.pg_current_wal_insert_lsn() END, \
+                s.system_identifier, pg_catalog.current_database(), \
+                CASE WHEN NOT pg_catalog.pg_is_in_recovery() THEN \
+                    pg_catalog.left(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 8) END \
+         FROM pg_catalog.pg_control_system() s LEFT JOIN terrace.progress p ON true \
+         LEFT JOIN pg_catalog.pg_class c \
+           ON c.oid = pg_catalog.to_regclass($1) AND c.relkind IN ('r', 'p')",
+        has(2),
+        has(3)
+    )
 }
 
 impl Planner {
@@ -156,17 +350,33 @@ impl Planner {
     }
 
     /// The row that has what this change gives to its own in the columns of `key`.
-    fn obstacle(&self, payload: &Bytes, key: &[String]) -> anyhow::Result<Option<Obstacle>> {
+    fn obstacle<'a>(
+        &self,
+        payload: &Bytes,
+        table: &'a Table,
+        key: &'a Key,
+        end: Lsn,
+    ) -> anyhow::Result<Option<Obstacle<'a>>> {
         let message = pgoutput::decode(payload)?;
+        let (Message::Insert { relid, .. } | Message::Update { relid, .. }) = message else {
+            return Ok(None);
+        };
         let Some(relation) = self.relation_of(&message) else {
             return Ok(None);
         };
+        let Some(primary) = table.keys.iter().find(|key| key.primary) else {
+            return Ok(None);
+        };
+        // By that it has made way already.
+        if key.primary && relation.primary_is_the_tops() {
+            return Ok(None);
+        }
         let Some(written) = Written::by(&message) else {
             return Ok(None);
         };
-        let is_of_key = |column: &Column| key.contains(&column.name);
+        let is_of_key = |column: &Column| key.columns.contains(&column.name);
         // Columns that are of this server alone are not told.
-        if relation.columns.iter().filter(|c| is_of_key(c)).count() < key.len() {
+        if relation.columns.iter().filter(|c| is_of_key(c)).count() < key.columns.len() {
             return Ok(None);
         }
         let Some((condition, values)) = others(relation, is_of_key, written, payload)? else {
@@ -174,30 +384,64 @@ impl Planner {
         };
         let (mut names, mut terms) = (Vec::new(), Vec::new());
         for column in &relation.columns {
-            if let Some(local) = column.local.as_ref().filter(|local| local.primary) {
+            let is_primary = primary.columns.contains(&column.name);
+            // What is written in two ways may be one value, of a row that is there.
+            if let Some(local) = column
+                .local
+                .as_ref()
+                .filter(|local| is_primary && local.comparable)
+            {
                 let name = quote_ident(&column.name);
                 terms.push(local.equals(&name, terms.len() + 1));
                 names.push(name);
             }
         }
-        let last = terms.len() + 1;
+        if names.len() < primary.columns.len() {
+            return Ok(None);
+        }
         let (names, terms) = (names.join(", "), terms.join(" AND "));
         let rows = relation.rows();
-        let sql = format!("DELETE FROM {rows} WHERE {condition}");
         // Above, rows of tables that inherit from it may be its rows.
-        let table = quote_table(&relation.namespace, &relation.name);
-        let unique = unique_by(&quote_literal(&table), last);
-        let width = key.len();
-        Ok((!names.is_empty()).then(|| Obstacle {
+        let above = quote_table(&relation.namespace, &relation.name);
+        Ok(Some(Obstacle {
+            key,
+            primary,
+            relid,
             find: format!("SELECT {names} FROM {rows} WHERE {condition}"),
-            remove: unnamed(sql, values, Expect::Done),
-            above: format!(
-                "SELECT EXISTS (SELECT FROM {table} WHERE {terms}), \
-                     EXISTS ({unique} AND i.indimmediate AND i.indnkeyatts = {width}), \
-                     p.lsn, p.identity, c.system_identifier \
-                 FROM pg_catalog.pg_control_system() c LEFT JOIN terrace.progress p ON true"
+            remove: unnamed(
+                keep_and_remove(relation, table, &condition, end),
+                values,
+                Expect::Done,
             ),
-            columns: listed(key),
+            there: format!("SELECT 1 FROM {above} WHERE {terms} LIMIT 1"),
+            table: above,
         }))
     }
+}
+
+/// Removes rows, and keeps each in `terrace.quarantine`. No cast to text that somebody may have made.
+fn keep_and_remove(relation: &Relation, table: &Table, condition: &str, end: Lsn) -> String {
+    let names: Vec<String> = table
+        .columns
+        .iter()
+        .map(|name| quote_literal(name))
+        .collect();
+    let texts = table.columns.iter().map(|name| {
+        let name = quote_ident(name);
+        format!(
+            "CASE pg_catalog.num_nulls(g.{name}) WHEN 0 THEN pg_catalog.format('%s', g.{name}) END"
+        )
+    });
+    let texts: Vec<String> = texts.collect();
+    format!(
+        "WITH g AS (DELETE FROM {} WHERE {condition} RETURNING *) \
+         INSERT INTO terrace.quarantine (lsn, relation, kind, old, sqlstate, error) \
+         SELECT {}, {}, 'LOCAL', pg_catalog.jsonb_object(ARRAY[{}]::text[], ARRAY[{}]::text[]), \
+                '23505', 'has a unique value of a row of the top' FROM g",
+        relation.rows(),
+        quote_literal(&end.to_string()),
+        quote_literal(&relation.table()),
+        names.join(", "),
+        texts.join(", ")
+    )
 }

@@ -445,7 +445,8 @@ impl Planner {
     }
 
     /// For an insert, or an update to another key: the statement that removes a row
-    /// that has the primary key already.
+    /// that has the primary key already. Where that is none at the top, as far as the stream tells,
+    /// the server above is asked (`obstacle.rs`).
     pub fn clear_way(&self, payload: &Bytes) -> anyhow::Result<Option<Step>> {
         let message = pgoutput::decode(payload)?;
         let Some(relation) = self.relation_of(&message) else {
@@ -456,7 +457,7 @@ impl Planner {
         };
         let old = written.old;
         let stays = old.is_some_and(|(_, old)| !moves(relation, old, written.new));
-        if !relation.routed || !relation.has_primary() || stays {
+        if !relation.routed || !relation.primary_is_the_tops() || stays {
             return Ok(None);
         }
         let is_primary = |column: &Column| column.local.as_ref().is_some_and(|local| local.primary);

@@ -36,6 +36,7 @@ impl Session<'_> {
             return self.careful_change(payload).await;
         }
         self.client.simple("SAVEPOINT change").await?;
+        let conflicts = self.conflicts;
         let Err(error) = self.careful_change(payload).await else {
             self.client.simple("RELEASE change").await?;
             return Ok(());
@@ -53,6 +54,7 @@ impl Session<'_> {
         self.client
             .simple("ROLLBACK TO change; RELEASE change")
             .await?;
+        self.conflicts = conflicts;
         let text = |value: &Option<Value>| value.as_ref().map(Value::to_string);
         let (lsn, old, new) = (lsn.to_string(), text(&change.old), text(&change.new));
         self.client

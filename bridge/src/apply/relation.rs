@@ -118,6 +118,14 @@ impl Relation {
             .any(|c| c.local.as_ref().is_some_and(|local| local.primary))
     }
 
+    /// The primary key here has all columns of the replica identity at the top: two rows of the top's
+    /// cannot both have it. Of a row that is told whole it is not said what its key is.
+    pub fn primary_is_the_tops(&self) -> bool {
+        let mut keys = self.columns.iter().filter(|column| column.key).peekable();
+        let is_primary = |c: &Column| c.local.as_ref().is_some_and(|local| local.primary);
+        self.identity != b'f' && keys.peek().is_some() && keys.all(is_primary)
+    }
+
     pub fn writable(&self) -> impl Iterator<Item = (usize, &Column)> {
         self.columns
             .iter()
@@ -294,26 +302,6 @@ pub async fn other_place(
 /// SQL: the index `i` holds all rows apart.
 pub(super) const IS_UNIQUE: &str = "i.indisunique AND i.indisvalid AND i.indpred IS NULL \
      AND i.indexprs IS NULL";
-/// SQL: its columns `a`, to follow what is selected of them.
-pub(super) const KEY_COLUMNS: &str = "FROM pg_catalog.pg_attribute a \
-     WHERE a.attrelid = i.indrelid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])";
-
-/// SQL: the indexes `i` of a table that hold its rows apart by no other columns than those that are
-/// [`listed`] in the parameter of this number.
-pub(super) fn unique_by(table: &str, number: usize) -> String {
-    format!(
-        "SELECT 1 FROM pg_catalog.pg_index i \
-         WHERE i.indrelid = pg_catalog.to_regclass({table}) AND {IS_UNIQUE} \
-           AND NOT EXISTS (SELECT {KEY_COLUMNS} \
-               AND a.attname <> ALL (pg_catalog.string_to_array(${number}, E'\\x01')))"
-    )
-}
-
-/// Names of columns as one parameter.
-pub(super) fn listed<S: AsRef<str>>(columns: &[S]) -> String {
-    let columns: Vec<&str> = columns.iter().map(AsRef::as_ref).collect();
-    columns.join("\u{1}")
-}
 
 /// A key of a partition alone may be that of several rows of the whole.
 async fn must_tell_rows_apart(
@@ -322,9 +310,15 @@ async fn must_tell_rows_apart(
     keys: &[&str],
     table: &str,
 ) -> anyhow::Result<()> {
-    let unique = client
-        .query(&unique_by("$1", 2), &[Some(place), Some(&listed(keys))])
-        .await?;
+    let sql = format!(
+        "SELECT 1 FROM pg_catalog.pg_index i \
+         WHERE i.indrelid = pg_catalog.to_regclass($1) AND {IS_UNIQUE} \
+           AND NOT EXISTS (SELECT FROM pg_catalog.pg_attribute a WHERE a.attrelid = i.indrelid \
+               AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]) \
+               AND a.attname NOT IN (SELECT pg_catalog.json_array_elements_text($2::json)))"
+    );
+    let listed = serde_json::to_string(keys)?;
+    let unique = client.query(&sql, &[Some(place), Some(&listed)]).await?;
     if unique.is_empty() {
         bail!(
             "rows of partition \"{table}\" go to {place} here, which has no unique index on the key that it \

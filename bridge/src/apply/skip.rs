@@ -5,6 +5,7 @@
 
 use anyhow::Context;
 
+use super::obstacle::Unanswered;
 use super::{Batch, Session};
 use crate::client::PgError;
 use crate::lsn::Lsn;
@@ -85,8 +86,12 @@ pub(super) fn refused(error: &anyhow::Error) -> Option<&PgError> {
     error.chain().find_map(|cause| cause.downcast_ref())
 }
 
-/// Not that the connection was lost, the server shuts down, or two got in each other's way.
+/// Not that the connection was lost, the server shuts down, two got in each other's way, or another
+/// server did not answer.
 pub(super) fn is_of_the_transaction(error: &anyhow::Error) -> bool {
+    if error.is::<Unanswered>() {
+        return false;
+    }
     let Some(error) = refused(error) else {
         return true;
     };

@@ -73,8 +73,24 @@ fn a_local_row_gives_way_to_one_of_the_top_s() {
                     region-1 public.person insert_exists 1 (id)=(7), \
                     region-1 public.person update_exists 1 (id)=(2)";
     wait_until("conflicts are told", || tree.top.value(counted) == expected);
-    let aside = "SELECT count(*) FROM terrace.event WHERE kind = 'quarantine'";
-    assert_eq!(tree.top.value(aside), "0");
+    // Nothing of the top's was put aside, and what made way is kept.
+    let kept = "SELECT string_agg(concat_ws(' ', relation, kind, old), ', ' ORDER BY seq) FROM terrace.quarantine";
+    let row = |id: u32, email: &str, code: &str, part: u32, line: u32| {
+        format!(
+            "public.person LOCAL {{\"n\": \"0\", \"id\": \"{id}\", \"code\": {code}, \"line\": \"{line}\", \
+             \"part\": \"{part}\", \"email\": {email}}}"
+        )
+    };
+    assert_eq!(
+        tree.node("branch-1").server.value(kept),
+        [
+            row(101, "\"a\"", "null", 100, 200),
+            row(102, "\"b\"", "null", 7, 7),
+            row(106, "null", "\"77\"", 6, 7),
+            row(103, "\"c\"", "\"78\"", 8, 9),
+        ]
+        .join(", ")
+    );
     for node in &tree.nodes {
         let log = node.bridge.logged();
         assert!(log.contains("applying with care"), "{}", node.bridge.name);
@@ -149,4 +165,83 @@ fn a_row_that_is_not_above_yet_takes_no_harm() {
         tree.top.value("SELECT count(*) FROM terrace.conflicts"),
         "0"
     );
+}
+
+// Two rows of the top's that have one key here: neither makes way for the other.
+#[test]
+fn a_key_that_is_none_at_the_top_takes_no_row_away() {
+    let schema = "CREATE TABLE pair (a int, b int, c text, PRIMARY KEY (a, b));
+        CREATE TABLE whole (a int, c text);
+        ALTER TABLE whole REPLICA IDENTITY FULL;
+        CREATE TABLE told (id int PRIMARY KEY, c text);
+        ALTER TABLE told REPLICA IDENTITY FULL;
+        SELECT terrace.add_table(r) FROM unnest('{pair, whole, told}'::regclass[]) r;
+        INSERT INTO pair VALUES (1, 1, 'x'); INSERT INTO whole VALUES (1, 'x')";
+    let mut tree = Tree::grow(schema, &[("region", None, 1)]);
+    let names = ["pair", "whole", "told"];
+    tree.wait_for_equal(&names);
+    let narrow = "ALTER TABLE pair DROP CONSTRAINT pair_pkey; ALTER TABLE pair ADD PRIMARY KEY (a);
+                  ALTER TABLE whole ADD PRIMARY KEY (a)";
+    tree.node("region-1").server.sql(narrow);
+    accident(
+        &mut tree,
+        "region-1",
+        "INSERT INTO told VALUES (7, 'local')",
+    );
+    tree.top.sql("INSERT INTO told VALUES (7, 'top')");
+    tree.wait_for_equal(&["told"]);
+    for (table, insert) in [
+        ("pair", "INSERT INTO pair VALUES (1, 2, 'y')"),
+        ("whole", "INSERT INTO whole VALUES (1, 'y')"),
+    ] {
+        tree.top.sql(insert);
+        let key = format!("{table}_pkey");
+        wait_stalled(&tree.nodes[0], &[&key, "cannot be applied"]);
+        let server = &tree.nodes[0].server;
+        assert_eq!(server.value(&format!("SELECT c FROM {table}")), "x");
+        server.sql(&format!("ALTER TABLE {table} DROP CONSTRAINT {key}"));
+        tree.wait_for_equal(&names);
+    }
+    let counted =
+        "SELECT string_agg(concat_ws(' ', \"table\", kind, count), ', ') FROM terrace.conflicts";
+    wait_until("the one that made way is told", || {
+        tree.top.value(counted) == "public.told insert_exists 1"
+    });
+}
+
+// The server above is asked about the constraint as it is here, and about the table of the stream.
+#[test]
+fn another_constraint_or_another_table_above_says_nothing_of_a_row() {
+    let mut tree = Tree::grow(SCHEMA, &[("region", None, 1)]);
+    tree.wait_for_equal(&NAMES);
+    let rows = "SELECT string_agg(id::text, ' ' ORDER BY id) FROM person";
+    // What differs at the top by its case is one here.
+    tree.nodes[0].server.sql(
+        "ALTER TABLE person DROP CONSTRAINT person_email_key;
+         CREATE COLLATION loose (provider = icu, locale = 'und-u-ks-level2', deterministic = false);
+         ALTER TABLE person ALTER email TYPE text COLLATE loose; CREATE UNIQUE INDEX loose_key ON person (email)",
+    );
+    tree.top
+        .sql("INSERT INTO person VALUES (6, 'P1', 6, 6, 6, 6)");
+    wait_stalled(&tree.nodes[0], &["loose_key"]);
+    assert_eq!(tree.nodes[0].server.value(rows), "1 2 3 4 5");
+    tree.nodes[0]
+        .server
+        .sql("DROP INDEX loose_key; CREATE UNIQUE INDEX ON person (email COLLATE \"default\")");
+    tree.wait_for_equal(&["person"]);
+    // Before the top is asked, its table becomes another one, without that row.
+    accident(
+        &mut tree,
+        "region-1",
+        "UPDATE person SET email = 'taken' WHERE id = 1",
+    );
+    let held = tree.nodes[0].server.lock("person");
+    tree.top.sql(
+        "INSERT INTO person VALUES (9, 'taken', 9, 9, 9, 9);
+         CREATE TABLE person_new (LIKE person INCLUDING ALL); ALTER TABLE person RENAME TO person_old;
+         ALTER TABLE person_new RENAME TO person",
+    );
+    drop(held);
+    wait_stalled(&tree.nodes[0], &["public.person"]);
+    assert_eq!(tree.nodes[0].server.value(rows), "1 2 3 4 5 6");
 }
