@@ -16,34 +16,36 @@ const REPLICATE_DDL: &str = "
         EXECUTE format('ALTER DATABASE %I SET terrace.ddl = on', current_database());
     END $$";
 
-/// Everything in schema `app`, as text.
+/// Everything in schemas `app` and `other`, as text.
 const CATALOG: &str = "
     SELECT format('%s %s %s %s %s', c.relkind, c.relname, a.attname, format_type(a.atttypid, a.atttypmod),
                   pg_get_expr(d.adbin, d.adrelid)) AS line
     FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
     LEFT JOIN pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
-    WHERE c.relnamespace = 'app'::regnamespace
+    WHERE c.relnamespace IN (SELECT oid FROM pg_namespace WHERE nspname IN ('app', 'other'))
     UNION ALL SELECT pg_get_indexdef(indexrelid) || indisvalid FROM pg_index
-    WHERE indexrelid IN (SELECT oid FROM pg_class WHERE relnamespace = 'app'::regnamespace)
+    WHERE indexrelid IN (SELECT oid FROM pg_class WHERE relnamespace IN (SELECT oid FROM pg_namespace WHERE nspname IN ('app', 'other')))
     UNION ALL SELECT pg_get_viewdef(oid) FROM pg_class
-    WHERE relkind = 'v' AND relnamespace = 'app'::regnamespace
-    UNION ALL SELECT pg_get_functiondef(oid) FROM pg_proc WHERE pronamespace = 'app'::regnamespace
+    WHERE relkind = 'v' AND relnamespace IN (SELECT oid FROM pg_namespace WHERE nspname IN ('app', 'other'))
+    UNION ALL SELECT pg_get_functiondef(oid) FROM pg_proc WHERE pronamespace IN (SELECT oid FROM pg_namespace WHERE nspname IN ('app', 'other'))
     UNION ALL SELECT pg_get_triggerdef(t.oid) FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid
-    WHERE c.relnamespace = 'app'::regnamespace AND NOT t.tgisinternal AND t.tgname NOT LIKE 'terrace%'
-    UNION ALL SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE connamespace = 'app'::regnamespace
+    WHERE c.relnamespace IN (SELECT oid FROM pg_namespace WHERE nspname IN ('app', 'other')) AND NOT t.tgisinternal AND t.tgname NOT LIKE 'terrace%'
+    UNION ALL SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE connamespace IN (SELECT oid FROM pg_namespace WHERE nspname IN ('app', 'other'))
+    UNION ALL SELECT format('type %s %s', oid::regtype, typtype) FROM pg_type
+    WHERE typnamespace IN (SELECT oid FROM pg_namespace WHERE nspname IN ('app', 'other'))
     UNION ALL SELECT enumtypid::regtype || enumlabel FROM pg_enum
     UNION ALL SELECT inhrelid::regclass || ' of ' || inhparent::regclass FROM pg_inherits
     UNION ALL SELECT relname || ' owned by ' || pg_get_userbyid(relowner) FROM pg_class
-    WHERE relnamespace = 'app'::regnamespace AND pg_get_userbyid(relowner) = 'maker'
+    WHERE relnamespace IN (SELECT oid FROM pg_namespace WHERE nspname IN ('app', 'other')) AND pg_get_userbyid(relowner) = 'maker'
     ORDER BY line";
 
-fn tree_with_ddl(schema: &str) -> Tree {
+pub fn tree_with_ddl(schema: &str) -> Tree {
     let tree = Tree::grow(schema, &TREE);
     tree.top.sql(REPLICATE_DDL);
     tree
 }
 
-fn wait_for_catalog(tree: &Tree) {
+pub fn wait_for_catalog(tree: &Tree) {
     let wanted = tree.top.rows(CATALOG);
     for node in &tree.nodes {
         wait_until(

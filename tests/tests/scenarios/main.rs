@@ -1,6 +1,7 @@
 //! Stories on real servers, in one program so that all of them share the machine's
 //! cores, and the clusters that servers are copied from.
 
+mod alters;
 mod children;
 mod copy;
 mod ddl;

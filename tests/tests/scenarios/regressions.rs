@@ -264,25 +264,34 @@ fn settings_of_each_hop_change_no_value() {
 fn a_row_filter_holds_at_the_copy_and_in_the_stream() {
     let schema = "
         CREATE TABLE seen (id int, open bool, v text, PRIMARY KEY (id, open));
+        CREATE TABLE whole (id int PRIMARY KEY, open bool, v text);
+        ALTER TABLE whole REPLICA IDENTITY FULL;
+        CREATE TABLE part (id int, open bool, v text, hidden int DEFAULT 7, PRIMARY KEY (id, open));
         INSERT INTO seen SELECT g, g % 2 = 0, 'before' FROM generate_series(1, 100) g;
-        SELECT terrace.add_table('seen', filter => 'open');";
+        INSERT INTO whole SELECT * FROM seen; INSERT INTO part SELECT * FROM seen;
+        SELECT terrace.add_table('seen', filter => 'open'), terrace.add_table('whole', filter => 'open'),
+               terrace.add_table('part', filter => 'open', columns => '{id, open, v}');";
     let tree = Tree::grow(schema, &CHAIN);
-    let wanted = |tree: &Tree| tree.top.rows("SELECT * FROM seen WHERE open ORDER BY id");
     let same = |tree: &Tree| {
-        let wanted = wanted(tree);
-        let shows = |server: &Server| server.rows("SELECT * FROM seen ORDER BY id") == wanted;
-        tree.nodes.iter().all(|node| shows(&node.server))
+        ["seen", "whole", "part"].iter().all(|table| {
+            let select = format!("SELECT id, open, v FROM {table}");
+            let wanted = tree.top.rows(&format!("{select} WHERE open ORDER BY id"));
+            let shows = |server: &Server| server.rows(&format!("{select} ORDER BY id")) == wanted;
+            tree.nodes.iter().all(|node| shows(&node.server))
+        })
     };
     assert!(same(&tree), "the copy is filtered");
-    tree.top.sql(
-        "UPDATE seen SET open = true, v = 'came in' WHERE id IN (1, 3, 5);
-         UPDATE seen SET open = false, v = 'went out' WHERE id IN (2, 4);
-         UPDATE seen SET v = 'stays in' WHERE id = 6;
-         UPDATE seen SET v = 'stays out' WHERE id = 7;
-         DELETE FROM seen WHERE id IN (8, 9);
-         INSERT INTO seen VALUES (101, true, 'in'), (102, false, 'out');
-         UPDATE seen SET id = 103 WHERE id = 10",
-    );
+    for table in ["seen", "whole", "part"] {
+        tree.top.sql(&format!(
+            "UPDATE {table} SET open = true, v = 'came in' WHERE id IN (1, 3, 5);
+             UPDATE {table} SET open = false, v = 'went out' WHERE id IN (2, 4);
+             UPDATE {table} SET v = 'stays in' WHERE id = 6;
+             UPDATE {table} SET v = 'stays out' WHERE id = 7;
+             DELETE FROM {table} WHERE id IN (8, 9);
+             INSERT INTO {table} VALUES (101, true, 'in'), (102, false, 'out');
+             UPDATE {table} SET id = 103 WHERE id = 10"
+        ));
+    }
     wait_until("what passes the filter is below", || same(&tree));
     let conflicts = tree.top.rows("SELECT * FROM terrace.conflicts");
     assert!(conflicts.is_empty(), "{conflicts:?}");
