@@ -206,7 +206,9 @@ BEGIN
         PERFORM terrace.detach_table(OLD.nspname, OLD.relname);
     END IF;
     IF TG_OP IN ('UPDATE', 'INSERT') THEN
-        PERFORM terrace.attach_table(NEW.nspname, NEW.relname, TG_OP = 'INSERT');
+        -- A server that is copied to takes what there is.
+        PERFORM terrace.attach_table(NEW.nspname, NEW.relname,
+            TG_OP = 'INSERT' AND current_setting('session_replication_role') <> 'replica');
     END IF;
     RETURN NULL;
 END $$;
@@ -818,18 +820,11 @@ BEGIN
     WHERE c.oid = rel AND u.nspname = n.nspname AND u.relname = c.relname;
 END $$;
 
--- Without a table, all of them: for a server that receives no more.
-CREATE FUNCTION unprotect(rel regclass DEFAULT NULL) RETURNS void
+CREATE FUNCTION open_table(rel regclass) RETURNS void
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET terrace.ddl = off AS $$
 DECLARE
     part regclass;
 BEGIN
-    IF rel IS NULL THEN
-        PERFORM terrace.unprotect(c.oid)
-        FROM terrace.sync_table s JOIN pg_namespace n ON n.nspname = s.nspname
-        JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = s.relname;
-        RETURN;
-    END IF;
     FOR part IN SELECT terrace.parts_of(rel) LOOP
         EXECUTE format('DROP TRIGGER IF EXISTS terrace_protect ON %s', part);
     END LOOP;
@@ -837,9 +832,24 @@ BEGIN
     SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.oid = rel
     ON CONFLICT DO NOTHING;
-    -- The bridge may have died in the middle of much.
+END $$;
+
+-- Without a table, all of them: for a server that receives no more. Its bridge may have died in the
+-- middle of much; sequences first, for that may take a while, and removing a trigger locks the table.
+CREATE FUNCTION unprotect(rel regclass DEFAULT NULL) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
     IF EXISTS (SELECT FROM terrace.progress) THEN
-        PERFORM terrace.advance_sequences(true, rel);
+        PERFORM terrace.advance_sequences(true, o.rel)
+        FROM (SELECT DISTINCT o.rel FROM terrace.owned_sequence o) o
+        WHERE unprotect.rel IS NULL OR unprotect.rel IN (SELECT terrace.parts_of(o.rel));
+    END IF;
+    IF rel IS NOT NULL THEN
+        PERFORM terrace.open_table(rel);
+    ELSE
+        PERFORM terrace.open_table(c.oid)
+        FROM terrace.sync_table s JOIN pg_namespace n ON n.nspname = s.nspname
+        JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = s.relname;
     END IF;
 END $$;
 

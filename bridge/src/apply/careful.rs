@@ -8,7 +8,7 @@ use bytes::Bytes;
 use postgres_protocol::message::frontend;
 use tokio::time::timeout;
 
-use super::obstacle::{Clearing, is_in_the_way};
+use super::obstacle::{Clearing, Unanswered, is_in_the_way};
 use super::plan::Planned;
 use super::skip::is_of_the_transaction;
 use super::statement::{Expect, Step};
@@ -17,6 +17,8 @@ use crate::client::PgError;
 use crate::lsn::Lsn;
 use crate::record::Kind;
 
+/// Who waits looks as often whether something else is wanted.
+const LOOK: Duration = Duration::from_millis(500);
 /// Class of errors that speak of a value (PostgreSQL's `errcodes.txt`) …
 const DATA_EXCEPTION: &str = "22";
 /// … and what is said when a type has no way to another.
@@ -55,19 +57,41 @@ impl Session<'_> {
             };
             self.client.simple("ROLLBACK").await.ok();
             self.conflicts = 0;
-            // Once more, and what is in the way and nobody's makes way.
-            if !is_in_the_way(&error) || self.clears.take().is_some() {
+            if let Some(clearing) = self.clears.take() {
+                // It can be skipped all the same.
+                if error.is::<Unanswered>() {
+                    self.shared.set_stuck(Some(clearing.end));
+                }
                 return Err(self.name_culprit(error).await);
             }
-            self.rewind()?;
-            let end = self.read_transaction().await?.lsn;
-            self.rewind()?;
-            // The server above is to know all of it when it is asked.
-            self.wait_for_gate(end).await?;
-            self.clears = Some(Clearing::new(end));
+            if !is_in_the_way(&error) {
+                return Err(self.name_culprit(error).await);
+            }
+            self.clear_at_the_gate(error).await?;
         }
         // What was planned here was run without being prepared.
         self.planner.forget_statements();
+        Ok(())
+    }
+
+    /// Once more, and what is in the way and nobody's makes way; the server above is to know all of
+    /// the transaction when it is asked.
+    async fn clear_at_the_gate(&mut self, error: anyhow::Error) -> anyhow::Result<()> {
+        self.rewind()?;
+        let commit = self.read_transaction().await?;
+        self.rewind()?;
+        if !self.gate_allows(&commit) {
+            self.shared.set_apply_problem(Some(format!("{error:#}")));
+            self.shared.set_stuck(Some(commit.lsn));
+        }
+        let told_to_skip = || self.shared.skip() == Some(commit.lsn);
+        while !told_to_skip() {
+            if let Ok(open) = timeout(LOOK, self.wait_for_gate(commit.lsn)).await {
+                open?;
+                break;
+            }
+        }
+        self.clears = Some(Clearing::new(commit.lsn));
         Ok(())
     }
 
@@ -137,7 +161,10 @@ impl Session<'_> {
         };
         let steps = match planned {
             Planned::Steps(steps) => steps,
-            Planned::Order(order) => return self.obey(&order).await,
+            Planned::Order(order) => {
+                self.clears.iter_mut().for_each(Clearing::forget_tables);
+                return self.obey(&order).await;
+            }
             Planned::Nothing | Planned::Lookup(_) => return Ok(()),
         };
         for step in steps {

@@ -8,11 +8,12 @@
 //! Guarantee: a row is removed only if the server above, at or beyond the end of that transaction in the
 //! same history, has the same constraint (columns, types, collations, operators) and the same primary
 //! key, and no row of that key; or if it is by the primary key itself that it is in the way. Where the
-//! constraint is there all the way up, the top cannot have had both rows; where it is not, the lowest server
+//! constraint was there all the way up, the top cannot have had both rows; where it is not, the lowest server
 //! that has it and whose parent has not stalls at the transaction, and those below it are ahead of it.
 //! Otherwise the server stalls as before, and a person decides. What is removed is kept in
-//! `terrace.quarantine`, for there is one thing that the server above cannot tell: a row that it put
-//! aside, skipped, or lost to somebody's hand is none that it has.
+//! `terrace.quarantine`, for there are things that the server above cannot tell: a row that it put aside,
+//! skipped, or lost to somebody's hand is none that it has, and a constraint that was made there after
+//! the transaction is one that it has.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -42,7 +43,8 @@ const LIMIT: Duration = Duration::from_secs(15);
 /// SQL: what makes index `i` the same constraint on another server.
 const SIGNATURE: &str = "(SELECT pg_catalog.concat_ws(' ', pg_catalog.string_agg(pg_catalog.concat_ws(' ', \
            pg_catalog.quote_ident(a.attname), pg_catalog.format_type(a.atttypid, a.atttypmod), \
-           l.collname, o.opcname), ', ' ORDER BY a.attname), i.indnullsnotdistinct) \
+           l.collnamespace::pg_catalog.regnamespace, l.collname, l.collisdeterministic, \
+           o.opcnamespace::pg_catalog.regnamespace, o.opcname), ', ' ORDER BY a.attname), i.indnullsnotdistinct) \
      FROM ROWS FROM (pg_catalog.unnest(i.indkey), pg_catalog.unnest(i.indclass), \
                      pg_catalog.unnest(i.indcollation)) WITH ORDINALITY k (attnum, class, coll, n) \
      JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum \
@@ -56,6 +58,8 @@ pub(super) struct Clearing {
     pub end: Lsn,
     /// A session with the server above, once that has been asked.
     above: Option<Client>,
+    /// It has not answered.
+    silent: bool,
     tables: HashMap<String, Arc<Table>>,
 }
 
@@ -64,8 +68,14 @@ impl Clearing {
         Clearing {
             end,
             above: None,
+            silent: false,
             tables: HashMap::new(),
         }
+    }
+
+    /// What is known of the tables here may be so no more.
+    pub fn forget_tables(&mut self) {
+        self.tables.clear();
     }
 }
 
@@ -180,10 +190,14 @@ impl Session<'_> {
             return Ok(0);
         };
         let row: Vec<Option<&str>> = row.iter().map(Option::as_deref).collect();
+        if clearing.silent {
+            return Ok(0);
+        }
         let is_nobodys = match self.ask_above(clearing, &obstacle, &row).await {
-            // Whoever wants rows put aside does not want to wait for an answer.
+            // Whoever wants rows put aside does not want to wait for an answer, row by row.
             Err(error) if self.shared.config.apply.quarantines() => {
                 tracing::warn!("{error:#}");
+                clearing.silent = true;
                 false
             }
             answer => answer?,
@@ -407,7 +421,7 @@ impl Planner {
             key,
             primary,
             relid,
-            find: format!("SELECT {names} FROM {rows} WHERE {condition}"),
+            find: format!("SELECT {names} FROM {rows} WHERE {condition} FOR UPDATE"),
             remove: unnamed(
                 keep_and_remove(relation, table, &condition, end),
                 values,
