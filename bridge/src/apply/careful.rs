@@ -57,17 +57,16 @@ impl Session<'_> {
             };
             self.client.simple("ROLLBACK").await.ok();
             self.conflicts = 0;
-            if let Some(clearing) = self.clears.take() {
-                // It can be skipped all the same.
-                if error.is::<Unanswered>() {
-                    self.shared.set_stuck(Some(clearing.end));
-                }
-                return Err(self.name_culprit(error).await);
+            let clearing = self.clears.take();
+            if clearing.is_none() && is_in_the_way(&error) {
+                self.clear_at_the_gate(error).await?;
+                continue;
             }
-            if !is_in_the_way(&error) {
-                return Err(self.name_culprit(error).await);
+            // It can be skipped all the same.
+            if let Some(clearing) = clearing.filter(|_| error.is::<Unanswered>()) {
+                self.shared.set_stuck(Some(clearing.end));
             }
-            self.clear_at_the_gate(error).await?;
+            return Err(self.name_culprit(error).await);
         }
         // What was planned here was run without being prepared.
         self.planner.forget_statements();

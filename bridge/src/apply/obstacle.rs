@@ -26,7 +26,7 @@ use tokio::time::timeout;
 
 use super::Session;
 use super::plan::Planner;
-use super::relation::{Column, IS_UNIQUE, Relation};
+use super::relation::{Column, IS_UNIQUE, KEY, Relation};
 use super::skip::refused;
 use super::statement::{Expect, Step, Written, others, unnamed};
 use crate::client::{Client, PgError, SessionOptions, quote_ident, quote_literal, quote_table};
@@ -162,7 +162,7 @@ impl Session<'_> {
                                 WHERE attrelid = t.oid AND attnum > 0 AND NOT attisdropped), \
                'keys', ARRAY(SELECT pg_catalog.json_build_object( \
                    'columns', ARRAY(SELECT attname FROM pg_catalog.pg_attribute WHERE attrelid = t.oid \
-                                    AND attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])), \
+                                    AND attnum = ANY ({KEY})), \
                    'signature', {SIGNATURE}, 'primary', i.indisprimary) \
                  FROM pg_catalog.pg_index i \
                  WHERE i.indrelid = t.oid AND {IS_UNIQUE} AND i.indimmediate)) \

@@ -460,8 +460,7 @@ impl Planner {
         if !relation.routed || !relation.primary_is_the_tops() || stays {
             return Ok(None);
         }
-        let is_primary = |column: &Column| column.local.as_ref().is_some_and(|local| local.primary);
-        let others = others(relation, is_primary, written, payload)?;
+        let others = others(relation, Column::is_primary, written, payload)?;
         Ok(others.map(|(condition, values)| {
             let sql = format!("DELETE FROM {} WHERE {condition}", relation.rows());
             unnamed(sql, values, Expect::Done)

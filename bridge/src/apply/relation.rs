@@ -32,6 +32,13 @@ pub(super) struct LocalColumn {
     pub compared: Input,
 }
 
+impl Column {
+    /// Of the primary key here.
+    pub fn is_primary(&self) -> bool {
+        self.local.as_ref().is_some_and(|local| local.primary)
+    }
+}
+
 impl LocalColumn {
     /// The condition that the column of this name has the value of a parameter.
     pub fn equals(&self, name: &str, number: usize) -> String {
@@ -113,17 +120,14 @@ impl Relation {
     }
 
     pub fn has_primary(&self) -> bool {
-        self.columns
-            .iter()
-            .any(|c| c.local.as_ref().is_some_and(|local| local.primary))
+        self.columns.iter().any(Column::is_primary)
     }
 
     /// The primary key here has all columns of the replica identity at the top: two rows of the top's
     /// cannot both have it. Of a row that is told whole it is not said what its key is.
     pub fn primary_is_the_tops(&self) -> bool {
         let mut keys = self.columns.iter().filter(|column| column.key).peekable();
-        let is_primary = |c: &Column| c.local.as_ref().is_some_and(|local| local.primary);
-        self.identity != b'f' && keys.peek().is_some() && keys.all(is_primary)
+        self.identity != b'f' && keys.peek().is_some() && keys.all(Column::is_primary)
     }
 
     pub fn writable(&self) -> impl Iterator<Item = (usize, &Column)> {
@@ -136,9 +140,10 @@ impl Relation {
     /// Reads what the table looks like here.
     pub async fn look_up(&mut self, client: &mut Client) -> anyhow::Result<()> {
         self.place = other_place(client, &self.namespace, &self.name).await?;
-        let sql = "SELECT a.attname, a.attgenerated <> '', \
+        let sql = format!(
+            "SELECT a.attname, a.attgenerated <> '', \
                  EXISTS (SELECT FROM pg_index i WHERE i.indrelid = a.attrelid AND i.indisprimary \
-                         AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])), \
+                         AND a.attnum = ANY ({KEY})), \
                  EXISTS (SELECT FROM pg_opclass o JOIN pg_am m ON m.oid = o.opcmethod \
                          WHERE m.amname = 'btree' AND o.opcdefault \
                            AND o.opcnamespace = 'pg_catalog'::regnamespace AND o.opcintype = \
@@ -168,8 +173,9 @@ impl Relation {
              LEFT JOIN (pg_attribute a JOIN pg_type t ON t.oid = a.atttypid \
                         JOIN pg_type b ON b.oid = CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END) \
                ON a.attrelid = k.oid AND a.attnum > 0 AND NOT a.attisdropped \
-             WHERE k.oid = pg_catalog.to_regclass($1)";
-        let rows = client.query(sql, &[Some(&self.qualified())]).await?;
+             WHERE k.oid = pg_catalog.to_regclass($1)"
+        );
+        let rows = client.query(&sql, &[Some(&self.qualified())]).await?;
         if rows.is_empty() {
             bail!(
                 "table \"{}\" does not exist on this server; create it here with the columns that \
@@ -303,6 +309,9 @@ pub async fn other_place(
 pub(super) const IS_UNIQUE: &str = "i.indisunique AND i.indisvalid AND i.indpred IS NULL \
      AND i.indexprs IS NULL";
 
+/// SQL: numbers of its columns, but for those that it only carries.
+pub(super) const KEY: &str = "(i.indkey::int2[])[0:i.indnkeyatts - 1]";
+
 /// A key of a partition alone may be that of several rows of the whole.
 async fn must_tell_rows_apart(
     client: &mut Client,
@@ -314,7 +323,7 @@ async fn must_tell_rows_apart(
         "SELECT 1 FROM pg_catalog.pg_index i \
          WHERE i.indrelid = pg_catalog.to_regclass($1) AND {IS_UNIQUE} \
            AND NOT EXISTS (SELECT FROM pg_catalog.pg_attribute a WHERE a.attrelid = i.indrelid \
-               AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]) \
+               AND a.attnum = ANY ({KEY}) \
                AND a.attname NOT IN (SELECT pg_catalog.json_array_elements_text($2::json)))"
     );
     let listed = serde_json::to_string(keys)?;

@@ -117,7 +117,7 @@ pub(super) fn key(relation: &Relation, row: Tuple<'_>) -> Option<String> {
     /// Longer ones are cut.
     const BYTES: usize = 200;
     let is_key = |column: &Column| match relation.has_primary() {
-        true => column.local.as_ref().is_some_and(|local| local.primary),
+        true => column.is_primary(),
         false => column.key && relation.identity != b'f',
     };
     let (mut names, mut values) = (Vec::new(), Vec::new());
@@ -329,9 +329,7 @@ fn primary_clause(
     payload: &Bytes,
     values: &mut Vec<Option<Bytes>>,
 ) -> String {
-    clause(relation, row, payload, values, |column| {
-        column.local.as_ref().is_some_and(|local| local.primary)
-    })
+    clause(relation, row, payload, values, Column::is_primary)
 }
 
 fn clause(
@@ -371,9 +369,8 @@ fn clause(
 
 /// Whether an update gives the row another primary key.
 pub(super) fn moves(relation: &Relation, old: Tuple<'_>, new: Tuple<'_>) -> bool {
-    let is_primary = |column: &Column| column.local.as_ref().is_some_and(|local| local.primary);
     let columns = relation.columns.iter().zip(old.iter().zip(new.iter()));
     columns
-        .filter(|(column, _)| is_primary(column))
+        .filter(|(column, _)| column.is_primary())
         .any(|(_, (old, new))| new != Datum::Unchanged && old != new)
 }
