@@ -59,6 +59,12 @@ impl Finding {
     }
 }
 
+/// How many did not answer.
+fn count_silent(findings: &[Finding]) -> usize {
+    let silent = findings.iter().filter(|finding| finding.differ.is_none());
+    silent.count()
+}
+
 /// A comparison that has begun.
 struct Comparison {
     table: String,
@@ -74,10 +80,9 @@ pub async fn compare(
     let (mut differ, mut silent) = (0, 0);
     let mut comparisons = Comparisons::of(config, table).await?;
     while let Some(comparison) = comparisons.next(config).await? {
-        for finding in comparison.end(config, domain).await? {
-            differ += usize::from(finding.differs());
-            silent += usize::from(finding.differ.is_none());
-        }
+        let findings = comparison.end(config, domain).await?;
+        differ += findings.iter().filter(|finding| finding.differs()).count();
+        silent += count_silent(&findings);
     }
     ensure!(
         differ == 0,
@@ -94,10 +99,6 @@ pub async fn repair(
     domain: Option<&str>,
 ) -> anyhow::Result<()> {
     let mut silent = 0;
-    let unanswered = |findings: &[Finding]| {
-        let answers = findings.iter().filter(|finding| finding.differ.is_none());
-        answers.count()
-    };
     let mut comparisons = Comparisons::of(config, table).await?;
     while let Some(comparison) = comparisons.next(config).await? {
         let mut findings = comparison.end(config, domain).await?;
@@ -106,7 +107,7 @@ pub async fn repair(
             .flat_map(|f| f.differ.clone().unwrap_or_default())
             .collect();
         if ranges.is_empty() {
-            silent += unanswered(&findings);
+            silent += count_silent(&findings);
             continue;
         }
         let domains: BTreeSet<String> = wrong().map(|finding| finding.domain.clone()).collect();
@@ -120,7 +121,7 @@ pub async fn repair(
         println!("{table}: {rows} rows sent again");
         let again = Comparison::begin(config, table).await?;
         findings = again.end(config, domain).await?;
-        silent += unanswered(&findings);
+        silent += count_silent(&findings);
         let left = findings.iter().filter(|finding| finding.differs()).count();
         ensure!(left == 0, "table {table} still differs on {left} servers");
     }
