@@ -206,9 +206,7 @@ BEGIN
         PERFORM terrace.detach_table(OLD.nspname, OLD.relname);
     END IF;
     IF TG_OP IN ('UPDATE', 'INSERT') THEN
-        -- A server that is copied to takes what there is.
-        PERFORM terrace.attach_table(NEW.nspname, NEW.relname,
-            TG_OP = 'INSERT' AND current_setting('session_replication_role') <> 'replica');
+        PERFORM terrace.attach_table(NEW.nspname, NEW.relname, TG_OP = 'INSERT');
     END IF;
     RETURN NULL;
 END $$;
@@ -240,6 +238,8 @@ CREATE FUNCTION ensure_identity(rel regclass, columns text[], adding boolean DEF
 DECLARE
     identity int2[] := terrace.identity_of(rel);
     problem text;
+    -- A server that is copied to takes what there is.
+    at_top boolean := terrace.is_top() AND current_setting('session_replication_role') <> 'replica';
     needed int2[] := ARRAY(
         SELECT DISTINCT m[1]::int2 FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid,
             regexp_matches(r.prqual::text, ':varattno (-?[0-9]+)', 'g') m
@@ -260,7 +260,7 @@ BEGIN
         END IF;
         IF problem IS NULL THEN
             RETURN;
-        ELSIF terrace.is_top() THEN
+        ELSIF at_top THEN
             RAISE EXCEPTION 'table "%" %', rel, problem
                 USING ERRCODE = 'invalid_column_reference',
                       DETAIL = 'With a list of columns, rows could not be updated or deleted.',
@@ -268,14 +268,14 @@ BEGIN
         ELSIF terrace.in_publication(rel) THEN
             EXECUTE format('ALTER PUBLICATION terrace DROP TABLE ONLY %s', rel);  -- nothing reads it here
         END IF;
-    ELSIF identity IS NOT NULL AND problem IS NOT NULL AND adding AND terrace.is_top() THEN
+    ELSIF identity IS NOT NULL AND problem IS NOT NULL AND adding AND at_top THEN
         -- Whole old rows in the WAL are a price that nobody is to pay without a word.
         RAISE EXCEPTION 'table "%" %', rel, problem
             USING ERRCODE = 'invalid_column_reference',
                   DETAIL = 'Rows that come to pass it, or do no more, could not be told.',
                   HINT = format('Filter by columns of the primary key, or ALTER TABLE %s REPLICA IDENTITY FULL first.', rel);
     ELSIF problem IS NOT NULL THEN
-        IF terrace.is_top() AND NOT (SELECT relispartition FROM pg_class WHERE oid = rel) THEN
+        IF at_top AND NOT (SELECT relispartition FROM pg_class WHERE oid = rel) THEN
             RAISE NOTICE 'table "%" %, setting REPLICA IDENTITY FULL', rel, problem;
         END IF;
         EXECUTE format('ALTER TABLE %s REPLICA IDENTITY FULL', rel);
