@@ -42,8 +42,7 @@ fn tables_join_and_leave() {
 fn wrong_calls_are_refused() {
     let (top, _scratch) = top();
     top.sql(
-        "CREATE VIEW v AS SELECT 1; CREATE UNLOGGED TABLE u (); CREATE TABLE t (id int);
-             CREATE TABLE p (id int) PARTITION BY HASH (id);
+        "CREATE TABLE t (id int);
              SELECT terrace.create_domain('region'), terrace.create_domain('branch', 'region')",
     );
     for (sql, words) in [
@@ -59,50 +58,6 @@ fn wrong_calls_are_refused() {
         (
             "SELECT terrace.drop_domain('region')",
             "other domains are below it",
-        ),
-        ("SELECT terrace.add_table('v')", "not a table"),
-        ("SELECT terrace.add_table('u')", "unlogged"),
-        (
-            "SELECT terrace.add_table('t', ARRAY['nowhere'])",
-            "\"nowhere\" does not exist",
-        ),
-        ("SELECT terrace.remove_table('t')", "not synchronised"),
-        (
-            "SELECT terrace.add_table('t', filter => 'nope >')",
-            "is no condition",
-        ),
-        (
-            "SELECT terrace.add_table('t', filter => 'nope > 1')",
-            "is no condition",
-        ),
-        (
-            "SELECT terrace.add_table('t', filter => 'random() < 1')",
-            "cannot be published",
-        ),
-        (
-            "SELECT terrace.add_table('t', columns => '{id,nope}')",
-            "no column \"nope\"",
-        ),
-        (
-            "SELECT terrace.add_table('t', columns => '{id,id}')",
-            "is listed twice",
-        ),
-        (
-            "SELECT terrace.add_table('p', filter => 'id > 0')",
-            "cannot be synchronised in part",
-        ),
-        (
-            "SELECT terrace.add_table('p', columns => '{id}')",
-            "cannot be synchronised in part",
-        ),
-        (
-            "SELECT terrace.add_table('p', ARRAY['region'])",
-            "for some domains only",
-        ),
-        ("SELECT terrace.resend('t')", "is not synchronised"),
-        (
-            "SELECT terrace.begin_comparison('t')",
-            "is not synchronised",
         ),
         (
             "SELECT terrace.add_schema('terrace')",
@@ -146,13 +101,31 @@ fn what_cannot_be_synchronised_is_refused_with_a_hint() {
         ("add_table('m')", "42809", "not a table"),
         ("add_table('s')", "42809", "not a table"),
         ("add_table('f')", "42809", "not a table"),
-        ("add_table('u')", "42809", "temporary or unlogged"),
+        ("add_table('u')", "42809", "unlogged"),
         ("add_table('own')", "42809", "temporary or unlogged"),
         ("add_table('pg_class')", "42809", "belongs to the system"),
         ("add_table('twice')", "42710", "synchronised already"),
-        ("add_table('t', '{nowhere}')", "42704", "does not exist"),
+        (
+            "add_table('t', '{nowhere}')",
+            "42704",
+            "\"nowhere\" does not exist",
+        ),
         ("add_table('t', '{}')", "22023", "no domain is named"),
-        ("add_table('p', '{region}')", "0A000", "some domains only"),
+        (
+            "add_table('p', '{region}')",
+            "0A000",
+            "for some domains only",
+        ),
+        (
+            "add_table('p', filter => 'id > 0')",
+            "0A000",
+            "cannot be synchronised in part",
+        ),
+        (
+            "add_table('p', columns => '{id}')",
+            "0A000",
+            "cannot be synchronised in part",
+        ),
         (
             "add_table('t', filter => 'id >')",
             "42601",
@@ -189,30 +162,30 @@ fn what_cannot_be_synchronised_is_refused_with_a_hint() {
             "replica identity that are not listed",
         ),
         (
-            "add_table('t', columns => '{no}')",
+            "add_table('t', columns => '{id,no}')",
             "42703",
             "no column \"no\"",
         ),
         (
             "add_table('t', columns => '{id,id}')",
             "42701",
-            "listed twice",
+            "is listed twice",
         ),
         ("remove_table('t')", "42704", "not synchronised"),
-        ("resend('t')", "42704", "not synchronised"),
-        ("begin_comparison('t')", "42704", "not synchronised"),
+        ("resend('t')", "42704", "is not synchronised"),
+        ("begin_comparison('t')", "42704", "is not synchronised"),
         ("begin_comparison('v')", "42704", "not synchronised"),
         (
             "replicate_ddl('CREATE TABLE a (); CREATE TABLE b ()')",
             "22023",
-            "not 2",
+            "takes one statement, not 2",
         ),
-        ("replicate_ddl('')", "22023", "not 0"),
-        ("replicate_ddl(NULL)", "22023", "one statement"),
+        ("replicate_ddl('')", "22023", "takes one statement, not 0"),
+        ("replicate_ddl(NULL)", "22023", "takes one statement"),
         (
             "replicate_ddl('INSERT INTO t VALUES (1)')",
             "22023",
-            "as DDL",
+            "cannot be replicated as DDL",
         ),
     ] {
         let mut client = top.connect();

@@ -91,6 +91,9 @@ fn a_local_row_gives_way_to_one_of_the_top_s() {
         ]
         .join(", ")
     );
+    let local = "SELECT string_agg(concat_ws(' ', kind, old ->> 'id'), ', ' ORDER BY seq) FROM terrace.quarantine";
+    let region = &tree.node("region-1").server;
+    assert_eq!(region.value(local), "LOCAL 109");
     for node in &tree.nodes {
         let log = node.bridge.logged();
         assert!(log.contains("applying with care"), "{}", node.bridge.name);
