@@ -188,7 +188,7 @@ impl Drain {
         }
         fill(top, script, transactions)?;
         let marker = mark(top)?;
-        world.settle()?;
+        world.tidy()?;
         let mut turns = vec![Turn::Terrace, Turn::Native];
         turns.extend((!self.is_tree()).then_some(Turn::Decode));
         turns.extend(world.pglogical.as_ref().map(|_| Turn::Pglogical));

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use crate::pgbench::{create_tables, pgbench, processed};
 use crate::report::{Better, Figure, Report};
 use crate::workload::{Plan, Workload};
-use crate::world::{Stage, boot, go_live, plant};
+use crate::world::{Stage, boot, go_live, plant, tidy};
 
 /// It has failed then.
 const LIMIT: Duration = Duration::from_secs(300);
@@ -36,6 +36,8 @@ impl Workload for Compare {
         tree.top.sql("SELECT terrace.add_schema('public')");
         boot(&mut tree, &DOMAINS)?;
         go_live(&mut tree)?;
+        let below = tree.nodes.iter().map(|node| &node.server);
+        tidy(below.chain([&tree.top]))?;
         let run = |seconds: u64| -> Result<f64> {
             let seconds = seconds.to_string();
             let arguments = ["-n", "-c", "2", "-j", "1", "-R", "500", "-T", &seconds];

@@ -58,7 +58,7 @@ fn measure(
         .top()
         .sql(&format!("INSERT INTO bench_large SELECT {rows}"));
     let marker = mark(world.top())?;
-    world.settle()?;
+    world.tidy()?;
     let top = world.top_pid()?;
 
     let drained = drain(&mut world.terrace, top, marker, |_| ());

@@ -143,6 +143,15 @@ pub fn at_once<T: Send>(
     })
 }
 
+/// Vacuums and checkpoints, so that neither is due in what is measured next.
+pub fn tidy<'a>(servers: impl Iterator<Item = &'a Server>) -> Result<()> {
+    at_once(servers, |server| {
+        let mut client = server.try_connect()?;
+        client.batch_execute("VACUUM ANALYZE")?;
+        Ok(client.batch_execute("CHECKPOINT")?)
+    })
+}
+
 impl World {
     /// Boots everything, waits until everybody has a copy of the tables, and pauses both sides.
     pub fn boot(shape: Shape, plan: &Plan) -> Result<World> {
@@ -179,7 +188,7 @@ impl World {
             terrace,
         };
         world.explain(ready)?;
-        world.settle()?;
+        world.tidy()?;
         println!("    booted in {:.0} s", start.elapsed().as_secs_f64());
         Ok(world)
     }
@@ -200,16 +209,11 @@ impl World {
         }
     }
 
-    /// Vacuums and checkpoints everywhere, so that neither is due in what is measured next.
-    pub fn settle(&self) -> Result<()> {
+    /// [`tidy`] of all that there is.
+    pub fn tidy(&self) -> Result<()> {
         let beside = self.pglogical.iter().flat_map(Side::servers);
         let below = self.native.servers().into_iter().chain(beside);
-        let servers = below.chain(self.terrace.servers()).chain([self.top()]);
-        at_once(servers, |server| {
-            let mut client = server.try_connect()?;
-            client.batch_execute("VACUUM ANALYZE")?;
-            Ok(client.batch_execute("CHECKPOINT")?)
-        })
+        tidy(below.chain(self.terrace.servers()).chain([self.top()]))
     }
 
     /// Adds to an error what the bridges logged.
