@@ -248,7 +248,8 @@ pub(crate) fn as_owner<R>(run: impl FnOnce() -> R) -> R {
 }
 
 /// Sums over large tables must not take the processor from those who work here: rests for
-/// some times as long as it is since the last rest, and longer where others were in the way.
+/// some times as long as it has had one since the last rest, and longer where others were in the way.
+/// Waiting for the processor is no work: where many wait, all would rest for ever longer.
 #[pg_extern]
 fn give_way() {
     /// Rest for each second of work, alone …
@@ -266,7 +267,7 @@ fn give_way() {
             false => ALONE,
         };
         // What was no work of this kind counts for little.
-        let mut rest = work.min(Duration::from_millis(500)).mul_f64(factor);
+        let mut rest = used.min(Duration::from_millis(500)).mul_f64(factor);
         while !rest.is_zero() {
             pgrx::check_for_interrupts!();
             let slice = rest.min(SLICE);
