@@ -43,6 +43,8 @@ use segment::Segment;
 
 /// A segment is closed at the first transaction end beyond this.
 const SEGMENT_BYTES: u64 = 16 << 20;
+/// Between two fsyncs: what is durable is told every 100 ms, and each fsync costs a little.
+const SYNC_PAUSE: Duration = Duration::from_millis(20);
 const CURSORS_FILE: &str = "cursors.json";
 
 /// What can go wrong with the queue.
@@ -312,6 +314,7 @@ impl Queue {
                     }
                 };
             }
+            tokio::time::sleep(SYNC_PAUSE).await;
             // The sender lives in `self`, so this cannot fail.
             let _ = written.changed().await;
         }

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use tokio::runtime::Handle;
+use tokio::runtime::Builder;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::sleep;
@@ -245,9 +245,19 @@ impl Roles {
         ending: &CancellationToken,
     ) -> Following {
         let (shared, target) = (Arc::clone(&self.shared), Arc::clone(target));
-        let (ending, runtime) = (ending.clone(), Handle::current());
+        let ending = ending.clone();
         spawn_blocking(move || {
-            let ended = runtime.block_on(follow(&shared, &mut writer, &target, &ending));
+            // Waits for its socket itself: otherwise another thread would, to wake this one.
+            let ended = match Builder::new_current_thread().enable_all().build() {
+                Ok(runtime) => {
+                    let link = follow(&shared, &mut writer, &target, &ending);
+                    let ended = runtime.block_on(link);
+                    // A host name that is still being looked up keeps nobody.
+                    runtime.shutdown_background();
+                    ended
+                }
+                Err(error) => LinkEnd::Lost(format!("start a thread for the link: {error}")),
+            };
             (writer, ended)
         })
     }
