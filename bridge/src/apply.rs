@@ -204,6 +204,8 @@ struct Session<'a> {
     attempted: Lsn,
     committed: Lsn,
     progress_written: Instant,
+    /// Where its row was left, if nothing has gone wrong since.
+    place: Option<String>,
     /// When sequences were put forward, and whether there may be reason to do it again.
     sequences: (Instant, bool),
     /// Sequences have not been looked at with patience since the bridge started.
@@ -274,6 +276,7 @@ impl<'a> Session<'a> {
             attempted: committed,
             committed,
             progress_written: Instant::now(),
+            place: None,
             sequences: (Instant::now(), true),
             thorough,
             expected: Default::default(),
@@ -358,6 +361,7 @@ impl<'a> Session<'a> {
     /// Starts again after the last commit.
     fn rewind(&mut self) -> anyhow::Result<()> {
         self.ahead.clear();
+        self.place = None;
         self.folded = None;
         self.sent_sets = false;
         self.expected.clear();
@@ -368,10 +372,10 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    fn begin(&mut self) -> anyhow::Result<()> {
-        frontend::query("BEGIN", self.client.buffer()).context("BEGIN")?;
-        self.expected.push_back(Expect::Simple);
-        Ok(())
+    /// Not as a simple query, whose answer would come by itself.
+    fn begin(&mut self) -> Result<(), Failed> {
+        let begin = self.planner.step("BEGIN".into(), Vec::new(), Expect::Done);
+        self.send(&begin)
     }
 
     /// Sends what a local transaction ends with, but for its COMMIT.
@@ -403,22 +407,33 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    fn progress_step(&self, batch: &Batch) -> Step {
+    /// One row is written over and over: what came before must not be looked through to find it,
+    /// for as long as somebody's snapshot keeps that.
+    fn progress_step(&mut self, batch: &Batch) -> Step {
         let time = batch
             .last
             .as_ref()
             .map_or(self.shared.top_time(), |info| info.commit_time);
-        let values = [
+        let mut values = statement::texts([
             batch.end.to_string(),
             timestamp(time + PG_EPOCH_MICROS),
             self.queue.identity().to_string(),
-        ];
-        let sql = "UPDATE terrace.progress SET lsn = $1, commit_time = $2, identity = $3";
-        statement::unnamed(sql.into(), statement::texts(values), Expect::One)
+        ]);
+        let place = self.place.take().map(Bytes::from);
+        let known = if place.is_some() {
+            " WHERE ctid = $4"
+        } else {
+            ""
+        };
+        values.extend(place.map(Some));
+        let sql = format!(
+            "UPDATE terrace.progress SET lsn = $1, commit_time = $2, identity = $3{known} RETURNING ctid"
+        );
+        self.planner.step(sql, values, Expect::Place)
     }
 
     /// What a local transaction ends with.
-    fn closing_steps(&self, batch: &Batch) -> Vec<Step> {
+    fn closing_steps(&mut self, batch: &Batch) -> Vec<Step> {
         let mut steps = vec![self.progress_step(batch)];
         if !batch.labelled.is_empty() {
             steps.push(self.delivery_step(batch));

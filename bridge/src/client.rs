@@ -425,7 +425,8 @@ pub fn affected(body: &Bytes) -> u64 {
         .unwrap_or(0)
 }
 
-fn row(mut body: Bytes) -> Result<Row> {
+/// The values of a DataRow message.
+pub fn row(mut body: Bytes) -> Result<Row> {
     let short = || PgError::Protocol("DataRow is cut short".into());
     let count = body.try_get_u16().map_err(|_| short())?;
     (0..count)

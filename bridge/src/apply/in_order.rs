@@ -10,7 +10,7 @@ use postgres_protocol::message::frontend;
 use super::plan::{self, Planned};
 use super::statement::{Expect, Row, Step};
 use super::{BY_ITSELF, Batch, Failed, MAX_BYTES, Session, WATERMARK_EVERY, sealed, unexpected};
-use crate::client::{DbError, affected, bind};
+use crate::client::{DbError, affected, bind, row};
 use crate::record::{Kind, Record};
 
 /// Of a large transaction so many bytes go together: one part is folded while Postgres
@@ -195,8 +195,8 @@ impl Session<'_> {
                     let count = affected(&message.body);
                     match expect {
                         Expect::Simple | Expect::Done => {}
-                        Expect::One if count == 1 => {}
-                        Expect::One => {
+                        Expect::One | Expect::Place if count == 1 => {}
+                        Expect::One | Expect::Place => {
                             return Err(Failed::Unexpected("a row to update is missing".into()));
                         }
                         Expect::Rows(rows) if count == *rows => {}
@@ -219,6 +219,9 @@ impl Session<'_> {
                     if matches!(expect, Expect::Simple) {
                         self.expected.pop_front();
                     }
+                }
+                b'D' if matches!(expect, Expect::Place) => {
+                    self.place = row(message.body)?.pop().flatten();
                 }
                 b'E' => {
                     let error = DbError::parse(&message.body);

@@ -399,7 +399,8 @@ impl Planner {
         (name, true)
     }
 
-    fn step(&mut self, sql: String, values: Vec<Option<Bytes>>, expect: Expect) -> Step {
+    /// A statement that is prepared when it is used first.
+    pub(super) fn step(&mut self, sql: String, values: Vec<Option<Bytes>>, expect: Expect) -> Step {
         let (name, parse) = self.statement(&sql);
         Step {
             name,

@@ -18,6 +18,8 @@ pub enum Expect {
     Done,
     /// Exactly one row.
     One,
+    /// The same, and it tells where `terrace.progress` is now.
+    Place,
     /// Exactly as many rows.
     Rows(u64),
     /// One row; none is a conflict that needs no repair. This is the change.
