@@ -1144,9 +1144,9 @@ END $$;
 
 -- ----- equality --------------------------------------------------------------
 
--- Rests for some times as long as it is since the last rest.
-CREATE FUNCTION give_way() RETURNS void
-    LANGUAGE c AS 'MODULE_PATHNAME', 'give_way_wrapper';
+-- A condition that holds for each row, and rests now and then for some times as long as it has worked.
+CREATE FUNCTION give_way() RETURNS boolean
+    LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'give_way_wrapper';
 
 -- What a server finds in its own rows; compared with the top's in terrace.comparisons.
 CREATE TABLE own_checksum (
@@ -1158,18 +1158,17 @@ CREATE TABLE own_checksum (
 );
 
 -- For each range that has any, its rows; as range -1 all of them. Values of most types are
--- hashed as they are, the others in their text form. Goes over a table some blocks at a time,
--- as others work here.
+-- hashed as they are, the others in their text form. Goes slowly over a table, as others work here,
+-- and through few of their buffers: in one scan of it all.
 CREATE FUNCTION checksums(of terrace.comparison, filter text)
     RETURNS TABLE (range integer, rows bigint, sum numeric)
     LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp SET datestyle = 'ISO'
     SET intervalstyle = 'postgres' SET timezone = 'UTC' SET extra_float_digits = 3
     SET bytea_output = 'hex' SET xmloption = 'content' SET lc_monetary = 'C' SET jit = off
     SET terrace.as_owners = on
-    -- There are few groups, which PostgreSQL cannot know.
-    SET enable_sort = off AS $$
+    -- There are few groups, which PostgreSQL cannot know, and all rows are wanted.
+    SET enable_sort = off SET enable_indexscan = off SET enable_bitmapscan = off AS $$
 DECLARE
-    blocks CONSTANT integer := 512;
     rel regclass := format('%I.%I', of.nspname, of.relname)::regclass;
     place text := terrace.key_expression(rel, of.key);
     counts bigint[] := array_fill(0, ARRAY[cardinality(of.bounds) + 1]);
@@ -1189,15 +1188,11 @@ BEGIN
          FROM unnest(of.columns) WITH ORDINALITY AS listed(name, number)
          LEFT JOIN pg_attribute a ON a.attrelid = rel AND a.attname = name));
     FOR part IN SELECT terrace.stored_parts_of(rel) LOOP
-        FOR block IN 0 .. pg_relation_size(part) / current_setting('block_size')::integer BY blocks LOOP
-            FOR found IN EXECUTE query || format(
-                ' FROM ONLY %s WHERE ctid >= ''(%s,0)'' AND ctid < ''(%s,0)'' AND (%s) GROUP BY 1',
-                part, block, block + blocks, coalesce(filter, 'true'))
-            LOOP
-                counts[found.place] := counts[found.place] + found.rows;
-                sums[found.place] := sums[found.place] + found.sum;
-            END LOOP;
-            PERFORM terrace.give_way();
+        FOR found IN EXECUTE query || format(' FROM ONLY %s WHERE terrace.give_way() AND (%s) GROUP BY 1',
+                                             part, coalesce(filter, 'true'))
+        LOOP
+            counts[found.place] := counts[found.place] + found.rows;
+            sums[found.place] := sums[found.place] + found.sum;
         END LOOP;
         -- A snapshot of before shows no rows of a file that was made after.
         IF pg_relation_filenode(part) <> (SELECT relfilenode FROM pg_class WHERE oid = part) THEN
@@ -1736,7 +1731,7 @@ END $$;
 -- Whoever may write at the top may send, so send is for everybody; a session through
 -- a relay is kept from it by its guard, as it is from pg_notify and the like.
 REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA terrace FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION arm_now(), gather_sends(), refuse_guarded(), read_value(text, anyarray), read_array(text, anyarray), replicate_ddl(text), must_be_top(), current_tag(), with_ancestors(text[]), send(text, text),
+GRANT EXECUTE ON FUNCTION arm_now(), gather_sends(), give_way(), refuse_guarded(), read_value(text, anyarray), read_array(text, anyarray), replicate_ddl(text), must_be_top(), current_tag(), with_ancestors(text[]), send(text, text),
     top_lsn(), is_top(), shown(jsonb), wait_for(pg_lsn, text, interval) TO PUBLIC;
 GRANT EXECUTE ON FUNCTION report(jsonb), guard_session(), resend(regclass, text[]),
     begin_comparison(regclass, integer), finish_comparison(comparison),

@@ -17,7 +17,7 @@ mod utility;
 
 use std::cell::{Cell, RefCell};
 use std::ffi::CString;
-use std::os::raw::{c_char, c_void};
+use std::os::raw::{c_char, c_int, c_void};
 use std::time::{Duration, Instant};
 
 use pgrx::guc::{GucContext, GucFlags, GucRegistry, GucSetting};
@@ -247,35 +247,65 @@ pub(crate) fn as_owner<R>(run: impl FnOnce() -> R) -> R {
     result
 }
 
-/// Sums over large tables must not take the processor from those who work here: rests for
-/// some times as long as it has had one since the last rest, and longer where others were in the way.
-/// Waiting for the processor is no work: where many wait, all would rest for ever longer.
+/// Called for each row by sums over large tables, which must not take the processor from those who
+/// work here: now and then rests for some times as long as it has had one since, and longer where
+/// others were in the way. Waiting for the processor is no work: where many wait, all would rest
+/// for ever longer. Always true, to be a condition.
 #[pg_extern]
-fn give_way() {
-    /// Rest for each second of work, alone …
+fn give_way() -> bool {
+    /// So many rows pass before the time is looked at.
+    const ROWS: u32 = 64;
+    /// Work before a rest …
+    const WORK: Duration = Duration::from_millis(10);
+    /// … which is so many times as long, alone …
     const ALONE: f64 = 3.0;
     /// … and where work took half as long again as it took of a processor.
-    const IN_COMPANY: f64 = 9.0;
-    const SLICE: Duration = Duration::from_millis(10);
+    const IN_COMPANY: f64 = 4.0;
+    /// What came between two statements was no work of this kind, and counts for little.
+    const MOST: Duration = Duration::from_millis(500);
     thread_local! {
-        static LAST: Cell<Option<(Instant, Duration)>> = const { Cell::new(None) };
+        static PASSED: Cell<u32> = const { Cell::new(0) };
+        static SINCE: Cell<Option<(Instant, Duration)>> = const { Cell::new(None) };
     }
-    if let Some((since, cpu)) = LAST.take() {
-        let (work, used) = (since.elapsed(), processor_time().saturating_sub(cpu));
-        let factor = match work > used * 3 / 2 {
-            true => IN_COMPANY,
-            false => ALONE,
-        };
-        // What was no work of this kind counts for little.
-        let mut rest = used.min(Duration::from_millis(500)).mul_f64(factor);
-        while !rest.is_zero() {
-            pgrx::check_for_interrupts!();
-            let slice = rest.min(SLICE);
-            std::thread::sleep(slice);
-            rest -= slice;
+    let passed = PASSED.get() + 1;
+    PASSED.set(passed % ROWS);
+    if passed < ROWS {
+        return true;
+    }
+    match SINCE.get() {
+        Some((since, _)) if since.elapsed() < WORK => return true,
+        Some((since, before)) => {
+            let (work, used) = (since.elapsed(), processor_time().saturating_sub(before));
+            let factor = match work > used * 3 / 2 {
+                true => IN_COMPANY,
+                false => ALONE,
+            };
+            rest(used.min(MOST).mul_f64(factor));
         }
+        None => yield_to_others(),
     }
-    LAST.set(Some((Instant::now(), processor_time())));
+    SINCE.set(Some((Instant::now(), processor_time())));
+    true
+}
+
+/// The processor goes to whoever else wants it. There is no way back, so the session should be one
+/// that does nothing else. Nobody waits for it long: it holds a lock on a page while it looks at that.
+fn yield_to_others() {
+    unsafe extern "C" {
+        fn nice(increment: c_int) -> c_int;
+    }
+    // SAFETY: of the C library; what it answers is of no interest, nor is a refusal.
+    unsafe { nice(10) };
+}
+
+fn rest(mut time: Duration) {
+    const SLICE: Duration = Duration::from_millis(10);
+    while !time.is_zero() {
+        pgrx::check_for_interrupts!();
+        let slice = time.min(SLICE);
+        std::thread::sleep(slice);
+        time -= slice;
+    }
 }
 
 /// Of this process.
