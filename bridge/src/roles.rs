@@ -256,7 +256,7 @@ impl Roles {
                     runtime.shutdown_background();
                     ended
                 }
-                Err(error) => LinkEnd::Lost(format!("start a thread for the link: {error}")),
+                Err(error) => LinkEnd::Lost(format!("start the link's event loop: {error}")),
             };
             (writer, ended)
         })

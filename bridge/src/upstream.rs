@@ -364,7 +364,7 @@ impl<'a> Link<'a> {
                     filled?;
                     self.shared.note_heard();
                 }
-                // Another thread tells when the socket has more, a moment late: ask twice.
+                // What has come to the socket is seen when the event loop has looked: ask twice.
                 () = tokio::task::yield_now() => return Ok(()),
             }
         }

@@ -335,6 +335,37 @@ fn conflicts_tell_the_last_key_to_those_who_may_read_the_rows() {
     }
 }
 
+// With somebody's snapshot all versions of the one row stay, and a look through them for each
+// transaction takes longer and longer.
+#[test]
+fn what_a_long_snapshot_keeps_is_not_looked_through() {
+    let schema = "CREATE TABLE t (id int PRIMARY KEY); SELECT terrace.add_table('t')";
+    let tree = Tree::grow(schema, &[("region", None, 1)]);
+    let server = &tree.nodes[0].server;
+    let mut reader = server.connect();
+    let begin = "BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1";
+    reader.batch_execute(begin).expect("begin");
+    let count = |what: &str| -> i64 {
+        let sql = format!(
+            "SELECT {what} FROM pg_stat_all_tables WHERE relid = 'terrace.progress'::regclass"
+        );
+        server.value(&sql).parse().expect("a number")
+    };
+    let (written, scanned) = (count("n_tup_upd"), count("seq_scan"));
+    let mut ids = 0..;
+    // Some may be applied together, and what is done is counted with a delay.
+    wait_until("many are written", || {
+        for id in ids.by_ref().take(5) {
+            tree.top.sql(&format!("INSERT INTO t VALUES ({id})"));
+        }
+        count("n_tup_upd") - written >= 200
+    });
+    tree.wait_for_equal(&["t"]);
+    let (written, scanned) = (count("n_tup_upd") - written, count("seq_scan") - scanned);
+    assert!(scanned < written / 2, "{scanned} scans, {written} writes");
+    reader.batch_execute("COMMIT").expect("commit");
+}
+
 // It reads a table for as long as that takes, and nothing in the stream waits for it longer than 20 s.
 #[test]
 fn a_comparison_gives_way_to_what_waits_for_it() {
