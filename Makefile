@@ -119,18 +119,15 @@ audit:
 
 # Terrace and native subscriptions side by side. QUICK=1 for the short form; ONLY="drain tree" for
 # some of: drain, tree, latency, memory, tag, fanout, copy, compare, failover (or one of
-# failover-deaths, failover-silences, failover-rejoin). Results in target/bench/. The top loads the
-# release build of the extension's library, without it being installed. pglogical is installed, to
-# be measured beside.
+# failover-deaths, failover-silences, failover-rejoin). Results in target/bench/. The extension is
+# installed as for use, and pglogical to be measured beside.
 .PHONY: bench
-bench: install-debug
+bench: install
 	@[ -e $$($(PG_CONFIG) --pkglibdir)/pglogical.so ] \
 	  || $(SUDO) apt-get install -y -q postgresql-$(PG_MAJOR)-pglogical \
 	  || echo "pglogical is not to be had here and is left out"
-	cargo build --locked --release -p terrace-bridge -p terrace-bench
-	cargo build --locked --release -p terrace --no-default-features --features pg$(PG_MAJOR)
+	cargo build --locked --release -p terrace-bench
 	TERRACE_BRIDGE=$(abspath $(TARGET))/release/terrace-bridge \
-	TERRACE_LIBRARY=$(abspath $(TARGET))/release/libterrace.so \
 	  $(TARGET)/release/terrace-bench $(if $(filter 1,$(QUICK)),--quick) $(ONLY)
 
 # Runs each fuzz target for so many seconds. Stable Rust does: coverage is a pass of LLVM.

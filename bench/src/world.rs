@@ -1,6 +1,5 @@
 //! One top, and below it both sides in the same shape.
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
@@ -74,24 +73,7 @@ pub struct World {
 pub fn plant() -> Result<Tree> {
     let mut tree = Tree::plant("")?;
     settle(&mut tree.top)?;
-    if let Some(library) = std::env::var_os("TERRACE_LIBRARY") {
-        load_from(&tree.top, Path::new(&library))?;
-    }
     Ok(tree)
-}
-
-/// Has a server load this build of the extension's library instead of the installed one. A copy is
-/// taken to where the server may read it.
-fn load_from(server: &Server, library: &Path) -> Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    let copy = server.socket_dir().join("terrace.so");
-    std::fs::copy(library, &copy).with_context(|| format!("copy {}", library.display()))?;
-    std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o755))?;
-    server.sql(&format!(
-        "UPDATE pg_proc SET probin = '{}' WHERE probin = '$libdir/terrace'",
-        copy.display()
-    ));
-    Ok(())
 }
 
 /// Gives the settings to a server that the harness has started with its own.
