@@ -75,7 +75,7 @@ CREATE TABLE checksum (
     comparison bigint,
     range integer,
     rows bigint NOT NULL,
-    sum numeric,
+    sum bigint,
     PRIMARY KEY (comparison, range)
 );
 
@@ -1144,7 +1144,11 @@ END $$;
 
 -- ----- equality --------------------------------------------------------------
 
--- A condition that holds for each row, and rests now and then for some times as long as it has worked.
+-- Of the rows of queries, each a number and what is summed: how many, and the sum of their hashes, for
+-- each range of numbers that has any. Rests now and then for some times as long as it has worked.
+CREATE FUNCTION sum_rows(queries text[], bounds bigint[], OUT range integer, OUT rows bigint, OUT sum bigint)
+    RETURNS SETOF record LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'sum_rows_wrapper';
+-- A condition that holds for each row, and gives rests to queries of which few are summed.
 CREATE FUNCTION give_way() RETURNS boolean
     LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'give_way_wrapper';
 
@@ -1153,55 +1157,55 @@ CREATE TABLE own_checksum (
     comparison bigint,
     range integer,
     rows bigint NOT NULL,
-    sum numeric,
+    sum bigint,
     PRIMARY KEY (comparison, range)
 );
 
--- For each range that has any, its rows; as range -1 all of them. Values of most types are
--- hashed as they are, the others in their text form. Goes slowly over a table, as others work here,
--- and through few of their buffers: in one scan of it all.
+-- For each range that has any, its rows; as range -1 all of them. Goes slowly over a table, as others
+-- work here, and through few of their buffers: in one scan of each part.
 CREATE FUNCTION checksums(of terrace.comparison, filter text)
-    RETURNS TABLE (range integer, rows bigint, sum numeric)
+    RETURNS TABLE (range integer, rows bigint, sum bigint)
     LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp SET datestyle = 'ISO'
     SET intervalstyle = 'postgres' SET timezone = 'UTC' SET extra_float_digits = 3
     SET bytea_output = 'hex' SET xmloption = 'content' SET lc_monetary = 'C' SET jit = off
     SET terrace.as_owners = on
-    -- There are few groups, which PostgreSQL cannot know, and all rows are wanted.
-    SET enable_sort = off SET enable_indexscan = off SET enable_bitmapscan = off AS $$
+    -- All rows are wanted, and by this session, which rests.
+    SET enable_indexscan = off SET enable_bitmapscan = off SET max_parallel_workers_per_gather = 0 AS $$
 DECLARE
     rel regclass := format('%I.%I', of.nspname, of.relname)::regclass;
     place text := terrace.key_expression(rel, of.key);
-    counts bigint[] := array_fill(0, ARRAY[cardinality(of.bounds) + 1]);
-    sums numeric[] := array_fill(0, ARRAY[cardinality(of.bounds) + 1]);
-    query text;
+    type text := terrace.key_type(rel, of.key);
+    bounds bigint[];
+    listed text;
+    condition text;
     part regclass;
-    found record;
 BEGIN
-    query := format('SELECT %s + 1 AS place, count(*) AS rows, sum(hash_record_extended(ROW(%s), 0)) AS sum',
-        CASE WHEN place IS NULL THEN '0'
-             ELSE format('width_bucket(%s, %L::%s[])', place, of.bounds, terrace.key_type(rel, of.key)) END,
-        (SELECT string_agg(CASE
-             WHEN a.atttypid::regtype = ANY ('{bool,int2,int4,int8,oid,date,timestamp,timestamptz,uuid,bytea}'::regtype[])
-                 THEN format('%I', name)
-             WHEN a.atttypid::regtype = ANY ('{text,varchar,bpchar}'::regtype[]) THEN format('%I COLLATE "C"', name)
-             ELSE terrace.text_of(name) || ' COLLATE "C"' END, ', ' ORDER BY listed.number)
-         FROM unnest(of.columns) WITH ORDINALITY AS listed(name, number)
-         LEFT JOIN pg_attribute a ON a.attrelid = rel AND a.attname = name));
-    FOR part IN SELECT terrace.stored_parts_of(rel) LOOP
-        FOR found IN EXECUTE query || format(' FROM ONLY %s WHERE terrace.give_way() AND (%s) GROUP BY 1',
-                                             part, coalesce(filter, 'true'))
-        LOOP
-            counts[found.place] := counts[found.place] + found.rows;
-            sums[found.place] := sums[found.place] + found.sum;
-        END LOOP;
-        -- A snapshot of before shows no rows of a file that was made after.
-        IF pg_relation_filenode(part) <> (SELECT relfilenode FROM pg_class WHERE oid = part) THEN
-            RAISE EXCEPTION 'table "%" was written anew while it was compared', part
-                USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'Compare it once more.';
-        END IF;
-    END LOOP;
-    RETURN QUERY SELECT i - 1, counts[i], sums[i] FROM generate_subscripts(counts, 1) i WHERE counts[i] > 0
-        UNION ALL SELECT -1, (SELECT coalesce(sum(n), 0) FROM unnest(counts) n)::bigint, NULL::numeric;
+    IF place IS NULL THEN
+        place := '0';
+    ELSIF type IN ('smallint', 'integer', 'bigint') THEN
+        bounds := of.bounds;
+    ELSE
+        place := format('width_bucket(%s, %L::%s[])', place, of.bounds, type);
+        bounds := ARRAY(SELECT generate_subscripts(of.bounds, 1));
+    END IF;
+    listed := concat_ws(', ', place, (SELECT string_agg(quote_ident(name), ', ' ORDER BY number)
+                                      FROM unnest(of.columns) WITH ORDINALITY AS columns(name, number)));
+    condition := coalesce(' WHERE terrace.give_way() AND (' || filter || ')', '');
+    RETURN QUERY
+        WITH sums AS MATERIALIZED (
+            SELECT * FROM terrace.sum_rows(
+                ARRAY(SELECT concat('SELECT ', listed, ' FROM ONLY ', p, condition) FROM terrace.stored_parts_of(rel) p),
+                coalesce(bounds, '{}'))
+        )
+        SELECT * FROM sums
+        UNION ALL SELECT -1, coalesce(sum(s.rows), 0)::bigint, NULL::bigint FROM sums s;
+    -- A snapshot of before shows no rows of a file that was made after.
+    SELECT p INTO part FROM terrace.stored_parts_of(rel) p
+    WHERE pg_relation_filenode(p) <> (SELECT relfilenode FROM pg_class WHERE oid = p) LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION 'table "%" was written anew while it was compared', part
+            USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'Compare it once more.';
+    END IF;
 END $$;
 
 -- Servers may sort words in different ways.

@@ -13,12 +13,12 @@ mod fill;
 mod guard;
 mod owner;
 mod sender;
+mod sums;
 mod utility;
 
 use std::cell::{Cell, RefCell};
 use std::ffi::CString;
-use std::os::raw::{c_char, c_int, c_void};
-use std::time::{Duration, Instant};
+use std::os::raw::{c_char, c_void};
 
 use pgrx::guc::{GucContext, GucFlags, GucRegistry, GucSetting};
 use pgrx::prelude::*;
@@ -245,76 +245,6 @@ pub(crate) fn as_owner<R>(run: impl FnOnce() -> R) -> R {
     // SAFETY: as above.
     unsafe { pg_sys::SetUserIdAndSecContext(user, context) };
     result
-}
-
-/// Called for each row by sums over large tables, which must not take the processor from those who
-/// work here: now and then rests for some times as long as it has had one since, and longer where
-/// others were in the way. Waiting for the processor is no work: where many wait, all would rest
-/// for ever longer. Always true, to be a condition.
-#[pg_extern]
-fn give_way() -> bool {
-    /// So many rows pass before the time is looked at.
-    const ROWS: u32 = 64;
-    /// Work before a rest …
-    const WORK: Duration = Duration::from_millis(10);
-    /// … which is so many times as long, alone …
-    const ALONE: f64 = 3.0;
-    /// … and where work took half as long again as it took of a processor.
-    const IN_COMPANY: f64 = 4.0;
-    /// What came between two statements was no work of this kind, and counts for little.
-    const MOST: Duration = Duration::from_millis(500);
-    thread_local! {
-        static PASSED: Cell<u32> = const { Cell::new(0) };
-        static SINCE: Cell<Option<(Instant, Duration)>> = const { Cell::new(None) };
-    }
-    let passed = PASSED.get() + 1;
-    PASSED.set(passed % ROWS);
-    if passed < ROWS {
-        return true;
-    }
-    match SINCE.get() {
-        Some((since, _)) if since.elapsed() < WORK => return true,
-        Some((since, before)) => {
-            let (work, used) = (since.elapsed(), processor_time().saturating_sub(before));
-            let factor = match work > used * 3 / 2 {
-                true => IN_COMPANY,
-                false => ALONE,
-            };
-            rest(used.min(MOST).mul_f64(factor));
-        }
-        None => yield_to_others(),
-    }
-    SINCE.set(Some((Instant::now(), processor_time())));
-    true
-}
-
-/// The processor goes to whoever else wants it. There is no way back, so the session should be one
-/// that does nothing else. Nobody waits for it long: it holds a lock on a page while it looks at that.
-fn yield_to_others() {
-    unsafe extern "C" {
-        fn nice(increment: c_int) -> c_int;
-    }
-    // SAFETY: of the C library; what it answers is of no interest, nor is a refusal.
-    unsafe { nice(10) };
-}
-
-fn rest(mut time: Duration) {
-    const SLICE: Duration = Duration::from_millis(10);
-    while !time.is_zero() {
-        pgrx::check_for_interrupts!();
-        let slice = time.min(SLICE);
-        std::thread::sleep(slice);
-        time -= slice;
-    }
-}
-
-/// Of this process.
-fn processor_time() -> Duration {
-    unsafe extern "C" {
-        fn clock() -> std::os::raw::c_long;
-    }
-    // SAFETY: of the C library; POSIX has it in microseconds, negative when not known.
-    Duration::from_micros(unsafe { clock() }.try_into().unwrap_or(0))
 }
 
 fn session_user() -> String {

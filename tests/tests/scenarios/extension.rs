@@ -623,3 +623,89 @@ fn a_table_that_is_written_anew_is_not_compared() {
     assert!(refused.contains("written anew"), "{refused}");
     compare("DELETE FROM t").expect("compare");
 }
+
+#[test]
+fn rows_are_summed_alike_where_they_say_the_same() {
+    let (top, _scratch) = top();
+    top.sql(
+        "CREATE TYPE mood AS ENUM ('sad'); CREATE DOMAIN small AS smallint CHECK (value < 100);
+         CREATE TABLE far (t text, p text); ALTER TABLE far ALTER t SET STORAGE EXTERNAL;
+         INSERT INTO far SELECT repeat('far ', 10000), repeat('near', 10000)",
+    );
+    top.sql("CREATE DATABASE latin TEMPLATE template1");
+    top.sql(
+        "UPDATE pg_database SET encoding = pg_char_to_encoding('LATIN1'), datcollate = 'C', datctype = 'C'
+         WHERE datname = 'latin'",
+    );
+    let mut latin = top.config();
+    let mut latin = latin.dbname("latin").connect(NoTls).expect("connect");
+    latin
+        .batch_execute("CREATE EXTENSION terrace")
+        .expect("extension");
+    let mut client = top.connect();
+    let mut sums = |queries: &[&str], bounds: &str| {
+        let sums = "SELECT coalesce(string_agg(concat_ws('/', range, rows, sum), ' '), '') FROM terrace.sum_rows($1, $2::text::bigint[])";
+        let row = client.query_one(sums, &[&queries, &bounds]);
+        row.map(|row| row.get::<_, String>(0))
+            .map_err(|error| explain(&error))
+    };
+    let mut of = |row: &str| sums(&[&format!("SELECT 0, {row}")], "{}").expect("sums");
+    for (one, other) in [
+        ("7::int2, -7::int4, 7::int8", "7::int8, -7::int2, 7::oid"),
+        ("7::small, '2024-02-29'::date", "7, '2024-02-29'::date"),
+        ("'sad'::mood", "'sad'::text"),
+        ("'ab'::char(5), 'é'::char(40)", "'ab'::varchar, 'é'::text"),
+        ("repeat(' ', 40)::char(40)", "''"),
+        (
+            "t, p FROM far",
+            "repeat('far ', 10000), repeat('near', 10000)",
+        ),
+        ("NULL::int, NULL::mood", "NULL::text, NULL::jsonb"),
+        (
+            "'[1,3)'::int4range, ARRAY[1.50]",
+            "'[1,2]'::int4range, '{1.50}'::text",
+        ),
+    ] {
+        assert_eq!(of(one), of(other), "{one} and {other}");
+    }
+    for (one, other) in [
+        ("'a', 'bc'", "'ab', 'c'"),
+        ("NULL, ''", "'', NULL"),
+        ("NULL::int", "0"),
+        ("1.0::numeric", "1.00::numeric"),
+        ("0.0::float8", "-0.0::float8"),
+        ("'ab '::text", "'ab'::text"),
+        ("'\\x00'::bytea", "'\\x0000'::bytea"),
+        ("repeat('x', 33)", "repeat('x', 32)"),
+        ("1::int8", "4294967297"),
+    ] {
+        assert_ne!(of(one), of(other), "{one} and {other}");
+    }
+    let foreign = "SELECT string_agg(concat_ws('/', range, rows, sum), ' ')
+        FROM terrace.sum_rows(ARRAY['SELECT 0, ''Größe''::text, ''é ''::char(9), ''{é}''::text[]'], '{}')";
+    let foreign: String = latin.query_one(foreign, &[]).expect("sums").get(0);
+    assert_eq!(foreign, of("'Größe', 'é', '{é}'"));
+
+    let many = "SELECT g, g FROM generate_series(1, 30) g";
+    let parts = [
+        "SELECT g, g FROM generate_series(16, 30) g",
+        "SELECT g, g FROM generate_series(15, 1, -1) g",
+    ];
+    let whole = sums(&[many], "{10,20,40}").expect("sums");
+    assert_eq!(sums(&parts, "{10,20,40}").expect("sums"), whole);
+    let rows: Vec<&str> = whole.split(['/', ' ']).collect();
+    assert_eq!(
+        [rows[0], rows[1], rows[3], rows[4], rows[6], rows[7]],
+        ["0", "9", "1", "10", "2", "11"]
+    );
+    assert_eq!(sums(&["SELECT 1 WHERE false"], "{}").expect("sums"), "");
+    for (query, reason) in [
+        ("SELECT 'a'", "is an integer"),
+        ("SELECT", "is an integer"),
+        ("SELECT 1, 1 / 0", "division by zero"),
+        ("DELETE FROM far RETURNING 1", "not allowed"),
+    ] {
+        let refused = sums(&[query], "{}").expect_err(query);
+        assert!(refused.contains(reason), "{query}: {refused}");
+    }
+}
