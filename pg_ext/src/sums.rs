@@ -15,21 +15,23 @@ use std::time::{Duration, Instant};
 
 use pgrx::prelude::*;
 use pgrx::varlena::{varatt_is_1b, varatt_is_1b_e, varatt_is_4b_u, vardata_any, varsize_any_exhdr};
-use pgrx::{PgMemoryContexts, PgTupleDesc, pg_sys};
+use pgrx::{Array, PgMemoryContexts, PgTupleDesc, pg_sys};
 use twox_hash::XxHash3_64;
 
 /// Runs queries, each of which gives a number and the columns of a row, and sums the rows:
 /// those whose number is below the first of `bounds` are in range 0, and so on. Ranges that
-/// have no rows are left out.
+/// have no rows are left out. The session is one of low priority from then on.
 #[pg_extern]
 fn sum_rows(
-    queries: Vec<String>,
+    // Texts, but in the database's encoding, and so no strings of Rust's.
+    queries: Array<'_, &[u8]>,
     bounds: Vec<i64>,
 ) -> TableIterator<'static, (name!(range, i32), name!(rows, i64), name!(sum, i64))> {
     let mut sums = Sums::new(bounds);
+    begin_work();
     Spi::connect(|_| {
-        for query in queries {
-            sums.run(&query);
+        for query in queries.iter().flatten() {
+            sums.run(query);
         }
     });
     TableIterator::new(
@@ -72,8 +74,8 @@ impl Sums {
         })
     }
 
-    fn run(self: &mut Box<Self>, query: &str) {
-        let Ok(text) = CString::new(query) else {
+    fn run(self: &mut Box<Self>, query: &[u8]) {
+        let Ok(query) = CString::new(query) else {
             pgrx::error!("a query has no zero byte");
         };
         let options = pg_sys::SPIExecuteOptions {
@@ -81,8 +83,11 @@ impl Sums {
             dest: std::ptr::from_mut::<Sums>(self).cast(),
             ..Default::default()
         };
-        // SAFETY: in an SPI connection; text and receiver outlive the call.
-        unsafe { pg_sys::SPI_execute_extended(text.as_ptr(), &options) };
+        // SAFETY: in an SPI connection; query and receiver outlive the call.
+        let code = unsafe { pg_sys::SPI_execute_extended(query.as_ptr(), &options) };
+        if code < 0 {
+            pgrx::error!("a query to be summed was not run (SPI code {code})");
+        }
     }
 
     fn range_of(&mut self, key: i64) -> usize {
@@ -121,7 +126,7 @@ unsafe extern "C-unwind" fn receive(
     sums: *mut pg_sys::DestReceiver,
 ) -> bool {
     // SAFETY: as in `start_up`; a slot has as many values as its columns once they were got.
-    unsafe {
+    let size = unsafe {
         let sums = &mut *sums.cast::<Sums>();
         let count = sums.columns.len();
         if ((*slot).tts_nvalid as usize) < count {
@@ -144,8 +149,9 @@ unsafe extern "C-unwind" fn receive(
         let (rows, sum) = &mut sums.ranges[range];
         *rows += 1;
         *sum = sum.wrapping_add(sums.row.hash());
-    }
-    pass();
+        sums.row.size
+    };
+    pass(size);
     true
 }
 
@@ -221,6 +227,8 @@ impl Column {
 /// What is hashed of a row.
 struct RowBytes {
     bytes: Vec<u8>,
+    /// Of its texts, as long as they were.
+    size: usize,
     /// For what is made to be looked at.
     scratch: PgMemoryContexts,
     is_scratched: bool,
@@ -231,6 +239,11 @@ struct RowBytes {
 const NULL: u8 = 0;
 const NUMBER: u8 = 1;
 const BYTES: u8 = 2;
+const HASHED: u8 = 3;
+
+/// Of longer values their hash is kept in place of them: rows may have more bytes than there is
+/// memory, and only PostgreSQL's own allocations fail without ending the server.
+const LONG: usize = 64 << 10;
 
 impl RowBytes {
     fn new() -> RowBytes {
@@ -238,6 +251,7 @@ impl RowBytes {
         let encoding = unsafe { pg_sys::GetDatabaseEncoding() } as pg_sys::pg_enc::Type;
         RowBytes {
             bytes: Vec::new(),
+            size: 0,
             scratch: PgMemoryContexts::new("terrace row"),
             is_scratched: false,
             // Of SQL_ASCII nobody knows what it means.
@@ -248,10 +262,7 @@ impl RowBytes {
 
     fn clear(&mut self) {
         self.bytes.clear();
-        if std::mem::take(&mut self.is_scratched) {
-            // SAFETY: nothing in it is looked at any more.
-            unsafe { self.scratch.reset() };
-        }
+        self.size = 0;
     }
 
     fn hash(&self) -> i64 {
@@ -268,9 +279,16 @@ impl RowBytes {
     }
 
     fn put_bytes(&mut self, bytes: &[u8]) {
+        let length = (bytes.len() as u64).to_le_bytes();
+        self.size += bytes.len();
+        if bytes.len() > LONG {
+            self.bytes.push(HASHED);
+            self.bytes.extend_from_slice(&length);
+            let hash = XxHash3_64::oneshot(bytes);
+            return self.bytes.extend_from_slice(&hash.to_le_bytes());
+        }
         self.bytes.push(BYTES);
-        self.bytes
-            .extend_from_slice(&(bytes.len() as u64).to_le_bytes());
+        self.bytes.extend_from_slice(&length);
         self.bytes.extend_from_slice(bytes);
     }
 
@@ -317,10 +335,14 @@ impl RowBytes {
                 }
             }
         }
+        if std::mem::take(&mut self.is_scratched) {
+            // SAFETY: what was made of the value is not looked at any more.
+            unsafe { self.scratch.reset() };
+        }
     }
 
     /// The bytes of a value of varying length, fetched when they are not with the row. They
-    /// last until the next row.
+    /// last as long as the value is put.
     ///
     /// # Safety
     /// It must be such a value.
@@ -355,57 +377,66 @@ fn without_blanks(mut text: &[u8]) -> &[u8] {
 /// do not see.
 #[pg_extern]
 fn give_way() -> bool {
-    pass();
+    pass(0);
     true
+}
+
+thread_local! {
+    /// Rows and bytes since the time was looked at.
+    static PASSED: Cell<(u32, usize)> = const { Cell::new((0, 0)) };
+    /// When the session began to work or had its last rest, and its processor time then.
+    static SINCE: Cell<(Option<Instant>, Duration)> = const { Cell::new((None, Duration::ZERO)) };
+}
+
+/// Called before the first row. From then on the processor goes to whoever else wants it. There is
+/// no way back, so the session should be one that does nothing else. Nobody waits for it long: it
+/// holds a lock on a page while it looks at that.
+fn begin_work() {
+    unsafe extern "C" {
+        fn nice(increment: c_int) -> c_int;
+    }
+    thread_local!(static IS_NICE: Cell<bool> = const { Cell::new(false) });
+    if !IS_NICE.replace(true) {
+        // SAFETY: of the C library; what it answers is of no interest, nor is a refusal.
+        unsafe { nice(10) };
+    }
+    SINCE.set((Some(Instant::now()), processor_time()));
 }
 
 /// Called for each row: now and then rests for some times as long as the session has worked
 /// since, and longer where others were in the way, so that it does not take the processor from
 /// those who work here. Waiting for the processor is no work: where many wait, all would rest for
 /// ever longer.
-fn pass() {
-    /// So many rows pass before the time is looked at.
+fn pass(bytes: usize) {
+    /// So many rows or bytes pass before the time is looked at.
     const ROWS: u32 = 64;
-    /// Work before a rest: after each, caches are cold, which has cost a tenth of a shorter one.
+    const MANY_BYTES: usize = 256 << 10;
+    /// Work before a rest: with less, what a rest itself costs is felt.
     const WORK: Duration = Duration::from_millis(50);
     /// A rest is so many times as long, alone …
     const ALONE: f64 = 3.0;
     /// … and where work took half as long again as it took of a processor.
     const IN_COMPANY: f64 = 4.0;
-    /// What came between two statements was no work of this kind, and counts for little.
-    const MOST: Duration = Duration::from_millis(500);
-    thread_local! {
-        static PASSED: Cell<u32> = const { Cell::new(0) };
-        static SINCE: Cell<Option<(Instant, Duration)>> = const { Cell::new(None) };
-    }
-    let passed = PASSED.get().wrapping_add(1);
-    PASSED.set(passed);
-    if !passed.is_multiple_of(ROWS) {
+    let (rows, before) = PASSED.get();
+    PASSED.set((rows + 1, before + bytes));
+    if rows < ROWS && before < MANY_BYTES {
         return;
     }
-    match SINCE.get() {
-        Some((since, _)) if since.elapsed() < WORK => return,
-        Some((since, before)) => {
-            let (work, used) = (since.elapsed(), processor_time().saturating_sub(before));
-            let factor = match work > used * 3 / 2 {
-                true => IN_COMPANY,
-                false => ALONE,
-            };
-            rest(used.min(MOST).mul_f64(factor));
-        }
-        None => yield_to_others(),
+    PASSED.set((0, 0));
+    let (Some(since), had) = SINCE.get() else {
+        return;
+    };
+    let work = since.elapsed();
+    if work < WORK {
+        return;
     }
-    SINCE.set(Some((Instant::now(), processor_time())));
-}
-
-/// The processor goes to whoever else wants it. There is no way back, so the session should be one
-/// that does nothing else. Nobody waits for it long: it holds a lock on a page while it looks at that.
-fn yield_to_others() {
-    unsafe extern "C" {
-        fn nice(increment: c_int) -> c_int;
-    }
-    // SAFETY: of the C library; what it answers is of no interest, nor is a refusal.
-    unsafe { nice(10) };
+    let used = processor_time().saturating_sub(had);
+    let factor = match work > used * 3 / 2 {
+        true => IN_COMPANY,
+        false => ALONE,
+    };
+    rest(used.mul_f64(factor));
+    SINCE.set((Some(Instant::now()), processor_time()));
 }
 
 fn rest(mut time: Duration) {

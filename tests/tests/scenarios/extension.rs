@@ -677,6 +677,8 @@ fn rows_are_summed_alike_where_they_say_the_same() {
         ("'ab '::text", "'ab'::text"),
         ("'\\x00'::bytea", "'\\x0000'::bytea"),
         ("repeat('x', 33)", "repeat('x', 32)"),
+        ("repeat('x', 90000), 1", "repeat('x', 90000) || 'y', 1"),
+        ("repeat('x', 90000)", "repeat('x', 90001)"),
         ("1::int8", "4294967297"),
     ] {
         assert_ne!(of(one), of(other), "{one} and {other}");
@@ -704,6 +706,7 @@ fn rows_are_summed_alike_where_they_say_the_same() {
         ("SELECT", "is an integer"),
         ("SELECT 1, 1 / 0", "division by zero"),
         ("DELETE FROM far RETURNING 1", "not allowed"),
+        ("COMMIT", "was not run"),
     ] {
         let refused = sums(&[query], "{}").expect_err(query);
         assert!(refused.contains(reason), "{query}: {refused}");
