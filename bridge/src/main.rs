@@ -113,10 +113,11 @@ fn main() -> ExitCode {
     raise_file_limit();
     let arguments = Arguments::parse();
     log::start();
-    // The other half is for the Postgres beside us; the link has a thread of its own.
+    // The other half is for the Postgres beside us; the link has a thread of its own. One that
+    // reads the queue from a disk that hangs must not keep the others from telling and deciding.
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads((cores / 2).max(1))
+        .worker_threads((cores / 2).max(2))
         .enable_all()
         .build();
     let result = runtime
