@@ -4,8 +4,8 @@
 //!
 //! Guarantee: rows hash alike on every server where their columns say the same: integers of
 //! any width, texts of any type and in any encoding of the database, everything else by its
-//! text. Each value is told from its neighbours, so no two different rows give the hash the
-//! same bytes. A sum is one of 64 bits, so the order of rows and the parts that a table is
+//! text. Each value is told from its neighbours, and a long one stands there by its hash, so rows that
+//! differ give the hash other bytes. A sum is one of 64 bits: the order of rows and the parts that a table is
 //! stored in do not matter.
 
 use std::cell::Cell;
