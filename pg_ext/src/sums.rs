@@ -359,7 +359,7 @@ impl RowBytes {
 
     fn scratched<R>(&mut self, run: impl FnOnce() -> R) -> R {
         self.is_scratched = true;
-        // SAFETY: what was the context before is put back, by an error as well.
+        // SAFETY: what was the context before is put back; after an error SPI does that.
         unsafe { self.scratch.switch_to(|_| run()) }
     }
 }
@@ -385,7 +385,7 @@ thread_local! {
     /// Rows and bytes since the time was looked at.
     static PASSED: Cell<(u32, usize)> = const { Cell::new((0, 0)) };
     /// When the session began to work or had its last rest, and its processor time then.
-    static SINCE: Cell<(Option<Instant>, Duration)> = const { Cell::new((None, Duration::ZERO)) };
+    static SINCE: Cell<Option<(Instant, Duration)>> = const { Cell::new(None) };
 }
 
 /// Called before the first row. From then on the processor goes to whoever else wants it. There is
@@ -395,12 +395,10 @@ fn begin_work() {
     unsafe extern "C" {
         fn nice(increment: c_int) -> c_int;
     }
-    thread_local!(static IS_NICE: Cell<bool> = const { Cell::new(false) });
-    if !IS_NICE.replace(true) {
+    if SINCE.replace(Some(now())).is_none() {
         // SAFETY: of the C library; what it answers is of no interest, nor is a refusal.
         unsafe { nice(10) };
     }
-    SINCE.set((Some(Instant::now()), processor_time()));
 }
 
 /// Called for each row: now and then rests for some times as long as the session has worked
@@ -423,7 +421,7 @@ fn pass(bytes: usize) {
         return;
     }
     PASSED.set((0, 0));
-    let (Some(since), had) = SINCE.get() else {
+    let Some((since, had)) = SINCE.get() else {
         return;
     };
     let work = since.elapsed();
@@ -436,7 +434,7 @@ fn pass(bytes: usize) {
         false => ALONE,
     };
     rest(used.mul_f64(factor));
-    SINCE.set((Some(Instant::now()), processor_time()));
+    SINCE.set(Some(now()));
 }
 
 fn rest(mut time: Duration) {
@@ -447,6 +445,10 @@ fn rest(mut time: Duration) {
         std::thread::sleep(slice);
         time -= slice;
     }
+}
+
+fn now() -> (Instant, Duration) {
+    (Instant::now(), processor_time())
 }
 
 /// Of this process.
