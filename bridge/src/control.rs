@@ -17,6 +17,7 @@ use crate::client::{Client, quote_ident};
 use crate::config::Config;
 use crate::conninfo::ConnInfo;
 use crate::lsn::Lsn;
+use crate::show::say;
 use crate::upstream::session;
 
 /// A switchover that takes longer has failed.
@@ -72,7 +73,10 @@ async fn status(client: &mut Client) -> anyhow::Result<Value> {
 pub async fn resync(config: &Config) -> anyhow::Result<()> {
     let mut client = connect(config).await?;
     client.simple("RESYNC").await?;
-    println!("{} copies its data anew; see terrace.lag", config.node.name);
+    say(format!(
+        "{} copies its data anew; see terrace.lag",
+        config.node.name
+    ));
     Ok(())
 }
 
@@ -81,10 +85,10 @@ pub async fn skip(config: &Config, lsn: Lsn) -> anyhow::Result<()> {
     let mut client = connect(config).await?;
     let asked = client.simple(&format!("SKIP {lsn}")).await;
     asked.map_err(|error| anyhow::anyhow!(error.message()))?;
-    println!(
+    say(format!(
         "{} leaves out the transaction that ends at {lsn}",
         config.node.name
-    );
+    ));
     Ok(())
 }
 
@@ -113,7 +117,7 @@ pub async fn switchover(config: &Config, domain: &str, to: Option<&str>) -> anyh
                 bail!("{after} has become master in its place; see terrace.events")
             }
             Some(after) if Some(&after) != before.as_ref() => {
-                println!("{after} is master of domain {domain}");
+                say(format!("{after} is master of domain {domain}"));
                 return Ok(());
             }
             _ if started.elapsed() > SWITCHOVER_LIMIT => bail!(

@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use terrace_bridge::check::check;
 use terrace_bridge::config::Config;
 use terrace_bridge::lsn::Lsn;
+use terrace_bridge::show::say;
 use terrace_bridge::{compare, control, log, node, show};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -145,7 +146,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
             let findings = check(&Config::load(&config)?).await;
             for finding in &findings {
                 let mark = if finding.good { "ok   " } else { "WRONG" };
-                println!("{mark} {}", finding.text);
+                say(format!("{mark} {}", finding.text));
             }
             let wrong = findings.iter().filter(|finding| !finding.good).count();
             anyhow::ensure!(wrong == 0, "{wrong} to mend");

@@ -1,5 +1,8 @@
 //! `terrace-bridge status`: the tree for people and for programs, as the database beside
-//! the bridge knows it, so also while the bridge is down.
+//! the bridge knows it, so also while the bridge is down. And how all commands print.
+
+use std::fmt::Display;
+use std::io::{self, Write};
 
 use anyhow::Context;
 
@@ -28,17 +31,17 @@ pub async fn status(config: &Config, json: bool) -> anyhow::Result<()> {
     if json {
         let sql = "SELECT coalesce(json_agg(l), '[]') FROM terrace.lag l";
         let rows = client.query(sql, &[]).await?;
-        println!("{}", first(&rows).unwrap_or("[]"));
+        say(first(&rows).unwrap_or("[]"));
         return Ok(());
     }
-    println!(
+    say(format!(
         "{:20} {:12} {:8} {:10} {:>14} {:>10} lag",
         "node", "domain", "role", "state", "replayed", "bytes"
-    );
+    ));
     for row in client.query(NODES, &[]).await? {
         let text = |column: usize| row[column].as_deref().unwrap_or("-");
         let reason = row[7].as_deref().unwrap_or_default();
-        println!(
+        say(format!(
             "{:20} {:12} {:8} {:10} {:>14} {:>10} {} {reason}",
             text(0),
             text(1),
@@ -47,7 +50,7 @@ pub async fn status(config: &Config, json: bool) -> anyhow::Result<()> {
             text(4),
             text(5),
             text(6),
-        );
+        ));
     }
     let sql = format!(
         "SELECT * FROM (SELECT date_trunc('second', time)::text, node, kind, reason \
@@ -55,15 +58,33 @@ pub async fn status(config: &Config, json: bool) -> anyhow::Result<()> {
     );
     let events = client.query(&sql, &[]).await?;
     if !events.is_empty() {
-        println!("\nlast events:");
+        say("\nlast events:");
     }
     for row in events {
         let text = |column: usize| row[column].as_deref().unwrap_or_default();
-        println!("{}  {:16} {:10} {}", text(0), text(1), text(2), text(3));
+        say(format!(
+            "{}  {:16} {:10} {}",
+            text(0),
+            text(1),
+            text(2),
+            text(3)
+        ));
     }
     Ok(())
 }
 
 fn first(rows: &[Row]) -> Option<&str> {
     rows.first()?.first()?.as_deref()
+}
+
+/// Prints a line of what a command has to say. Whoever reads it may have had enough, as `head` has:
+/// that ends the command, without a result.
+pub fn say(line: impl Display) {
+    let Err(error) = writeln!(io::stdout(), "{line}") else {
+        return;
+    };
+    if error.kind() != io::ErrorKind::BrokenPipe {
+        eprintln!("terrace-bridge: cannot write the output: {error}");
+    }
+    std::process::exit(1);
 }
