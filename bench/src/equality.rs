@@ -1,7 +1,9 @@
 //! `terrace-bridge compare` of a large table on seven servers, while pgbench writes to it.
 //!
 //! All servers share the machine's cores here, so what pgbench loses it loses to the sums
-//! of seven servers; where each has a machine of its own, the top pays for one.
+//! of seven servers; where each has a machine of its own, the top pays for one. pgbench goes on
+//! all the time, in steps of equal length: its rate falls in the course of minutes without any
+//! comparison, so that it is compared with what it is before and after.
 
 use std::time::{Duration, Instant};
 
@@ -14,6 +16,9 @@ use crate::world::{Stage, boot, go_live, plant, tidy};
 
 /// It has failed then.
 const LIMIT: Duration = Duration::from_secs(300);
+
+/// pgbench's rate is measured over so long each time.
+const STEP: Duration = Duration::from_secs(5);
 
 pub struct Compare;
 
@@ -36,14 +41,9 @@ impl Workload for Compare {
         tree.top.sql("SELECT terrace.add_schema('public')");
         boot(&mut tree, &DOMAINS)?;
         go_live(&mut tree)?;
-        let run = |seconds: u64| -> Result<f64> {
-            let seconds = seconds.to_string();
-            let arguments = ["-n", "-c", "2", "-j", "1", "-R", "500", "-T", &seconds];
-            Ok(processed(&pgbench(&tree.top, "", &arguments)?)?.1)
-        };
-        let free = |seconds: u64| -> Result<f64> {
-            let seconds = seconds.to_string();
-            let arguments = ["-n", "-c", "4", "-j", "2", "-T", &seconds];
+        let rate = |clients: &[&str]| -> Result<f64> {
+            let seconds = STEP.as_secs().to_string();
+            let arguments = [&["-n", "-T", seconds.as_str()], clients].concat();
             Ok(processed(&pgbench(&tree.top, "", &arguments)?)?.1)
         };
         let compare = || -> Result<f64> {
@@ -64,55 +64,54 @@ impl Workload for Compare {
             Ok(started.elapsed().as_secs_f64())
         };
         let rows = plan.compare_scale * 100_000;
-        for (load, step) in [
-            ("500 tx/s", &run as &(dyn Fn(u64) -> Result<f64> + Sync)),
-            ("as fast as it can", &free),
+        for (load, clients) in [
+            ("500 tx/s", &["-c", "2", "-j", "1", "-R", "500"] as &[&str]),
+            ("as fast as it can", &["-c", "4", "-j", "2"]),
         ] {
             let below = tree.nodes.iter().map(|node| &node.server);
             tidy(below.chain([&tree.top]))?;
-            let before = step(10)?;
-            let started = Instant::now();
-            let (mut during, mut all) = (Vec::new(), Vec::new());
-            let time = std::thread::scope(|scope| {
-                let comparing = scope.spawn(compare);
-                let mut is_comparing = true;
-                while is_comparing || started.elapsed() < plan.compare_window {
-                    let rate = step(3)?;
-                    all.push(rate);
-                    if is_comparing {
-                        during.push(rate);
-                    }
-                    is_comparing = !comparing.is_finished();
+            let (mut times, mut meanwhile, mut without) = (Vec::new(), Vec::new(), Vec::new());
+            let mut quiet = || -> Result<()> {
+                for _ in 0..plan.compare_quiet {
+                    without.push(rate(clients)?);
                 }
-                comparing.join().map_err(|_| anyhow::anyhow!("panicked"))?
-            })?;
+                Ok(())
+            };
+            quiet()?;
+            for _ in 0..plan.compare_rounds {
+                times.push(std::thread::scope(|scope| {
+                    let comparing = scope.spawn(compare);
+                    while !comparing.is_finished() {
+                        meanwhile.push(rate(clients)?);
+                    }
+                    comparing.join().map_err(|_| anyhow::anyhow!("panicked"))?
+                })?);
+                quiet()?;
+            }
             let workload = format!("compare {rows} rows, pgbench at {load}");
-            println!("    {workload}: {time:.1} s");
+            println!(
+                "    {workload}: {times:.1?} s; tx/s meanwhile {meanwhile:.0?}, without {without:.0?}"
+            );
             report.add(Figure {
                 workload: workload.clone(),
                 what: "elapsed",
                 unit: "s",
                 better: Better::Lower,
                 against: "goal",
-                terrace: vec![time],
+                terrace: times,
                 baseline: vec![120.0],
                 paired: false,
             });
-            let window = (!plan.compare_window.is_zero()).then_some(("pgbench in 2 minutes", all));
-            for (what, rates) in [("pgbench meanwhile", during)].into_iter().chain(window) {
-                let rate = rates.iter().sum::<f64>() / rates.len() as f64;
-                println!("    {what}: {rate:.0} tx/s, {before:.0} before");
-                report.add(Figure {
-                    workload: workload.clone(),
-                    what,
-                    unit: "tx/s",
-                    better: Better::Higher,
-                    against: "without",
-                    terrace: vec![rate],
-                    baseline: vec![before],
-                    paired: false,
-                });
-            }
+            report.add(Figure {
+                workload,
+                what: "pgbench meanwhile",
+                unit: "tx/s",
+                better: Better::Higher,
+                against: "before and after",
+                terrace: meanwhile,
+                baseline: without,
+                paired: false,
+            });
         }
         Ok(())
     }

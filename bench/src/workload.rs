@@ -48,8 +48,9 @@ pub struct Plan {
     pub copy_rounds: usize,
     /// pgbench's scale factor for the comparison.
     pub compare_scale: u32,
-    /// pgbench goes on for so long from its start.
-    pub compare_window: Duration,
+    /// Comparisons, with pgbench's rate measured so often before and after each.
+    pub compare_rounds: usize,
+    pub compare_quiet: usize,
     /// Rounds of each way to lose a master.
     pub failover_rounds: usize,
     /// Rounds, of two servers each, and seconds that they are away.
@@ -78,7 +79,8 @@ impl Plan {
                 copy_scale: 10,
                 copy_rounds: 1,
                 compare_scale: 5,
-                compare_window: Duration::ZERO,
+                compare_rounds: 1,
+                compare_quiet: 1,
                 failover_rounds: 1,
                 rejoin: (1, 5),
             }
@@ -102,7 +104,8 @@ impl Plan {
                 copy_scale: 350,
                 copy_rounds: 2,
                 compare_scale: 100,
-                compare_window: Duration::from_secs(120),
+                compare_rounds: 2,
+                compare_quiet: 6,
                 failover_rounds: 20,
                 rejoin: (10, 60),
             }
