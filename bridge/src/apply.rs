@@ -26,6 +26,7 @@ mod sealed;
 mod sequences;
 mod setwise;
 mod skip;
+mod slices;
 mod statement;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -50,6 +51,7 @@ use crate::upstream::pinned_settings;
 use obstacle::Clearing;
 use plan::Planner;
 pub use relation::other_place;
+use slices::Slices;
 use statement::{Expect, Row, Step};
 
 /// A batch takes no more transactions than this …
@@ -210,6 +212,7 @@ struct Session<'a> {
     sequences: (Instant, bool),
     /// Sequences have not been looked at with patience since the bridge started.
     thorough: &'a AtomicBool,
+    slices: Slices,
     /// What each unanswered statement should do.
     expected: VecDeque<Expect>,
     unflushed: usize,
@@ -279,6 +282,7 @@ impl<'a> Session<'a> {
             place: None,
             sequences: (Instant::now(), true),
             thorough,
+            slices: Slices::default(),
             expected: Default::default(),
             unflushed: 0,
         })

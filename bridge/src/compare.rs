@@ -2,40 +2,44 @@
 //! top's rows, and what to do when one has not.
 //!
 //! Each server sums up its rows by ranges of the key when it has replayed exactly the
-//! position at which the top did, so data may flow meanwhile, and a difference is one.
+//! position at which the top did, so data may flow meanwhile, and a difference is one. A large
+//! table is looked at slice by slice, each at a position of its own: a snapshot that is held for
+//! long makes the rows slow that change most.
 
-use std::collections::{BTreeSet, VecDeque};
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, bail, ensure};
-use serde::Deserialize;
-use tokio::time::sleep;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
 
 use crate::config::Config;
+use crate::show::say;
 use crate::top::{Request, ask};
+use anyhow::{bail, ensure};
+use serde::Deserialize;
+use tokio::time::{Instant, sleep_until};
 
 /// Servers that are up answer within this time after the last one that did.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// So many are under way at once: a report tells of the last twenty.
 const AHEAD: usize = 8;
 
+/// A slice begins when the last but so many is done on every server that is waited for.
+const SLICES_AHEAD: u32 = 1;
+/// After a slice the top has a rest of so many times as long as it took, with no snapshot held.
+const REST: f64 = 0.5;
+
 /// What one server found.
 #[derive(Debug, Deserialize)]
-struct Finding {
-    node: String,
+pub(crate) struct Finding {
+    pub(crate) node: String,
     domain: String,
     state: String,
     ranges: Option<u64>,
     rows: Option<u64>,
+    pub(crate) done: u32,
     differ: Option<Vec<i64>>,
     conditions: Option<Vec<String>>,
 }
 
 impl Finding {
-    fn is_due(&self) -> bool {
-        self.differ.is_none() && self.state != "down"
-    }
-
     fn differs(&self) -> bool {
         self.differ
             .as_ref()
@@ -69,6 +73,37 @@ fn count_silent(findings: &[Finding]) -> usize {
 struct Comparison {
     table: String,
     id: i64,
+    slices: u32,
+    /// Slices that the top is through with.
+    begun: u32,
+    /// When the top has rested from the last of them.
+    rested: Instant,
+}
+
+/// What [`Request::Compare`] gives.
+#[derive(Deserialize)]
+struct Prepared {
+    id: i64,
+    slices: u32,
+}
+
+/// What the servers have done so far, and since when that has not been more.
+#[derive(Default)]
+struct Progress(BTreeMap<String, (u32, Instant)>);
+
+impl Progress {
+    /// Takes in what is known; gives those that are waited for.
+    fn waited<'a>(&mut self, findings: &'a [Finding], begun: u32) -> Vec<&'a Finding> {
+        let is_waited = |finding: &&Finding| {
+            let known = self.0.entry(finding.node.clone());
+            let (done, since) = known.or_insert((0, Instant::now()));
+            if finding.done != *done || finding.done == begun {
+                (*done, *since) = (finding.done, Instant::now());
+            }
+            finding.differ.is_none() && finding.state != "down" && since.elapsed() < PATIENCE
+        };
+        findings.iter().filter(is_waited).collect()
+    }
 }
 
 /// `terrace-bridge compare`: fails when a server differs or does not answer.
@@ -79,7 +114,7 @@ pub async fn compare(
 ) -> anyhow::Result<()> {
     let (mut differ, mut silent) = (0, 0);
     let mut comparisons = Comparisons::of(config, table).await?;
-    while let Some(comparison) = comparisons.next(config).await? {
+    while let Some(mut comparison) = comparisons.next(config).await? {
         let findings = comparison.end(config, domain).await?;
         differ += findings.iter().filter(|finding| finding.differs()).count();
         silent += count_silent(&findings);
@@ -100,7 +135,7 @@ pub async fn repair(
 ) -> anyhow::Result<()> {
     let mut silent = 0;
     let mut comparisons = Comparisons::of(config, table).await?;
-    while let Some(comparison) = comparisons.next(config).await? {
+    while let Some(mut comparison) = comparisons.next(config).await? {
         let mut findings = comparison.end(config, domain).await?;
         let wrong = || findings.iter().filter(|finding| finding.differs());
         let ranges: BTreeSet<i64> = wrong()
@@ -118,8 +153,8 @@ pub async fn repair(
         };
         let rows = ask(config, &request).await?;
         let table = &comparison.table;
-        println!("{table}: {rows} rows sent again");
-        let again = Comparison::begin(config, table).await?;
+        say(format!("{table}: {rows} rows sent again"));
+        let mut again = Comparison::begin(config, table).await?;
         findings = again.end(config, domain).await?;
         silent += count_silent(&findings);
         let left = findings.iter().filter(|finding| finding.differs()).count();
@@ -143,7 +178,9 @@ pub async fn resync_table(config: &Config, table: &str) -> anyhow::Result<()> {
             .collect(),
     };
     let rows = ask(config, &request).await?;
-    println!("{rows} rows of {table} are sent again; they arrive in order with the other changes");
+    say(format!(
+        "{rows} rows of {table} are sent again; they arrive in order with the other changes"
+    ));
     Ok(())
 }
 
@@ -182,38 +219,79 @@ impl Comparison {
         let request = Request::Compare {
             table: table.clone(),
         };
-        let id = ask(config, &request).await?.as_i64();
-        let id = id.context("no number of a comparison")?;
-        Ok(Comparison { table, id })
+        let prepared: Prepared = serde_json::from_value(ask(config, &request).await?)?;
+        let mut comparison = Comparison {
+            table,
+            id: prepared.id,
+            slices: prepared.slices,
+            begun: 0,
+            rested: Instant::now(),
+        };
+        comparison.begin_slice(config).await?;
+        Ok(comparison)
     }
 
-    /// Waits for the answers, and prints them.
-    async fn end(&self, config: &Config, domain: Option<&str>) -> anyhow::Result<Vec<Finding>> {
-        let table = &self.table;
-        let (mut last, mut due) = (Instant::now(), usize::MAX);
+    async fn begin_slice(&mut self, config: &Config) -> anyhow::Result<()> {
+        let request = Request::Slice {
+            id: self.id,
+            number: self.begun,
+        };
+        let started = Instant::now();
+        ask(config, &request).await?;
+        self.rested = Instant::now() + started.elapsed().mul_f64(REST);
+        self.begun += 1;
+        Ok(())
+    }
+
+    /// Begins with one slice after the other, waits for the answers, and prints them.
+    async fn end(&mut self, config: &Config, domain: Option<&str>) -> anyhow::Result<Vec<Finding>> {
+        let mut progress = Progress::default();
+        let (mut nodes, mut enough) = (Vec::new(), 0);
         let findings = loop {
-            let found = ask(config, &Request::Results { id: self.id }).await?;
-            let mut found: Vec<Finding> = serde_json::from_value(found)?;
-            found.retain(|finding| domain.is_none_or(|domain| finding.domain == domain));
-            if found.is_empty() {
-                bail!(
-                    "no server {}that table {table} flows to is known; see terrace.lag at the top",
-                    domain.map_or(String::new(), |name| format!("of domain \"{name}\" "))
-                );
-            }
-            let now_due = found.iter().filter(|finding| finding.is_due()).count();
-            if now_due < due {
-                (last, due) = (Instant::now(), now_due);
-            }
-            if due == 0 || last.elapsed() > PATIENCE {
+            let found = self.findings(config, domain, nodes, enough).await?;
+            let waited = progress.waited(&found, self.begun);
+            let done = waited.iter().map(|finding| finding.done).min();
+            if self.begun < self.slices && done.is_none_or(|done| done >= enough) {
+                sleep_until(self.rested).await;
+                self.begin_slice(config).await?;
+            } else if done.is_none() {
                 break found;
             }
-            sleep(Duration::from_millis(200)).await;
+            nodes = waited.iter().map(|finding| finding.node.clone()).collect();
+            enough = match self.begun == self.slices {
+                true => self.slices,
+                false => self.begun - SLICES_AHEAD,
+            };
         };
-        println!("{table}:");
+        say(format!("{}:", self.table));
         for finding in &findings {
-            println!("  {}/{}: {}", finding.domain, finding.node, finding.text());
+            let text = finding.text();
+            say(format!("  {}/{}: {text}", finding.domain, finding.node));
         }
         Ok(findings)
+    }
+
+    async fn findings(
+        &self,
+        config: &Config,
+        domain: Option<&str>,
+        nodes: Vec<String>,
+        slices: u32,
+    ) -> anyhow::Result<Vec<Finding>> {
+        let request = Request::Results {
+            id: self.id,
+            nodes,
+            slices,
+        };
+        let mut found: Vec<Finding> = serde_json::from_value(ask(config, &request).await?)?;
+        found.retain(|finding| domain.is_none_or(|domain| finding.domain == domain));
+        if found.is_empty() {
+            bail!(
+                "no server {}that table {} flows to is known; see terrace.lag at the top",
+                domain.map_or(String::new(), |name| format!("of domain \"{name}\" ")),
+                self.table
+            );
+        }
+        Ok(found)
     }
 }

@@ -3,20 +3,25 @@
 //! Nobody below knows the top's address: a bridge that is asked asks its own upstream, until
 //! it is a Postgres.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::time::{sleep, timeout};
 
 use crate::client::{Client, PgError, SessionOptions};
+use crate::compare::Finding;
 use crate::config::Config;
 use crate::conninfo::ConnInfo;
 use crate::upstream::{BRIDGE_PARAMETER, session};
 
 /// Nothing that is asked takes longer.
 const LIMIT: Duration = Duration::from_secs(3600);
+/// Results are looked for so often …
+const LOOK: Duration = Duration::from_millis(200);
+/// … and told after so long even if some are missing.
+const NEWS: Duration = Duration::from_secs(5);
 /// So often a lock that others hold is asked for.
 const TRIES: usize = 30;
 
@@ -26,15 +31,27 @@ const TRIES: usize = 30;
 pub enum Request {
     /// Names of the synchronised tables.
     Tables,
-    /// Begin to compare a table; gives the comparison's id when the top's sums are made.
+    /// Prepare to compare a table; gives the comparison's id and its number of slices.
     Compare {
         /// As SQL would name it.
         table: String,
     },
-    /// What every server has found.
+    /// Begin with a slice; answered when the top's sums are made.
+    Slice {
+        /// Of the comparison.
+        id: i64,
+        /// From 0.
+        number: u32,
+    },
+    /// What every server has found; answered when some are through with so many slices, or
+    /// after a while.
     Results {
         /// Of the comparison.
         id: i64,
+        /// Who is waited for …
+        nodes: Vec<String>,
+        /// … and how many.
+        slices: u32,
     },
     /// Send a table's rows once more.
     Resend {
@@ -100,19 +117,18 @@ async fn at_top(mut client: Client, info: &ConnInfo, request: &Request) -> anyho
             "SELECT coalesce(json_agg(\"table\" ORDER BY \"table\"), '[]') FROM terrace.tables",
             vec![],
         ),
-        Request::Compare { table } => return compare(client, info, table).await,
-        Request::Results { id } => (
-            "SELECT coalesce(json_agg(json_build_object('node', l.node, 'domain', l.domain, \
-                 'state', l.state, 'ranges', c.ranges, 'rows', c.rows, 'differ', c.differ, \
-                 'conditions', (SELECT json_agg(terrace.range_condition(made, r)) \
-                                FROM unnest(c.differ) r)) ORDER BY l.level, l.domain, l.node), '[]') \
-             FROM terrace.comparison made \
-             JOIN terrace.sync_table s ON s.nspname = made.nspname AND s.relname = made.relname \
-             JOIN terrace.lag l ON l.domain <> 'top' AND (s.domains IS NULL OR l.domain = ANY (s.domains)) \
-             LEFT JOIN terrace.comparisons c ON c.id = made.id AND c.node = l.node \
-             WHERE made.id = $1::bigint",
-            vec![id.to_string()],
+        Request::Compare { table } => (
+            "SELECT json_build_object('id', id, 'slices', slices) \
+             FROM terrace.begin_comparison($1::regclass)",
+            vec![table.clone()],
         ),
+        Request::Slice { id, number } => {
+            sum_up(client, info, [id.to_string(), number.to_string()]).await?;
+            return Ok(Value::Null);
+        }
+        Request::Results { id, nodes, slices } => {
+            return results(client, *id, nodes, *slices).await;
+        }
         Request::Resend { table, domains } => (
             "SELECT to_json(terrace.resend($1::regclass, $2::text[]))",
             vec![table.clone(), array(domains)],
@@ -130,11 +146,43 @@ async fn at_top(mut client: Client, info: &ConnInfo, request: &Request) -> anyho
             ],
         ),
     };
+    answer(&mut client, sql, &parameters).await
+}
+
+async fn answer(client: &mut Client, sql: &str, parameters: &[String]) -> anyhow::Result<Value> {
     let parameters: Vec<Option<&str>> = parameters.iter().map(|text| Some(text.as_str())).collect();
-    let rows = client.query(sql, &parameters).await;
-    let rows = rows.map_err(told)?;
+    let rows = client.query(sql, &parameters).await.map_err(told)?;
     let answer = rows.first().and_then(|row| row.first()?.as_deref());
     Ok(serde_json::from_str(answer.context("no answer")?)?)
+}
+
+/// Looks again and again in one session, which costs the top far less than one each.
+async fn results(
+    mut client: Client,
+    id: i64,
+    nodes: &[String],
+    slices: u32,
+) -> anyhow::Result<Value> {
+    let sql = "SELECT coalesce(json_agg(json_build_object('node', l.node, 'domain', l.domain, \
+             'state', l.state, 'ranges', c.ranges, 'rows', c.rows, 'differ', c.differ, \
+             'done', coalesce(c.done, 0), \
+             'conditions', (SELECT json_agg(terrace.range_condition(made, r)) \
+                            FROM unnest(c.differ) r)) ORDER BY l.level, l.domain, l.node), '[]') \
+         FROM terrace.comparison made \
+         JOIN terrace.sync_table s ON s.nspname = made.nspname AND s.relname = made.relname \
+         JOIN terrace.lag l ON l.domain <> 'top' AND (s.domains IS NULL OR l.domain = ANY (s.domains)) \
+         LEFT JOIN terrace.comparisons c ON c.id = made.id AND c.node = l.node \
+         WHERE made.id = $1::bigint";
+    let began = Instant::now();
+    loop {
+        let found = answer(&mut client, sql, &[id.to_string()]).await?;
+        let findings: Vec<Finding> = serde_json::from_value(found.clone())?;
+        let mut waited = findings.iter().filter(|f| nodes.contains(&f.node));
+        if waited.all(|finding| finding.done >= slices) || began.elapsed() > NEWS {
+            return Ok(found);
+        }
+        sleep(LOOK).await;
+    }
 }
 
 /// What the top says to a request, with what to do: a table that it does not know at all has no hint.
@@ -158,23 +206,19 @@ fn array(elements: &[String]) -> String {
 
 /// One session holds writers off while another one takes its snapshot: what that shows
 /// is what stands in the stream before the first one's commit.
-async fn compare(mut holder: Client, info: &ConnInfo, table: &str) -> anyhow::Result<Value> {
+async fn sum_up(mut holder: Client, info: &ConnInfo, slice: [String; 2]) -> anyhow::Result<()> {
     let options = SessionOptions {
         application_name: "terrace compare".into(),
         ..Default::default()
     };
+    let slice = slice.each_ref().map(|number| Some(number.as_str()));
     let mut reader = Client::connect(info, &options).await?;
     let mut tries = 0;
-    let made = loop {
+    loop {
         holder.simple("BEGIN").await?;
-        let begun = holder
-            .query(
-                "SELECT made::text, made.id::text FROM terrace.begin_comparison($1::regclass) made",
-                &[Some(table)],
-            )
-            .await;
-        match begun {
-            Ok(rows) => break rows,
+        let begin = "SELECT terrace.begin_slice($1::bigint, $2::integer)";
+        match holder.query(begin, &slice).await {
+            Ok(_) => break,
             Err(error) if error.code() == Some("55P03") && tries < TRIES => {
                 tries += 1;
                 holder.simple("ROLLBACK").await?;
@@ -182,10 +226,7 @@ async fn compare(mut holder: Client, info: &ConnInfo, table: &str) -> anyhow::Re
             }
             Err(error) => return Err(told(error)),
         }
-    };
-    let [Some(made), Some(id)] = made.first().map(Vec::as_slice).unwrap_or_default() else {
-        bail!("terrace.begin_comparison gave no row");
-    };
+    }
     let snapshot = reader
         .simple("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")
         .await;
@@ -197,12 +238,8 @@ async fn compare(mut holder: Client, info: &ConnInfo, table: &str) -> anyhow::Re
         })
         .await?;
     snapshot?;
-    let summed: Result<(), PgError> = async {
-        let sql = "SELECT terrace.finish_comparison($1::terrace.comparison)";
-        reader.query(sql, &[Some(made)]).await?;
-        reader.simple("COMMIT").await.map(drop)
-    }
-    .await;
-    summed.map_err(told)?;
-    Ok(serde_json::from_str(id)?)
+    let finish = "SELECT terrace.finish_slice($1::bigint, $2::integer)";
+    reader.query(finish, &slice).await.map_err(told)?;
+    reader.simple("COMMIT").await.map_err(told)?;
+    Ok(())
 }

@@ -142,7 +142,7 @@ impl Session<'_> {
         }
         self.client.simple("COMMIT").await?;
         self.committed = batch.end;
-        self.compare_if_asked().await;
+        self.sum_up_slices().await;
         self.announce(&batch);
         if self.planner.routing_changed() {
             self.planner.reload_routing(&mut self.client).await?;

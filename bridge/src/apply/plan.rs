@@ -286,9 +286,10 @@ impl Planner {
             others.for_each(|other| other.looked_up = false);
         }
         let relation = &self.relations[&relids[0]];
-        // A seal is for this transaction in the stream, not for the table here.
-        let sealing = relation.namespace == "terrace" && relation.name == "seal";
-        if sealing || !relation.routed && relids.len() == 1 {
+        // These are for this transaction in the stream, not for the table here.
+        let announces =
+            relation.namespace == "terrace" && matches!(relation.name.as_str(), "seal" | "slice");
+        if announces || !relation.routed && relids.len() == 1 {
             return Ok(Planned::Nothing);
         }
         let mut cleared = Vec::new();

@@ -7,7 +7,6 @@
 //! used from the next one on.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use bytes::Bytes;
@@ -16,8 +15,7 @@ use sha2::{Digest, Sha256};
 
 use super::Session;
 use super::relation::{Input, other_place};
-use crate::client::{Client, quote_ident, quote_table};
-use crate::open::local_client;
+use crate::client::{quote_ident, quote_table};
 use crate::pgoutput::{Datum, Tuple};
 use crate::record::{Kind, Record};
 
@@ -88,28 +86,31 @@ pub fn is_order(prefix: &str) -> bool {
 #[derive(Default)]
 pub struct Seals {
     digests: Vec<Vec<u8>>,
-    comparisons: Vec<String>,
+    /// Slices of comparisons: which, and its number there.
+    pub(super) slices: Vec<(String, String)>,
 }
 
 impl Seals {
     /// At the begin of a transaction.
     pub fn clear(&mut self) {
         self.digests.clear();
-        self.comparisons.clear();
+        self.slices.clear();
     }
 
     /// Takes in a row that is inserted into a table of the extension.
     pub fn note(&mut self, table: &str, row: Tuple<'_>) {
-        let Some(Datum::Text(text)) = row.iter().next() else {
-            return;
-        };
-        match table {
-            "seal" => self.digests.extend(hex(text)),
-            "comparison" => {
-                let id = String::from_utf8_lossy(text).into_owned();
+        let mut texts = row.iter().map_while(|datum| match datum {
+            Datum::Text(text) => Some(text),
+            _ => None,
+        });
+        match (table, texts.next(), texts.next()) {
+            ("seal", Some(digest), None) => self.digests.extend(hex(digest)),
+            ("slice", Some(comparison), Some(number)) => {
+                let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+                let slice = (text(comparison), text(number));
                 // A change may be planned twice.
-                if !self.comparisons.contains(&id) {
-                    self.comparisons.push(id);
+                if !self.slices.contains(&slice) {
+                    self.slices.push(slice);
                 }
             }
             _ => {}
@@ -454,41 +455,6 @@ impl Session<'_> {
         let message = std::str::from_utf8(&rows.message)?;
         self.client.execute(&sql, &[Some(message)]).await?;
         Ok(())
-    }
-
-    /// Takes the sums that the last transaction asked for, in a snapshot of exactly that
-    /// position, beside the apply.
-    pub(super) async fn compare_if_asked(&mut self) {
-        for id in std::mem::take(&mut self.planner.seals.comparisons) {
-            let begun = self.begin_comparison().await;
-            let shared = Arc::clone(self.shared);
-            tokio::spawn(async move {
-                let domain = &shared.config.node.domain;
-                let sums = async {
-                    let mut client = begun?;
-                    let sql = "SELECT terrace.own_comparison($1::bigint, $2)";
-                    client.query(sql, &[Some(&id), Some(domain)]).await?;
-                    client.simple("COMMIT").await?;
-                    anyhow::Ok(())
-                };
-                let done = sums.await;
-                shared.changed.notify_one();
-                if let Err(error) = done {
-                    shared.event("comparison", &format!("{id} failed: {error:#}"));
-                }
-            });
-        }
-    }
-
-    async fn begin_comparison(&self) -> anyhow::Result<Client> {
-        let mut client = local_client(self.shared).await?;
-        client
-            .simple(
-                "SET application_name = 'terrace comparison'; \
-                 BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1",
-            )
-            .await?;
-        Ok(client)
     }
 }
 

@@ -604,15 +604,13 @@ fn a_table_that_is_written_anew_is_not_compared() {
          INSERT INTO t SELECT generate_series(1, 100)",
     );
     let compare = |between: &str| {
+        let id = top.value("SELECT id FROM terrace.begin_comparison('t')");
         let mut reader = top.connect();
         let begin = "BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1";
         reader.batch_execute(begin).expect("begin");
-        let made = top.value("SELECT terrace.begin_comparison('t')::text");
+        top.sql(&format!("SELECT terrace.begin_slice({id}, 0)"));
         top.sql(between);
-        let finish = format!(
-            "SELECT terrace.finish_comparison('{made}'::terrace.comparison);
-             COMMIT"
-        );
+        let finish = format!("SELECT terrace.finish_slice({id}, 0); COMMIT");
         let done = reader.batch_execute(&finish);
         done.map_err(|error| terrace_tests::server::explain(&error))
     };
@@ -622,6 +620,65 @@ fn a_table_that_is_written_anew_is_not_compared() {
     let refused = compare("ALTER TABLE t ALTER id TYPE bigint").expect_err("compare");
     assert!(refused.contains("written anew"), "{refused}");
     compare("DELETE FROM t").expect("compare");
+}
+
+// However it is cut and whatever index there is, the sums are the same.
+#[test]
+fn a_large_table_is_compared_in_slices() {
+    let (top, _scratch) = top();
+    top.sql(
+        "CREATE TABLE near (id int PRIMARY KEY, pad char(400) DEFAULT '') WITH (fillfactor = 10);
+         CREATE TABLE wide (id uuid PRIMARY KEY, pad char(40) DEFAULT '') WITH (fillfactor = 10);
+         SELECT terrace.add_table('near'), terrace.add_table('wide');
+         INSERT INTO near SELECT generate_series(1, 30000);
+         INSERT INTO wide SELECT gen_random_uuid() FROM generate_series(1, 200000)",
+    );
+    let begin = |table: &str| {
+        let made = format!("SELECT id || ' ' || slices FROM terrace.begin_comparison('{table}')");
+        let made = top.value(&made);
+        let (id, slices) = made.split_once(' ').expect("two numbers");
+        (id.to_owned(), slices.parse::<u32>().expect("slices"))
+    };
+    let (_, slices) = begin("wide");
+    assert_eq!(slices, 1, "each slice would read the whole table");
+    let (sliced, slices) = begin("near");
+    assert!(slices > 1, "{slices} slices");
+    for number in 0..slices {
+        for step in ["begin", "finish"] {
+            top.sql(&format!("SELECT terrace.{step}_slice({sliced}, {number})"));
+        }
+    }
+    let sums = |slices: u32, filter: &str| {
+        top.value(&format!(
+            "SELECT string_agg(s::text, ' ' ORDER BY range)
+             FROM terrace.comparison c, jsonb_populate_record(c, '{{\"slices\": {slices}}}') cut,
+                 generate_series(0, {slices} - 1) number, terrace.checksums(cut, number, {filter}) s
+             WHERE c.id = {sliced} AND s.range >= 0"
+        ))
+    };
+    let wanted = sums(1, "NULL");
+    let found = format!(
+        "SELECT string_agg((range, rows, sum)::text, ' ' ORDER BY range), count(*)
+         FROM terrace.checksum WHERE comparison = {sliced} AND range >= 0"
+    );
+    assert_eq!(top.rows(&found)[0], [wanted.as_str(), "100"]);
+    let even = sums(1, "'id % 2 = 0'");
+    assert!(even != wanted);
+    assert_eq!(sums(slices, "'id % 2 = 0'"), even);
+
+    let refused = |sql: &str| {
+        let error = top.connect().batch_execute(sql).expect_err(sql);
+        terrace_tests::server::explain(&error)
+    };
+    let beyond = refused(&format!("SELECT terrace.begin_slice({sliced}, {slices})"));
+    assert!(beyond.contains("has no slice"), "{beyond}");
+    let unknown = refused("SELECT terrace.begin_slice(77, 0)");
+    assert!(unknown.contains("Compare again"), "{unknown}");
+    top.sql("ALTER TABLE near DROP CONSTRAINT near_pkey");
+    assert_eq!(sums(slices, "NULL"), wanted, "without its index");
+    assert_eq!(sums(slices, "'id % 2 = 0'"), even);
+    let altered = refused(&format!("SELECT terrace.begin_slice({sliced}, 0)"));
+    assert!(altered.contains("was altered while"), "{altered}");
 }
 
 #[test]
