@@ -1163,12 +1163,14 @@ CREATE FUNCTION give_way() RETURNS boolean
     LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'give_way_wrapper';
 
 -- What a server finds in its own rows; compared with the top's in terrace.comparisons.
+-- A top that was set back gives a number out again, but not at the same time.
 CREATE TABLE own_checksum (
     comparison bigint,
+    started timestamptz,
     range integer,
     rows bigint NOT NULL,
     sum bigint,
-    PRIMARY KEY (comparison, range)
+    PRIMARY KEY (comparison, started, range)
 );
 
 -- For each range of a slice that has any, its rows; as range -1 (and so on) all of them. Goes
@@ -1229,12 +1231,15 @@ CREATE FUNCTION slice_condition(of terrace.comparison, slice integer, part regcl
     SELECT ' WHERE ' || nullif(concat_ws(' AND ', CASE WHEN indexed THEN inside END,
         'CASE WHEN terrace.give_way() THEN ' || nullif(concat_ws(' AND ',
             CASE WHEN NOT indexed THEN inside END, '(' || filter || ')'), '') || ' END'), '')
-    FROM (SELECT CASE WHEN of.slices > 1 THEN terrace.range_condition(of, lower(ranges), upper(ranges)) END AS inside,
+    FROM (SELECT CASE WHEN of.slices > 1 THEN
+                     concat('(', terrace.range_condition(of, lower(ranges), upper(ranges)),
+                            -- A row of a server's own, without the constraint.
+                            CASE WHEN slice = 0 THEN format(' OR %I IS NULL', of.key) END, ')') END AS inside,
                  EXISTS (SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = part AND a.attname = of.key
                          JOIN pg_opclass o ON o.oid = i.indclass[0] JOIN pg_am m ON m.oid = o.opcmethod
                          WHERE i.indrelid = part AND i.indkey[0] = a.attnum AND i.indisvalid
                            AND i.indpred IS NULL AND m.amname = 'btree') AS indexed
-          FROM terrace.slice_ranges(of, slice) ranges) slice
+          FROM terrace.slice_ranges(of, slice) ranges) found
 $$;
 
 CREATE FUNCTION slice_ranges(of terrace.comparison, slice integer) RETURNS int4range
@@ -1273,7 +1278,7 @@ $$;
 CREATE FUNCTION begin_comparison(rel regclass, ranges integer DEFAULT 100) RETURNS comparison
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET datestyle = 'ISO'
     SET intervalstyle = 'postgres' SET timezone = 'UTC' SET extra_float_digits = 3
-    SET bytea_output = 'hex' SET lc_monetary = 'C' SET terrace.as_owners = on AS $$
+    SET bytea_output = 'hex' SET lc_monetary = 'C' SET lock_timeout = '2s' SET terrace.as_owners = on AS $$
 DECLARE
     setting terrace.sync_table;
     made terrace.comparison;
@@ -1323,13 +1328,16 @@ CREATE FUNCTION key_sample(rel regclass, key text) RETURNS text
                                           FROM terrace.parts_of(rel) part)))
 $$;
 
--- In how many slices a table is looked at: each takes a second or two. Slices are found by the
--- index, so where rows of one key's neighbourhood lie all over the table, each would read all of it.
+-- In how many slices a table is looked at: 64 MB take a second or two. They are found by the
+-- index, so where rows of one key's neighbourhood lie all over the table, each would read all of
+-- it; and an index of words may be in another order than ours.
 CREATE FUNCTION slices_of(rel regclass, made comparison, sample text) RETURNS integer
     LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     ranges integer := cardinality(made.bounds) + 1;
-    wanted integer := least(ranges, (SELECT ceil(sum(pg_table_size(part)) / (64 << 20)) FROM terrace.parts_of(rel) part));
+    wanted integer := least(ranges, (
+        SELECT ceil(sum(pg_table_size(part)) / pg_size_bytes(current_setting('terrace.compare_slice')))
+        FROM terrace.parts_of(rel) part));
     visits float8;
 BEGIN
     IF wanted < 2 OR (SELECT attcollation <> 0 FROM pg_attribute WHERE attrelid = rel AND attname = made.key) THEN
@@ -1343,18 +1351,15 @@ BEGIN
 END $$;
 
 -- Begins to look at a slice: the caller commits at once, with another session's snapshot
--- taken before that. What is in the snapshot is then what stands in the stream before.
+-- taken before that. What is in the snapshot is then what stands in the stream before. For how
+-- long writers wait meanwhile is for the caller to say (lock_timeout).
 CREATE FUNCTION begin_slice(comparison bigint, number integer) RETURNS void
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s'
-    SET terrace.as_owners = on AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET terrace.as_owners = on AS $$
 DECLARE
-    made terrace.comparison := terrace.comparison_of(comparison);
+    made terrace.comparison := terrace.comparison_of(comparison, number);
     rel regclass := terrace.compared_table(made);
 BEGIN
     PERFORM terrace.must_be_top();
-    IF number IS NULL OR number NOT BETWEEN 0 AND made.slices - 1 THEN
-        RAISE EXCEPTION 'comparison % has no slice %', comparison, number USING ERRCODE = 'invalid_parameter_value';
-    END IF;
     PERFORM terrace.arm_alone();
     EXECUTE format('LOCK TABLE %s IN SHARE MODE', rel);
     -- All slices are of the same columns, in one order of keys.
@@ -1367,18 +1372,31 @@ BEGIN
     DELETE FROM terrace.slice s WHERE s.comparison = begin_slice.comparison AND s.number = begin_slice.number;
 END $$;
 
+-- Keeps DDL away from a table until its sums are made: catalogs are read as they are now. For a
+-- session that has just taken its snapshot, with nothing in between.
+CREATE FUNCTION hold_compared(comparison bigint) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    rel regclass := (SELECT to_regclass(format('%I.%I', c.nspname, c.relname))
+                     FROM terrace.comparison c WHERE c.id = hold_compared.comparison);
+BEGIN
+    IF NOT terrace.setting_of(rel) IS NULL THEN
+        EXECUTE format('LOCK TABLE %s IN ACCESS SHARE MODE', rel);
+    END IF;
+END $$;
+
 -- The top's sums, in the snapshot of a session that began before begin_slice ended.
 CREATE FUNCTION finish_slice(comparison bigint, number integer) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    made terrace.comparison := terrace.comparison_of(comparison);
+    made terrace.comparison := terrace.comparison_of(comparison, number);
     setting terrace.sync_table := terrace.setting_of(terrace.compared_table(made));
 BEGIN
     PERFORM terrace.must_be_top();
     INSERT INTO terrace.checksum SELECT made.id, s.* FROM terrace.checksums(made, number, setting.filter) s;
 END $$;
 
-CREATE FUNCTION comparison_of(id bigint) RETURNS comparison
+CREATE FUNCTION comparison_of(id bigint, slice integer DEFAULT 0) RETURNS comparison
     LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     made terrace.comparison;
@@ -1386,6 +1404,9 @@ BEGIN
     SELECT * INTO made FROM terrace.comparison c WHERE c.id = comparison_of.id;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'comparison % does not exist', id USING ERRCODE = 'undefined_object', HINT = 'Compare again.';
+    ELSIF (slice BETWEEN 0 AND made.slices - 1) IS NOT TRUE THEN
+        RAISE EXCEPTION 'comparison % has no slice %', id, slice USING ERRCODE = 'invalid_parameter_value',
+            HINT = format('It has slices 0 to %s.', made.slices - 1);
     END IF;
     RETURN made;
 END $$;
@@ -1416,12 +1437,12 @@ $$;
 CREATE FUNCTION own_slice(comparison bigint, number integer, domain text) RETURNS void
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    made terrace.comparison := terrace.comparison_of(comparison);
+    made terrace.comparison := terrace.comparison_of(comparison, number);
 BEGIN
     IF EXISTS (SELECT FROM terrace.sync_table s
                WHERE s.nspname = made.nspname AND s.relname = made.relname
                  AND (s.domains IS NULL OR own_slice.domain = ANY (s.domains))) THEN
-        INSERT INTO terrace.own_checksum SELECT made.id, s.* FROM terrace.checksums(made, number, NULL) s;
+        INSERT INTO terrace.own_checksum SELECT made.id, made.started, s.* FROM terrace.checksums(made, number, NULL) s;
     END IF;
 END $$;
 
@@ -1431,14 +1452,15 @@ CREATE VIEW own_comparisons AS
            pg_catalog.cardinality(c.bounds) + 1 AS ranges, own.rows,
            CASE WHEN own.slices = c.slices AND top.slices = c.slices THEN ARRAY(
                SELECT range FROM (SELECT * FROM checksum WHERE comparison = c.id AND range >= 0) t
-               FULL JOIN (SELECT * FROM own_checksum WHERE comparison = c.id AND range >= 0) o USING (range)
+               FULL JOIN (SELECT * FROM own_checksum
+                          WHERE comparison = c.id AND started = c.started AND range >= 0) o USING (range)
                WHERE t.rows IS DISTINCT FROM o.rows OR t.sum IS DISTINCT FROM o.sum
                ORDER BY range)
            END AS differ,
            c.slices, least(own.slices, top.slices) AS done
     FROM comparison c
     CROSS JOIN LATERAL (SELECT pg_catalog.count(*)::integer AS slices, pg_catalog.sum(rows)::bigint AS rows
-                        FROM own_checksum WHERE comparison = c.id AND range < 0) own
+                        FROM own_checksum WHERE comparison = c.id AND started = c.started AND range < 0) own
     CROSS JOIN LATERAL (SELECT pg_catalog.count(*)::integer AS slices
                         FROM checksum WHERE comparison = c.id AND range < 0) top
     WHERE own.slices > 0;
@@ -1696,8 +1718,15 @@ BEGIN
         'paths', (SELECT jsonb_object_agg(name, path) FROM terrace.domains),
         'conflicts', (SELECT jsonb_agg(jsonb_build_object('table', relation, 'kind', kind,
                           'count', count, 'last_seen', last_seen, 'last_key', last_key)) FROM terrace.conflict),
+        -- The last ones, and those that are under way.
         'compared', (SELECT jsonb_agg(to_jsonb(c)) FROM (
-                         SELECT * FROM terrace.own_comparisons ORDER BY id DESC LIMIT 20) c),
+                         (SELECT * FROM terrace.own_comparisons ORDER BY id DESC LIMIT 20)
+                         UNION
+                         (SELECT c.* FROM terrace.comparison u JOIN terrace.own_comparisons c USING (id)
+                          WHERE u.slices > 1 AND NOT EXISTS (
+                              SELECT FROM terrace.own_checksum o
+                              WHERE o.comparison = u.id AND o.started = u.started AND o.range = -u.slices)
+                          ORDER BY id DESC LIMIT 20)) c),
         'nodes', (SELECT coalesce(jsonb_agg(report || jsonb_build_object('age_ms',
                       extract(epoch FROM clock_timestamp() - reply_time) * 1000)), '[]')
                   FROM terrace.status WHERE NOT self AND reply_time > now() - interval '1 min'),
@@ -1841,7 +1870,7 @@ REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA terrace FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION arm_now(), gather_sends(), give_way(), refuse_guarded(), read_value(text, anyarray), read_array(text, anyarray), replicate_ddl(text), must_be_top(), current_tag(), with_ancestors(text[]), send(text, text),
     top_lsn(), is_top(), shown(jsonb), wait_for(pg_lsn, text, interval) TO PUBLIC;
 GRANT EXECUTE ON FUNCTION report(jsonb), guard_session(), resend(regclass, text[]),
-    begin_comparison(regclass, integer), begin_slice(bigint, integer), finish_slice(bigint, integer),
+    begin_comparison(regclass, integer), begin_slice(bigint, integer), hold_compared(bigint), finish_slice(bigint, integer),
     resend_ranges(bigint, integer[], text[]), range_condition(comparison, integer, integer),
     key_expression(regclass, text) TO terrace_reader;
 GRANT SELECT ON domain, sync_table, sync_schema, partition, comparison, checksum, domains, tables, node_status, lag, topology, event,

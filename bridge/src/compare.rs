@@ -87,20 +87,33 @@ struct Prepared {
     slices: u32,
 }
 
-/// What the servers have done so far, and since when that has not been more.
+/// What the servers have done so far, and since when that has not been more. One that keeps us
+/// waiting once is waited for no more: it may have missed a slice, and will never have done all.
 #[derive(Default)]
-struct Progress(BTreeMap<String, (u32, Instant)>);
+struct Progress {
+    known: BTreeMap<String, (u32, Instant)>,
+    given_up: BTreeSet<String>,
+}
 
 impl Progress {
     /// Takes in what is known; gives those that are waited for.
-    fn waited<'a>(&mut self, findings: &'a [Finding], begun: u32) -> Vec<&'a Finding> {
+    fn waited<'a>(
+        &mut self,
+        findings: &'a [Finding],
+        begun: u32,
+        now: Instant,
+    ) -> Vec<&'a Finding> {
         let is_waited = |finding: &&Finding| {
-            let known = self.0.entry(finding.node.clone());
-            let (done, since) = known.or_insert((0, Instant::now()));
-            if finding.done != *done || finding.done == begun {
-                (*done, *since) = (finding.done, Instant::now());
+            let known = self.known.entry(finding.node.clone());
+            let (done, since) = known.or_insert((0, now));
+            let is_down = finding.state == "down";
+            if finding.done != *done || finding.done == begun || is_down {
+                (*done, *since) = (finding.done, now);
             }
-            finding.differ.is_none() && finding.state != "down" && since.elapsed() < PATIENCE
+            if now.duration_since(*since) > PATIENCE {
+                self.given_up.insert(finding.node.clone());
+            }
+            finding.differ.is_none() && !is_down && !self.given_up.contains(&finding.node)
         };
         findings.iter().filter(is_waited).collect()
     }
@@ -249,11 +262,15 @@ impl Comparison {
         let (mut nodes, mut enough) = (Vec::new(), 0);
         let findings = loop {
             let found = self.findings(config, domain, nodes, enough).await?;
-            let waited = progress.waited(&found, self.begun);
+            let waited = progress.waited(&found, self.begun, Instant::now());
             let done = waited.iter().map(|finding| finding.done).min();
             if self.begun < self.slices && done.is_none_or(|done| done >= enough) {
                 sleep_until(self.rested).await;
                 self.begin_slice(config).await?;
+                if self.begun == self.slices {
+                    // Whoever was late has another chance.
+                    progress = Progress::default();
+                }
             } else if done.is_none() {
                 break found;
             }
@@ -293,5 +310,40 @@ impl Comparison {
             );
         }
         Ok(found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_kept_us_waiting_once_is_waited_for_no_more() {
+        let at = |a: u32, b: u32, c: &str| {
+            let found = format!(
+                r#"[{{"node": "a", "domain": "d", "state": "streaming", "done": {a}}},
+                    {{"node": "b", "domain": "d", "state": "streaming", "done": {b}}},
+                    {{"node": "c", "domain": "d", "state": "{c}", "done": 0}}]"#
+            );
+            serde_json::from_str::<Vec<Finding>>(&found).expect("findings")
+        };
+        let start = Instant::now();
+        let mut progress = Progress::default();
+        let mut waited = |seconds: u64, found: &[Finding], begun: u32| {
+            let now = start + Duration::from_secs(seconds);
+            let waited = progress.waited(found, begun, now);
+            let names = waited.iter().map(|finding| finding.node.as_str());
+            names.collect::<Vec<_>>().concat()
+        };
+        assert_eq!(waited(0, &at(0, 0, "down"), 1), "ab");
+        assert_eq!(waited(100, &at(1, 0, "down"), 1), "ab");
+        assert_eq!(waited(130, &at(1, 0, "down"), 1), "a", "b is late");
+        assert_eq!(
+            waited(300, &at(1, 0, "down"), 1),
+            "a",
+            "a has nothing to do"
+        );
+        assert_eq!(waited(301, &at(1, 1, "down"), 2), "a", "b has missed one");
+        assert_eq!(waited(302, &at(1, 1, "catchup"), 2), "ac", "c is back");
     }
 }

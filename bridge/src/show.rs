@@ -84,7 +84,10 @@ pub fn say(line: impl Display) {
         return;
     };
     if error.kind() != io::ErrorKind::BrokenPipe {
-        eprintln!("terrace-bridge: cannot write the output: {error}");
+        let _ = writeln!(
+            io::stderr(),
+            "terrace-bridge: cannot write the output: {error}"
+        );
     }
     std::process::exit(1);
 }

@@ -18,12 +18,17 @@ use crate::upstream::{BRIDGE_PARAMETER, session};
 
 /// Nothing that is asked takes longer.
 const LIMIT: Duration = Duration::from_secs(3600);
+const LOCK_NOT_AVAILABLE: &str = "55P03";
 /// Results are looked for so often …
 const LOOK: Duration = Duration::from_millis(200);
 /// … and told after so long even if some are missing.
 const NEWS: Duration = Duration::from_secs(5);
-/// So often a lock that others hold is asked for.
-const TRIES: usize = 30;
+/// So often a lock that others hold is asked for …
+const TRIES: usize = 60;
+/// … and first only for so long each time: writers wait behind it, and after a second
+/// (`deadlock_timeout`) an autovacuum would be ended for it. The last half of the tries is longer.
+const SHORT: &str = "SET LOCAL lock_timeout = '200ms'";
+const LONG: &str = "SET LOCAL lock_timeout = '2s'";
 
 /// A question or a wish.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -117,11 +122,7 @@ async fn at_top(mut client: Client, info: &ConnInfo, request: &Request) -> anyho
             "SELECT coalesce(json_agg(\"table\" ORDER BY \"table\"), '[]') FROM terrace.tables",
             vec![],
         ),
-        Request::Compare { table } => (
-            "SELECT json_build_object('id', id, 'slices', slices) \
-             FROM terrace.begin_comparison($1::regclass)",
-            vec![table.clone()],
-        ),
+        Request::Compare { table } => return prepare(client, table).await,
         Request::Slice { id, number } => {
             sum_up(client, info, [id.to_string(), number.to_string()]).await?;
             return Ok(Value::Null);
@@ -154,6 +155,21 @@ async fn answer(client: &mut Client, sql: &str, parameters: &[String]) -> anyhow
     let rows = client.query(sql, &parameters).await.map_err(told)?;
     let answer = rows.first().and_then(|row| row.first()?.as_deref());
     Ok(serde_json::from_str(answer.context("no answer")?)?)
+}
+
+/// A table that is locked is asked for again.
+async fn prepare(mut client: Client, table: &str) -> anyhow::Result<Value> {
+    let sql = "SELECT json_build_object('id', id, 'slices', slices)::text \
+         FROM terrace.begin_comparison($1::regclass)";
+    let mut tries = 0;
+    let rows = loop {
+        match client.query(sql, &[Some(table)]).await {
+            Err(error) if error.code() == Some(LOCK_NOT_AVAILABLE) && tries < TRIES => tries += 1,
+            asked => break asked.map_err(told)?,
+        }
+    };
+    let prepared = rows.first().and_then(|row| row.first()?.as_deref());
+    Ok(serde_json::from_str(prepared.context("no answer")?)?)
 }
 
 /// Looks again and again in one session, which costs the top far less than one each.
@@ -215,31 +231,38 @@ async fn sum_up(mut holder: Client, info: &ConnInfo, slice: [String; 2]) -> anyh
     let mut reader = Client::connect(info, &options).await?;
     let mut tries = 0;
     loop {
-        holder.simple("BEGIN").await?;
-        let begin = "SELECT terrace.begin_slice($1::bigint, $2::integer)";
-        match holder.query(begin, &slice).await {
-            Ok(_) => break,
-            Err(error) if error.code() == Some("55P03") && tries < TRIES => {
+        let patience = if tries < TRIES / 2 { SHORT } else { LONG };
+        match begin_slice(&mut holder, &mut reader, &slice, patience).await {
+            Ok(()) => break,
+            Err(error) if error.code() == Some(LOCK_NOT_AVAILABLE) && tries < TRIES => {
                 tries += 1;
                 holder.simple("ROLLBACK").await?;
+                reader.simple("ROLLBACK").await?;
                 sleep(Duration::from_millis(200)).await;
             }
             Err(error) => return Err(told(error)),
         }
     }
-    let snapshot = reader
-        .simple("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")
-        .await;
-    holder
-        .simple(if snapshot.is_ok() {
-            "COMMIT"
-        } else {
-            "ROLLBACK"
-        })
-        .await?;
-    snapshot?;
     let finish = "SELECT terrace.finish_slice($1::bigint, $2::integer)";
     reader.query(finish, &slice).await.map_err(told)?;
     reader.simple("COMMIT").await.map_err(told)?;
+    Ok(())
+}
+
+async fn begin_slice(
+    holder: &mut Client,
+    reader: &mut Client,
+    slice: &[Option<&str>; 2],
+    patience: &str,
+) -> Result<(), PgError> {
+    holder.simple(&format!("BEGIN; {patience}")).await?;
+    let begin = "SELECT terrace.begin_slice($1::bigint, $2::integer)";
+    holder.query(begin, slice).await?;
+    // Behind somebody who waits for the other session it would wait for ever.
+    let snapshot = format!("BEGIN ISOLATION LEVEL REPEATABLE READ; {SHORT}; SELECT 1");
+    reader.simple(&snapshot).await?;
+    let hold = "SELECT terrace.hold_compared($1::bigint)";
+    reader.query(hold, &slice[..1]).await?;
+    holder.simple("COMMIT").await?;
     Ok(())
 }

@@ -28,6 +28,8 @@ pgrx::pg_module_magic!();
 static LABEL: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
 static DOMAINS: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
 static SYNC: GucSetting<bool> = GucSetting::<bool>::new(true);
+/// Looked at by `terrace.slices_of`.
+static COMPARE_SLICE: GucSetting<i32> = GucSetting::<i32>::new(256);
 
 /// A tag that a bridge takes is of less than 64 KiB.
 const MAX_LABEL: usize = 1_000;
@@ -59,6 +61,16 @@ pub extern "C-unwind" fn _PG_init() {
         &DOMAINS,
         GucContext::Userset,
         GucFlags::default(),
+    );
+    GucRegistry::define_int_guc(
+        c"terrace.compare_slice",
+        c"Size of the slices in which a table is compared.",
+        c"Smaller ones hold a snapshot for a shorter time, and cost more in all.",
+        &COMPARE_SLICE,
+        1,
+        i32::MAX,
+        GucContext::Userset,
+        GucFlags::UNIT_MB,
     );
     GucRegistry::define_bool_guc(
         c"terrace.sync",

@@ -20,12 +20,11 @@ use crate::status::Shared;
 /// lags could meet any number of slices at a time.
 const AT_ONCE: usize = 16;
 const SNAPSHOT: &str = "SET application_name = 'terrace comparison'; \
-    SET idle_in_transaction_session_timeout = 0; \
+    SET idle_in_transaction_session_timeout = 0; SET lock_timeout = '2s'; \
     BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1";
 /// What older comparisons have left; not in the snapshot, as another session may do it as well.
-const TIDY: &str = "DELETE FROM terrace.own_checksum own \
-    WHERE NOT EXISTS (SELECT FROM terrace.comparison c WHERE c.id = own.comparison)";
-
+const TIDY: &str = "DELETE FROM terrace.own_checksum own WHERE NOT EXISTS ( \
+    SELECT FROM terrace.comparison c WHERE c.id = own.comparison AND c.started = own.started)";
 /// A session is kept for so long: one that has done this before does it at less cost.
 const KEPT: Duration = Duration::from_secs(60);
 
@@ -59,7 +58,7 @@ impl Session<'_> {
                 self.leave_out(comparison);
                 continue;
             };
-            let begun = snapshot(self.shared, &self.slices.resting).await;
+            let begun = snapshot(self.shared, &self.slices.resting, &comparison).await;
             let shared = Arc::clone(self.shared);
             let turn = Arc::clone(&self.slices.turn);
             let resting = Arc::clone(&self.slices.resting);
@@ -76,7 +75,8 @@ impl Session<'_> {
                 match done {
                     Ok(client) => rest(client, &resting).await,
                     Err(error) => {
-                        let what = format!("slice {number} of {comparison} failed: {error:#}");
+                        let what =
+                            format!("slice {number} of comparison {comparison} failed: {error:#}");
                         shared.event("comparison", &what);
                     }
                 }
@@ -87,23 +87,35 @@ impl Session<'_> {
     /// Told once of each comparison.
     fn leave_out(&mut self, comparison: String) {
         if self.slices.left_out.as_ref() != Some(&comparison) {
-            let what = format!("{comparison} is left out: {AT_ONCE} slices are under way");
+            let what = format!(
+                "comparison {comparison} is left out: {AT_ONCE} slices are under way; compare again \
+                 when this server has caught up"
+            );
             self.shared.event("comparison", &what);
         }
         self.slices.left_out = Some(comparison);
     }
 }
 
-async fn snapshot(shared: &Shared, resting: &Resting) -> anyhow::Result<Client> {
-    let rested = resting.lock().await.take();
-    if let Some((mut client, _)) = rested
-        && client.simple(SNAPSHOT).await.is_ok()
-    {
-        return Ok(client);
-    }
-    let mut client = local_client(shared).await?;
-    client.simple(SNAPSHOT).await.context("take a snapshot")?;
+/// Nothing is applied meanwhile: what the session sees and what it holds is of one position.
+async fn snapshot(shared: &Shared, resting: &Resting, comparison: &str) -> anyhow::Result<Client> {
+    let mut client = match rested(resting).await {
+        Some(client) => client,
+        None => {
+            let mut client = local_client(shared).await?;
+            client.simple(SNAPSHOT).await.context("take a snapshot")?;
+            client
+        }
+    };
+    let hold = "SELECT terrace.hold_compared($1::bigint)";
+    client.query(hold, &[Some(comparison)]).await?;
     Ok(client)
+}
+
+async fn rested(resting: &Resting) -> Option<Client> {
+    let (mut client, _) = resting.lock().await.take()?;
+    let snapshot = client.simple(SNAPSHOT).await;
+    snapshot.is_ok().then_some(client)
 }
 
 /// Keeps a session that is done, and ends it when nobody has wanted it.
@@ -127,6 +139,8 @@ async fn sum_up(
     let parameters = [Some(comparison), Some(number), Some(domain.as_str())];
     client.query(sql, &parameters).await?;
     client.simple("COMMIT").await?;
-    client.simple(TIDY).await?;
+    if let Err(error) = client.simple(TIDY).await {
+        tracing::debug!("remove old sums: {error}");
+    }
     Ok(())
 }

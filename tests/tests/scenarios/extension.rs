@@ -620,6 +620,19 @@ fn a_table_that_is_written_anew_is_not_compared() {
     let refused = compare("ALTER TABLE t ALTER id TYPE bigint").expect_err("compare");
     assert!(refused.contains("written anew"), "{refused}");
     compare("DELETE FROM t").expect("compare");
+    // Nor is it altered while somebody waits for his turn.
+    let id = top.value("SELECT id FROM terrace.begin_comparison('t')");
+    let mut reader = top.connect();
+    let hold = format!(
+        "BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1; SELECT terrace.hold_compared({id})"
+    );
+    reader.batch_execute(&hold).expect("hold");
+    let alter = "SET lock_timeout = '100ms'; ALTER TABLE t ADD v int";
+    let refused = top.connect().batch_execute(alter).expect_err("alter");
+    let refused = terrace_tests::server::explain(&refused);
+    assert!(refused.contains("lock timeout"), "{refused}");
+    drop(reader);
+    top.sql("ALTER TABLE t ADD v int");
 }
 
 // However it is cut and whatever index there is, the sums are the same.
@@ -627,7 +640,8 @@ fn a_table_that_is_written_anew_is_not_compared() {
 fn a_large_table_is_compared_in_slices() {
     let (top, _scratch) = top();
     top.sql(
-        "CREATE TABLE near (id int PRIMARY KEY, pad char(400) DEFAULT '') WITH (fillfactor = 10);
+        "ALTER ROLE ALL SET terrace.compare_slice = '64MB';
+         CREATE TABLE near (id int PRIMARY KEY, pad char(400) DEFAULT '') WITH (fillfactor = 10);
          CREATE TABLE wide (id uuid PRIMARY KEY, pad char(40) DEFAULT '') WITH (fillfactor = 10);
          SELECT terrace.add_table('near'), terrace.add_table('wide');
          INSERT INTO near SELECT generate_series(1, 30000);
@@ -677,6 +691,10 @@ fn a_large_table_is_compared_in_slices() {
     top.sql("ALTER TABLE near DROP CONSTRAINT near_pkey");
     assert_eq!(sums(slices, "NULL"), wanted, "without its index");
     assert_eq!(sums(slices, "'id % 2 = 0'"), even);
+    top.sql("ALTER TABLE near ALTER id DROP NOT NULL; INSERT INTO near VALUES (NULL)");
+    let odd = sums(1, "NULL");
+    assert!(odd != wanted);
+    assert_eq!(sums(slices, "NULL"), odd, "a row without a key");
     let altered = refused(&format!("SELECT terrace.begin_slice({sliced}, 0)"));
     assert!(altered.contains("was altered while"), "{altered}");
 }
