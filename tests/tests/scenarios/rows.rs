@@ -159,7 +159,7 @@ fn what_differs_is_found_and_repaired() {
     assert_eq!(tree.top.value(done), "(4,t,t,{})");
 
     let damage = "SET session_replication_role = replica;
-        DELETE FROM stock WHERE id = 77; UPDATE stock SET place = 'wrong' WHERE id = 6789;
+        DELETE FROM stock WHERE id = 5; UPDATE stock SET place = 'wrong' WHERE id = 6789;
         INSERT INTO stock (id) VALUES (-5); DELETE FROM notes WHERE ctid = (SELECT min(ctid) FROM notes);
         UPDATE parts SET v = 'wrong' WHERE id = 3";
     tree.node("branch-1").server.sql(damage);
