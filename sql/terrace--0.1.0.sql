@@ -1450,7 +1450,7 @@ END $$;
 CREATE VIEW own_comparisons AS
     SELECT c.id, pg_catalog.format('%I.%I', c.nspname, c.relname) AS "table", c.started,
            pg_catalog.cardinality(c.bounds) + 1 AS ranges, own.rows,
-           CASE WHEN own.slices = c.slices AND top.slices = c.slices THEN ARRAY(
+           CASE WHEN least(own.slices, top.slices) = c.slices THEN ARRAY(
                SELECT range FROM (SELECT * FROM checksum WHERE comparison = c.id AND range >= 0) t
                FULL JOIN (SELECT * FROM own_checksum
                           WHERE comparison = c.id AND started = c.started AND range >= 0) o USING (range)

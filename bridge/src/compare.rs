@@ -9,12 +9,13 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
-use crate::config::Config;
-use crate::show::say;
-use crate::top::{Request, ask};
 use anyhow::{bail, ensure};
 use serde::Deserialize;
 use tokio::time::{Instant, sleep_until};
+
+use crate::config::Config;
+use crate::show::say;
+use crate::top::{Request, ask};
 
 /// Servers that are up answer within this time after the last one that did.
 const PATIENCE: Duration = Duration::from_secs(120);

@@ -73,7 +73,8 @@ pub async fn status(config: &Config, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn first(rows: &[Row]) -> Option<&str> {
+/// The first value of what was answered.
+pub(crate) fn first(rows: &[Row]) -> Option<&str> {
     rows.first()?.first()?.as_deref()
 }
 

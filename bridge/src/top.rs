@@ -10,10 +10,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::time::{sleep, timeout};
 
-use crate::client::{Client, PgError, SessionOptions};
+use crate::client::{Client, PgError, Row, SessionOptions};
 use crate::compare::Finding;
 use crate::config::Config;
 use crate::conninfo::ConnInfo;
+use crate::show::first;
 use crate::upstream::{BRIDGE_PARAMETER, session};
 
 /// Nothing that is asked takes longer.
@@ -111,9 +112,7 @@ async fn ask_server(
     let asked = client
         .simple(&format!("AT_TOP '{}'", text.replace('\'', "''")))
         .await;
-    let rows = asked.map_err(told)?;
-    let answer = rows.first().and_then(|row| row.first()?.as_deref());
-    Ok(serde_json::from_str(answer.context("no answer")?)?)
+    value(&asked.map_err(told)?)
 }
 
 async fn at_top(mut client: Client, info: &ConnInfo, request: &Request) -> anyhow::Result<Value> {
@@ -153,8 +152,11 @@ async fn at_top(mut client: Client, info: &ConnInfo, request: &Request) -> anyho
 async fn answer(client: &mut Client, sql: &str, parameters: &[String]) -> anyhow::Result<Value> {
     let parameters: Vec<Option<&str>> = parameters.iter().map(|text| Some(text.as_str())).collect();
     let rows = client.query(sql, &parameters).await.map_err(told)?;
-    let answer = rows.first().and_then(|row| row.first()?.as_deref());
-    Ok(serde_json::from_str(answer.context("no answer")?)?)
+    value(&rows)
+}
+
+fn value(rows: &[Row]) -> anyhow::Result<Value> {
+    Ok(serde_json::from_str(first(rows).context("no answer")?)?)
 }
 
 /// A table that is locked is asked for again.
@@ -162,14 +164,12 @@ async fn prepare(mut client: Client, table: &str) -> anyhow::Result<Value> {
     let sql = "SELECT json_build_object('id', id, 'slices', slices)::text \
          FROM terrace.begin_comparison($1::regclass)";
     let mut tries = 0;
-    let rows = loop {
+    loop {
         match client.query(sql, &[Some(table)]).await {
             Err(error) if error.code() == Some(LOCK_NOT_AVAILABLE) && tries < TRIES => tries += 1,
-            asked => break asked.map_err(told)?,
+            asked => return value(&asked.map_err(told)?),
         }
-    };
-    let prepared = rows.first().and_then(|row| row.first()?.as_deref());
-    Ok(serde_json::from_str(prepared.context("no answer")?)?)
+    }
 }
 
 /// Looks again and again in one session, which costs the top far less than one each.

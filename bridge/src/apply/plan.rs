@@ -287,8 +287,8 @@ impl Planner {
         }
         let relation = &self.relations[&relids[0]];
         // These are for this transaction in the stream, not for the table here.
-        let announces =
-            relation.namespace == "terrace" && matches!(relation.name.as_str(), "seal" | "slice");
+        let name = (relation.namespace.as_str(), relation.name.as_str());
+        let announces = matches!(name, ("terrace", "seal" | "slice"));
         if announces || !relation.routed && relids.len() == 1 {
             return Ok(Planned::Nothing);
         }
