@@ -1,0 +1,279 @@
+//! The rows of a table in the order of its file.
+//!
+//! Guarantee: what a sequential scan in the active snapshot finds (`heapgetpage` of
+//! `access/heap/heapam.c`, `heap_prepare_pagescan` since 17), each row once. Unlike that it leaves pages as they are, without
+//! pruning them, which writes WAL; it takes values out of a row where they are, as
+//! `heap_deform_tuple` does (`access/common/heaptuple.c`); and it holds no page while it rests.
+
+use std::ffi::{CStr, CString, c_int};
+
+use pgrx::varlena::varsize_any;
+use pgrx::{PgRelation, pg_sys};
+
+use super::Sums;
+use super::pace::pass;
+use super::row::{Column, RowBytes};
+
+/// Adds the rows of a table.
+pub(super) fn sum_up(table: pg_sys::Oid, key: Option<&[u8]>, columns: &[&[u8]], sums: &mut Sums) {
+    // SAFETY: the lock is had before anything is looked at.
+    let table =
+        unsafe { PgRelation::with_lock(table, pg_sys::AccessShareLock as pg_sys::LOCKMODE) };
+    // SAFETY: an open relation has its row of pg_class.
+    if unsafe { (*table.rd_rel).relam } != pg_sys::HEAP_TABLE_AM_OID {
+        pgrx::error!(
+            "table \"{}\" does not keep its rows in a heap",
+            table.name()
+        );
+    }
+    let mut shape = Shape::of(&table, key, columns);
+    let mut row = RowBytes::new();
+    // SAFETY: the table is open, and a function that is called has a snapshot.
+    let (blocks, snapshot, strategy) = unsafe {
+        (
+            pg_sys::RelationGetNumberOfBlocksInFork(
+                table.as_ptr(),
+                pg_sys::ForkNumber::MAIN_FORKNUM,
+            ),
+            pg_sys::GetActiveSnapshot(),
+            pg_sys::GetAccessStrategy(pg_sys::BufferAccessStrategyType::BAS_BULKREAD),
+        )
+    };
+    let mut tuples = Vec::new();
+    for block in 0..blocks {
+        pgrx::check_for_interrupts!();
+        let mut bytes = 0;
+        // SAFETY: the block is one of the table's, and its buffer stays where it is as long as it is
+        // pinned; so do rows that somebody sees.
+        unsafe {
+            let buffer = pg_sys::ReadBufferExtended(
+                table.as_ptr(),
+                pg_sys::ForkNumber::MAIN_FORKNUM,
+                block,
+                pg_sys::ReadBufferMode::RBM_NORMAL,
+                strategy,
+            );
+            pg_sys::LockBuffer(buffer, pg_sys::BUFFER_LOCK_SHARE as c_int);
+            visible(&table, buffer, block, snapshot, &mut tuples);
+            pg_sys::LockBuffer(buffer, pg_sys::BUFFER_LOCK_UNLOCK as c_int);
+            for tuple in &tuples {
+                shape.take_apart(*tuple);
+                let key = shape.write(&mut row);
+                sums.add(key, row.hash());
+                bytes += row.size();
+            }
+            pg_sys::ReleaseBuffer(buffer);
+        }
+        pass(tuples.len().max(1) as u32, bytes);
+    }
+    // SAFETY: it was made above, and no buffer is read any more.
+    unsafe { pg_sys::FreeAccessStrategy(strategy) };
+}
+
+/// The rows of a page that the snapshot shows.
+///
+/// # Safety
+/// The buffer must hold that block of the table, and be locked.
+unsafe fn visible(
+    table: &PgRelation,
+    buffer: pg_sys::Buffer,
+    block: pg_sys::BlockNumber,
+    snapshot: pg_sys::Snapshot,
+    tuples: &mut Vec<pg_sys::HeapTupleHeader>,
+) {
+    tuples.clear();
+    // SAFETY: as the caller promises; a page's items are where its line pointers say.
+    unsafe {
+        let page = pg_sys::BufferGetPage(buffer);
+        let header = page.cast::<pg_sys::PageHeaderData>();
+        let all = u32::from((*header).pd_flags) & pg_sys::PD_ALL_VISIBLE != 0
+            && !(*snapshot).takenDuringRecovery;
+        for offset in 1..=pg_sys::PageGetMaxOffsetNumber(page) {
+            let item = pg_sys::PageGetItemId(page, offset);
+            if (*item).lp_flags() != pg_sys::LP_NORMAL {
+                continue;
+            }
+            let mut tuple = pg_sys::HeapTupleData {
+                t_len: (*item).lp_len(),
+                t_self: pg_sys::ItemPointerData {
+                    ip_blkid: pg_sys::BlockIdData {
+                        bi_hi: (block >> 16) as u16,
+                        bi_lo: block as u16,
+                    },
+                    ip_posid: offset,
+                },
+                t_tableOid: table.oid(),
+                t_data: pg_sys::PageGetItem(page, item).cast(),
+            };
+            if all || pg_sys::HeapTupleSatisfiesVisibility(&mut tuple, snapshot, buffer) {
+                tuples.push(tuple.t_data);
+            }
+        }
+    }
+}
+
+/// An attribute as it lies in a row.
+struct Attribute {
+    length: i16,
+    /// To a multiple of so many bytes, a power of two.
+    align: usize,
+    by_value: bool,
+}
+
+/// Where the columns of a table's rows are, and those of the row that is looked at.
+struct Shape {
+    descriptor: pg_sys::TupleDesc,
+    /// Up to the last one that is wanted.
+    attributes: Vec<Attribute>,
+    values: Vec<Option<pg_sys::Datum>>,
+    key: Option<(usize, Column)>,
+    /// In the order in which they are hashed.
+    columns: Vec<(usize, Column)>,
+}
+
+impl Shape {
+    fn of(table: &PgRelation, key: Option<&[u8]>, columns: &[&[u8]]) -> Shape {
+        let descriptor = table.tuple_desc();
+        let find = |name: &&[u8]| {
+            let number = number(table, name);
+            let type_ = descriptor.get(number).map(|attribute| attribute.atttypid);
+            // SAFETY: the type of a column that is there.
+            type_.map(|type_| (number, unsafe { Column::of(type_) }))
+        };
+        let columns: Vec<_> = columns.iter().filter_map(find).collect();
+        let key = key.as_ref().and_then(find);
+        let wanted = columns.iter().chain(&key).map(|(number, _)| number + 1);
+        let attributes = descriptor.iter().take(wanted.max().unwrap_or(0));
+        let attributes: Vec<Attribute> = attributes
+            .map(|attribute| Attribute {
+                length: attribute.attlen,
+                align: match attribute.attalign as u8 {
+                    pg_sys::TYPALIGN_DOUBLE => align_of::<f64>(),
+                    pg_sys::TYPALIGN_INT => align_of::<c_int>(),
+                    pg_sys::TYPALIGN_SHORT => align_of::<i16>(),
+                    _ => 1,
+                },
+                by_value: attribute.attbyval,
+            })
+            .collect();
+        Shape {
+            // SAFETY: it lasts as long as the table is open.
+            descriptor: unsafe { (*table.as_ptr()).rd_att },
+            values: vec![None; attributes.len()],
+            attributes,
+            key,
+            columns,
+        }
+    }
+
+    /// # Safety
+    /// The tuple must be one of the table's.
+    unsafe fn take_apart(&mut self, tuple: pg_sys::HeapTupleHeader) {
+        // SAFETY: as the caller promises: values follow each other as the attributes say.
+        unsafe {
+            let stored = u32::from((*tuple).t_infomask2) & pg_sys::HEAP_NATTS_MASK;
+            let nulls = u32::from((*tuple).t_infomask) & pg_sys::HEAP_HASNULL != 0;
+            let nulls = nulls.then(|| (*tuple).t_bits.as_ptr());
+            let start = tuple.cast::<u8>().add(usize::from((*tuple).t_hoff));
+            let mut at = 0;
+            for (number, attribute) in self.attributes.iter().enumerate() {
+                self.values[number] = if number >= stored as usize {
+                    self.missing(number)
+                } else if nulls.is_some_and(|bits| *bits.add(number / 8) & 1 << (number % 8) == 0) {
+                    None
+                } else {
+                    at = attribute.begin(start, at);
+                    let place = start.add(at);
+                    at += attribute.size(place);
+                    Some(attribute.value(place))
+                };
+            }
+        }
+    }
+
+    /// What the row has of a column that was added after it.
+    ///
+    /// # Safety
+    /// The table must be open.
+    unsafe fn missing(&self, number: usize) -> Option<pg_sys::Datum> {
+        let mut is_null = true;
+        // SAFETY: as the caller promises; it is one of its columns.
+        let value =
+            unsafe { pg_sys::getmissingattr(self.descriptor, number as c_int + 1, &mut is_null) };
+        (!is_null).then_some(value)
+    }
+
+    /// Writes down what is hashed of the row that was taken apart; gives its number.
+    ///
+    /// # Safety
+    /// That row must be where it was.
+    unsafe fn write(&mut self, row: &mut RowBytes) -> i64 {
+        row.clear();
+        for (number, column) in &mut self.columns {
+            // SAFETY: as the caller promises.
+            unsafe { row.put(column, self.values[*number]) };
+        }
+        self.key
+            .as_ref()
+            .map_or(0, |(number, column)| column.number(self.values[*number]))
+    }
+}
+
+impl Attribute {
+    /// Where it begins, from the start of the values, when what is before it ends at `end`
+    /// (`att_align_pointer` of `access/tupmacs.h`).
+    ///
+    /// # Safety
+    /// It must be there.
+    unsafe fn begin(&self, start: *const u8, end: usize) -> usize {
+        // SAFETY: as the caller promises; what is put between for alignment is zero, and no
+        // varlena with a short header begins with that.
+        match self.length == -1 && unsafe { *start.add(end) } != 0 {
+            true => end,
+            false => (end + self.align - 1) & !(self.align - 1),
+        }
+    }
+
+    /// # Safety
+    /// It must be there.
+    unsafe fn size(&self, place: *const u8) -> usize {
+        // SAFETY: as the caller promises.
+        unsafe {
+            match self.length {
+                -1 => varsize_any(place.cast()),
+                -2 => CStr::from_ptr(place.cast()).to_bytes_with_nul().len(),
+                length => length.unsigned_abs().into(),
+            }
+        }
+    }
+
+    /// # Safety
+    /// It must be there.
+    unsafe fn value(&self, place: *const u8) -> pg_sys::Datum {
+        if !self.by_value {
+            return pg_sys::Datum::from(place.cast_mut());
+        }
+        // SAFETY: as the caller promises; by value are those of 1, 2, 4 and 8 bytes.
+        unsafe {
+            match self.length {
+                1 => pg_sys::Datum::from(*place.cast::<i8>()),
+                2 => pg_sys::Datum::from(*place.cast::<i16>()),
+                4 => pg_sys::Datum::from(*place.cast::<i32>()),
+                _ => pg_sys::Datum::from(*place.cast::<i64>()),
+            }
+        }
+    }
+}
+
+/// Of a column, from 0.
+fn number(table: &PgRelation, name: &[u8]) -> usize {
+    let Ok(name) = CString::new(name) else {
+        pgrx::error!("a column's name has no zero byte");
+    };
+    // SAFETY: it looks the name up.
+    let number = unsafe { pg_sys::get_attnum(table.oid(), name.as_ptr()) };
+    if number <= 0 {
+        pgrx::error!("table \"{}\" has no column {name:?}", table.name());
+    }
+    number as usize - 1
+}
