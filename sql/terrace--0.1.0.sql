@@ -1193,9 +1193,13 @@ DECLARE
     parts oid[] := ARRAY(SELECT terrace.stored_parts_of(rel)::oid);
     place text := terrace.key_expression(rel, of.key);
     type text := terrace.key_type(rel, of.key);
+    numbered text := of.key;
     bounds bigint[] := '{}';
-    -- All rows as they are; the last, as only queries notice when rows are gone that a snapshot should show.
+    -- All rows, and columns that are there; the last, as only queries notice when rows are gone that a
+    -- snapshot should show.
     from_files boolean := of.slices = 1 AND filter IS NULL
+        AND NOT EXISTS (SELECT FROM pg_attribute
+                        WHERE attrelid = ANY (parts) AND attname = ANY (of.columns) AND attgenerated = 'v')
         AND NOT EXISTS (SELECT FROM pg_class c JOIN pg_am a ON a.oid = c.relam
                         WHERE c.oid = ANY (parts) AND a.amname <> 'heap')
         AND coalesce(current_setting('old_snapshot_threshold', true), '-1') = '-1';
@@ -1203,6 +1207,7 @@ DECLARE
     part regclass;
 BEGIN
     IF place IS NULL THEN
+        numbered := NULL;
         place := '0';
     ELSIF type IN ('smallint', 'integer', 'bigint') THEN
         bounds := of.bounds;
@@ -1218,7 +1223,7 @@ BEGIN
     END IF;
     RETURN QUERY
         WITH sums AS MATERIALIZED (
-            SELECT * FROM terrace.sum_tables(parts, of.key, of.columns, bounds) WHERE from_files
+            SELECT * FROM terrace.sum_tables(parts, numbered, of.columns, bounds) WHERE from_files
             UNION ALL
             SELECT * FROM terrace.sum_rows(
                 ARRAY(SELECT concat('SELECT ', listed, ' FROM ONLY ', p, terrace.slice_condition(of, slice, p, filter))

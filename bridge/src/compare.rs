@@ -17,8 +17,11 @@ use crate::config::Config;
 use crate::show::say;
 use crate::top::{Request, ask};
 
-/// Servers that are up answer within this time after the last one that did.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// Servers that are up are through with a slice so long after the top, and so many times what the
+/// top needed: a busy server takes up to three minutes for what an idle one does at once
+/// (`pg_ext/src/sums/pace.rs`).
+const PATIENCE: Duration = Duration::from_secs(300);
+const SLOWER: u32 = 4;
 /// So many are under way at once: a report tells of the last twenty.
 const AHEAD: usize = 8;
 
@@ -79,6 +82,8 @@ struct Comparison {
     begun: u32,
     /// When the top has rested from the last of them.
     rested: Instant,
+    /// The longest that the top needed for one.
+    longest: Duration,
 }
 
 /// What [`Request::Compare`] gives.
@@ -102,6 +107,7 @@ impl Progress {
         &mut self,
         findings: &'a [Finding],
         begun: u32,
+        patience: Duration,
         now: Instant,
     ) -> Vec<&'a Finding> {
         let is_waited = |finding: &&Finding| {
@@ -111,7 +117,7 @@ impl Progress {
             if finding.done != *done || finding.done == begun || is_down {
                 (*done, *since) = (finding.done, now);
             }
-            if now.duration_since(*since) > PATIENCE {
+            if now.duration_since(*since) > patience {
                 self.given_up.insert(finding.node.clone());
             }
             finding.differ.is_none() && !is_down && !self.given_up.contains(&finding.node)
@@ -240,6 +246,7 @@ impl Comparison {
             slices: prepared.slices,
             begun: 0,
             rested: Instant::now(),
+            longest: Duration::ZERO,
         };
         comparison.begin_slice(config).await?;
         Ok(comparison)
@@ -252,9 +259,15 @@ impl Comparison {
         };
         let started = Instant::now();
         ask(config, &request).await?;
-        self.rested = Instant::now() + started.elapsed().mul_f64(REST);
+        let needed = started.elapsed();
+        self.rested = Instant::now() + needed.mul_f64(REST);
+        self.longest = self.longest.max(needed);
         self.begun += 1;
         Ok(())
+    }
+
+    fn patience(&self) -> Duration {
+        PATIENCE + self.longest * SLOWER
     }
 
     /// Begins with one slice after the other, waits for the answers, and prints them.
@@ -263,7 +276,7 @@ impl Comparison {
         let (mut nodes, mut enough) = (Vec::new(), 0);
         let findings = loop {
             let found = self.findings(config, domain, nodes, enough).await?;
-            let waited = progress.waited(&found, self.begun, Instant::now());
+            let waited = progress.waited(&found, self.begun, self.patience(), Instant::now());
             let done = waited.iter().map(|finding| finding.done).min();
             if self.begun < self.slices && done.is_none_or(|done| done >= enough) {
                 sleep_until(self.rested).await;
@@ -332,7 +345,7 @@ mod tests {
         let mut progress = Progress::default();
         let mut waited = |seconds: u64, found: &[Finding], begun: u32| {
             let now = start + Duration::from_secs(seconds);
-            let waited = progress.waited(found, begun, now);
+            let waited = progress.waited(found, begun, Duration::from_secs(120), now);
             let names = waited.iter().map(|finding| finding.node.as_str());
             names.collect::<Vec<_>>().concat()
         };

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::time::{sleep, timeout};
 
-use crate::client::{Client, PgError, Row, SessionOptions};
+use crate::client::{Client, PATIENT, PgError, Row, SessionOptions};
 use crate::compare::Finding;
 use crate::config::Config;
 use crate::conninfo::ConnInfo;
@@ -223,12 +223,15 @@ fn array(elements: &[String]) -> String {
 /// One session holds writers off while another one takes its snapshot: what that shows
 /// is what stands in the stream before the first one's commit.
 async fn sum_up(mut holder: Client, info: &ConnInfo, slice: [String; 2]) -> anyhow::Result<()> {
+    let patient = PATIENT.map(|(name, value)| (name.into(), value.into()));
     let options = SessionOptions {
         application_name: "terrace compare".into(),
+        gucs: patient.into(),
         ..Default::default()
     };
     let slice = slice.each_ref().map(|number| Some(number.as_str()));
     let mut reader = Client::connect(info, &options).await?;
+    reader.lift_transaction_limit().await?;
     let mut tries = 0;
     loop {
         let patience = if tries < TRIES / 2 { SHORT } else { LONG };

@@ -20,7 +20,7 @@ use crate::status::Shared;
 /// lags could meet any number of slices at a time.
 const AT_ONCE: usize = 16;
 const SNAPSHOT: &str = "SET application_name = 'terrace comparison'; \
-    SET idle_in_transaction_session_timeout = 0; SET lock_timeout = '2s'; \
+    SET idle_in_transaction_session_timeout = 0; SET lock_timeout = '2s'; SET statement_timeout = 0; \
     BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1";
 /// What older comparisons have left; not in the snapshot, as another session may do it as well.
 const TIDY: &str = "DELETE FROM terrace.own_checksum own WHERE NOT EXISTS ( \
@@ -103,6 +103,7 @@ async fn snapshot(shared: &Shared, resting: &Resting, comparison: &str) -> anyho
         Some(client) => client,
         None => {
             let mut client = local_client(shared).await?;
+            client.lift_transaction_limit().await?;
             client.simple(SNAPSHOT).await.context("take a snapshot")?;
             client
         }

@@ -142,6 +142,9 @@ impl Shape {
         };
         let columns: Vec<_> = columns.iter().filter_map(find).collect();
         let key = key.as_ref().and_then(find);
+        if !matches!(key, None | Some((_, Column::Int(_)))) {
+            pgrx::error!("a column with the numbers of rows is one of integers");
+        }
         let wanted = columns.iter().chain(&key).map(|(number, _)| number + 1);
         let attributes = descriptor.iter().take(wanted.max().unwrap_or(0));
         let attributes: Vec<Attribute> = attributes

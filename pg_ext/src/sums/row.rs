@@ -226,7 +226,7 @@ impl RowBytes {
 
     fn scratched<R>(&mut self, run: impl FnOnce() -> R) -> R {
         self.is_scratched = true;
-        // SAFETY: what was the context before is put back; after an error SPI does that.
+        // SAFETY: what was the context before is put back, after an error by the drop of the other.
         unsafe { self.scratch.switch_to(|_| run()) }
     }
 }

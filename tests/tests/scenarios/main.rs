@@ -24,6 +24,7 @@ mod shapes;
 mod stalls;
 mod streams;
 mod successors;
+mod sums;
 mod timeline;
 mod tls;
 mod tree;
