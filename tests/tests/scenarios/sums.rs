@@ -1,8 +1,10 @@
 //! Sums over tables: the same rows have the same sums, however they are come by.
 
+use std::time::Instant;
+
 use postgres::NoTls;
 use terrace_tests::server::explain;
-use terrace_tests::{Scratch, Server, ServerOptions};
+use terrace_tests::{Scratch, Server, ServerOptions, wait_until};
 
 fn top() -> (Server, Scratch) {
     let scratch = Scratch::new("terrace-").expect("scratch");
@@ -303,4 +305,54 @@ fn a_file_has_the_rows_that_a_query_has() {
         let error = explain(&reader.batch_execute(&sql).expect_err(column));
         assert!(error.contains(reason), "{error}");
     }
+}
+
+// What is computed here may be a column like others at the top, and need not be in the file.
+#[test]
+fn computed_columns_are_summed_as_they_are_read() {
+    let (top, _scratch) = top();
+    let virtual_ =
+        top.value("SELECT current_setting('server_version_num')::int >= 180000") == "true";
+    let kind = if virtual_ { "VIRTUAL" } else { "STORED" };
+    top.sql(&format!(
+        "CREATE TABLE plain (id int PRIMARY KEY, a int, twice int);
+         CREATE TABLE computed (id int PRIMARY KEY, a int, twice int GENERATED ALWAYS AS (a * 2) {kind});
+         INSERT INTO plain SELECT g, g, g * 2 FROM generate_series(1, 100) g;
+         INSERT INTO computed SELECT g, g FROM generate_series(1, 100) g;
+         SELECT terrace.add_table('plain')"
+    ));
+    let [plain, computed] = ["plain", "computed"].map(|table| {
+        top.value(&format!(
+            "SELECT string_agg(s::text, ' ') FROM terrace.begin_comparison('plain') c,
+                 jsonb_populate_record(c, '{{\"relname\": \"{table}\"}}') other, terrace.checksums(other, 0, NULL) s"
+        ))
+    });
+    assert_eq!(plain, computed);
+}
+
+// An ALTER that waits for a comparison makes everybody else wait for it.
+#[test]
+fn a_table_that_somebody_waits_for_is_summed_without_rests() {
+    let (top, _scratch) = top();
+    top.sql("CREATE TABLE t (id int, pad text DEFAULT repeat('x', 500)); INSERT INTO t SELECT generate_series(1, 200000)");
+    let mut reader = top.connect();
+    let sum = |reader: &mut postgres::Client| {
+        let start = Instant::now();
+        let sql = "SELECT terrace.sum_tables(ARRAY['t'::regclass::oid], NULL, '{id,pad}', '{}')";
+        reader.batch_execute(sql).expect("sums");
+        start.elapsed()
+    };
+    sum(&mut reader);
+    let alone = sum(&mut reader);
+    reader
+        .batch_execute("BEGIN; LOCK TABLE t IN ACCESS SHARE MODE")
+        .expect("lock");
+    std::thread::scope(|scope| {
+        scope.spawn(|| top.sql("ALTER TABLE t ADD v int"));
+        let waits = "SELECT count(*) FROM pg_locks WHERE relation = 't'::regclass AND NOT granted";
+        wait_until("it waits", || top.value(waits) == "1");
+        let awaited = sum(&mut reader);
+        reader.batch_execute("COMMIT").expect("commit");
+        assert!(awaited * 3 / 2 < alone, "{awaited:?}, alone {alone:?}");
+    });
 }
