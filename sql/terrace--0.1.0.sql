@@ -1158,9 +1158,10 @@ END $$;
 -- each range of numbers that has any. Rests now and then for some times as long as it has worked.
 CREATE FUNCTION sum_rows(queries text[], bounds bigint[], OUT range integer, OUT rows bigint, OUT sum bigint)
     RETURNS SETOF record LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'sum_rows_wrapper';
--- The same of all rows of tables that lie in a heap, from their files; a key is a column of integers, and none puts
--- all rows into one range.
-CREATE FUNCTION sum_tables(tables oid[], key text, columns text[], bounds bigint[], OUT range integer, OUT rows bigint, OUT sum bigint)
+-- The same of the rows of tables that lie in a heap, from their files; a key is a column of integers, and none puts
+-- all rows into one range. With an index on it for each table, of rows from a first key on and before another.
+CREATE FUNCTION sum_tables(tables oid[], key text, columns text[], bounds bigint[], indexes oid[], first bigint, before bigint,
+                           OUT range integer, OUT rows bigint, OUT sum bigint)
     RETURNS SETOF record LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'sum_tables_wrapper';
 -- A condition that holds for each row, and gives rests to queries of which few are summed.
 CREATE FUNCTION give_way() RETURNS boolean
@@ -1194,10 +1195,13 @@ DECLARE
     place text := terrace.key_expression(rel, of.key);
     type text := terrace.key_type(rel, of.key);
     numbered text := of.key;
+    ranges int4range := terrace.slice_ranges(of, slice);
+    indexes oid[] := CASE WHEN of.slices > 1 THEN ARRAY(
+        SELECT terrace.integer_index(p, of.key) FROM unnest(parts) WITH ORDINALITY AS u(p, n) ORDER BY n) END;
     bounds bigint[] := '{}';
-    -- All rows, and columns that are there; the last, as only queries notice when rows are gone that a
-    -- snapshot should show.
-    from_files boolean := of.slices = 1 AND filter IS NULL
+    -- Columns that are there, and the last, as only queries notice when rows are gone that a snapshot
+    -- should show.
+    from_files boolean := filter IS NULL AND array_position(indexes, NULL) IS NULL
         AND NOT EXISTS (SELECT FROM pg_attribute
                         WHERE attrelid = ANY (parts) AND attname = ANY (of.columns) AND attgenerated = 'v')
         AND NOT EXISTS (SELECT FROM pg_class c JOIN pg_am a ON a.oid = c.relam
@@ -1223,7 +1227,8 @@ BEGIN
     END IF;
     RETURN QUERY
         WITH sums AS MATERIALIZED (
-            SELECT * FROM terrace.sum_tables(parts, numbered, of.columns, bounds) WHERE from_files
+            SELECT * FROM terrace.sum_tables(parts, numbered, of.columns, bounds, indexes, bounds[lower(ranges)],
+                                             bounds[upper(ranges)]) WHERE from_files
             UNION ALL
             SELECT * FROM terrace.sum_rows(
                 ARRAY(SELECT concat('SELECT ', listed, ' FROM ONLY ', p, terrace.slice_condition(of, slice, p, filter))
@@ -1239,6 +1244,18 @@ BEGIN
             USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'Compare it once more.';
     END IF;
 END $$;
+
+-- By which all rows are found that a key has, in any snapshot.
+CREATE FUNCTION integer_index(part oid, key text) RETURNS oid
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT i.indexrelid FROM pg_index i
+    JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] AND a.attname = key AND a.attnotnull
+    JOIN pg_opclass o ON o.oid = i.indclass[0]
+    JOIN pg_opfamily f ON f.oid = o.opcfamily AND f.opfname = 'integer_ops'
+    JOIN pg_am m ON m.oid = f.opfmethod AND m.amname = 'btree'
+    WHERE i.indrelid = part AND i.indisvalid AND NOT i.indcheckxmin AND i.indpred IS NULL
+    ORDER BY i.indnatts, i.indexrelid LIMIT 1
+$$;
 
 -- Which rows of a part of the table are summed up. What no index answers gives rests to the
 -- session for each row that is not.

@@ -29,7 +29,7 @@ static LABEL: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(N
 static DOMAINS: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(None);
 static SYNC: GucSetting<bool> = GucSetting::<bool>::new(true);
 /// Looked at by `terrace.slices_of`.
-static COMPARE_SLICE: GucSetting<i32> = GucSetting::<i32>::new(2048);
+static COMPARE_SLICE: GucSetting<i32> = GucSetting::<i32>::new(256);
 
 /// A tag that a bridge takes is of less than 64 KiB.
 const MAX_LABEL: usize = 1_000;

@@ -11,6 +11,7 @@ mod pace;
 mod row;
 
 use std::ffi::{CString, c_int};
+use std::ops::RangeInclusive;
 
 use pgrx::prelude::*;
 use pgrx::{Array, PgTupleDesc, pg_sys};
@@ -36,23 +37,32 @@ fn sum_rows(
     receiver.sums.found()
 }
 
-/// The same of all rows of tables, of those in their files that the snapshot shows: `key` is the
-/// column with a row's number, without one all rows are in range 0.
+/// The same of the rows of tables, of those in their files that the snapshot shows: `key` is the
+/// column with a row's number, without one all rows are in range 0. With `indexes` on that column, one
+/// for each table, only pages with rows from `first` on and `before` another are looked at, and only such rows.
 ///
 /// # Errors
-/// When a table has no such column, or does not keep its rows in a heap.
+/// When a table has no such column, or does not keep its rows in a heap; when an index is of another kind.
 #[pg_extern]
 fn sum_tables(
     tables: Vec<pg_sys::Oid>,
     key: Option<&[u8]>,
     columns: Array<'_, &[u8]>,
     bounds: Vec<i64>,
+    indexes: Option<Vec<pg_sys::Oid>>,
+    first: Option<i64>,
+    before: Option<i64>,
 ) -> TableIterator<'static, (name!(range, i32), name!(rows, i64), name!(sum, i64))> {
     let columns: Vec<&[u8]> = columns.iter().flatten().collect();
+    let numbers = match before {
+        Some(i64::MIN) => RangeInclusive::new(1, 0),
+        _ => first.unwrap_or(i64::MIN)..=before.map_or(i64::MAX, |before| before - 1),
+    };
     let mut sums = Sums::new(bounds);
     pace::begin_work();
-    for table in tables {
-        file::sum_up(table, key, &columns, &mut sums);
+    for (place, table) in tables.into_iter().enumerate() {
+        let index = indexes.as_ref().and_then(|indexes| indexes.get(place));
+        file::sum_up(table, index.copied(), &numbers, key, &columns, &mut sums);
     }
     sums.found()
 }
@@ -76,9 +86,9 @@ impl Sums {
         }
     }
 
-    /// Takes in a row.
-    fn add(&mut self, key: i64, hash: i64) {
-        let range = self.range_of(key);
+    /// Takes in a row. One without a number is below all others.
+    fn add(&mut self, number: Option<i64>, hash: i64) {
+        let range = self.range_of(number.unwrap_or(i64::MIN));
         let (rows, sum) = &mut self.ranges[range];
         *rows += 1;
         *sum = sum.wrapping_add(hash);

@@ -1,11 +1,14 @@
 //! The rows of a table in the order of its file.
 //!
 //! Guarantee: what a sequential scan in the active snapshot finds (`heapgetpage` of
-//! `access/heap/heapam.c`, `heap_prepare_pagescan` since 17), each row once. Unlike that it leaves pages as they are, without
-//! pruning them, which writes WAL; it takes values out of a row where they are, as
-//! `heap_deform_tuple` does (`access/common/heaptuple.c`); and it holds no page while it rests.
+//! `access/heap/heapam.c`, `heap_prepare_pagescan` since 17), each row once. Unlike that it prunes no
+//! pages, which writes WAL; it takes values out of a row where they are, as `heap_deform_tuple` does
+//! (`access/common/heaptuple.c`); and it holds no page while it rests. Where numbers are given,
+//! of the rows that have one of them: an index says which pages those are on, and has each row that
+//! the snapshot shows.
 
 use std::ffi::{CStr, CString, c_int};
+use std::ops::RangeInclusive;
 
 use pgrx::varlena::varsize_any;
 use pgrx::{PgRelation, pg_sys};
@@ -14,11 +17,19 @@ use super::Sums;
 use super::pace::pass;
 use super::row::{Column, RowBytes};
 
+const SHARED: pg_sys::LOCKMODE = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
+
 /// Adds the rows of a table.
-pub(super) fn sum_up(table: pg_sys::Oid, key: Option<&[u8]>, columns: &[&[u8]], sums: &mut Sums) {
+pub(super) fn sum_up(
+    table: pg_sys::Oid,
+    index: Option<pg_sys::Oid>,
+    numbers: &RangeInclusive<i64>,
+    key: Option<&[u8]>,
+    columns: &[&[u8]],
+    sums: &mut Sums,
+) {
     // SAFETY: the lock is had before anything is looked at.
-    let table =
-        unsafe { PgRelation::with_lock(table, pg_sys::AccessShareLock as pg_sys::LOCKMODE) };
+    let table = unsafe { PgRelation::with_lock(table, SHARED) };
     // SAFETY: an open relation has its row of pg_class.
     if unsafe { (*table.rd_rel).relam } != pg_sys::HEAP_TABLE_AM_OID {
         pgrx::error!(
@@ -39,8 +50,12 @@ pub(super) fn sum_up(table: pg_sys::Oid, key: Option<&[u8]>, columns: &[&[u8]], 
             pg_sys::GetAccessStrategy(pg_sys::BufferAccessStrategyType::BAS_BULKREAD),
         )
     };
+    let wanted = index.map(|index| pages(&table, index, numbers, blocks));
     let mut tuples = Vec::new();
     for block in 0..blocks {
+        if wanted.as_ref().is_some_and(|pages| !pages.has(block)) {
+            continue;
+        }
         pgrx::check_for_interrupts!();
         let mut bytes = 0;
         // SAFETY: the block is one of the table's, and its buffer stays where it is as long as it is
@@ -58,9 +73,12 @@ pub(super) fn sum_up(table: pg_sys::Oid, key: Option<&[u8]>, columns: &[&[u8]], 
             pg_sys::LockBuffer(buffer, pg_sys::BUFFER_LOCK_UNLOCK as c_int);
             for tuple in &tuples {
                 shape.take_apart(*tuple);
-                let key = shape.write(&mut row);
-                sums.add(key, row.hash());
-                bytes += row.size();
+                let number = shape.number();
+                if index.is_none() || number.is_some_and(|number| numbers.contains(&number)) {
+                    shape.write(&mut row);
+                    sums.add(number, row.hash());
+                    bytes += row.size();
+                }
             }
             pg_sys::ReleaseBuffer(buffer);
         }
@@ -68,6 +86,88 @@ pub(super) fn sum_up(table: pg_sys::Oid, key: Option<&[u8]>, columns: &[&[u8]], 
     }
     // SAFETY: it was made above, and no buffer is read any more.
     unsafe { pg_sys::FreeAccessStrategy(strategy) };
+}
+
+/// Some of a file's pages, a bit each.
+struct Pages(Vec<u64>);
+
+impl Pages {
+    fn add(&mut self, block: pg_sys::BlockNumber) {
+        if let Some(word) = self.0.get_mut(block as usize / 64) {
+            *word |= 1 << (block % 64);
+        }
+    }
+
+    fn has(&self, block: pg_sys::BlockNumber) -> bool {
+        self.0[block as usize / 64] & 1 << (block % 64) != 0
+    }
+}
+
+/// Where an index on integers says that rows with these numbers are.
+fn pages(
+    table: &PgRelation,
+    index: pg_sys::Oid,
+    numbers: &RangeInclusive<i64>,
+    blocks: pg_sys::BlockNumber,
+) -> Pages {
+    let mut pages = Pages(vec![0; blocks.div_ceil(64) as usize]);
+    // SAFETY: the lock is had before anything is looked at.
+    let index = unsafe { PgRelation::with_lock(index, SHARED) };
+    let mut keys = [
+        (pg_sys::BTGreaterEqualStrategyNumber, *numbers.start()),
+        (pg_sys::BTLessEqualStrategyNumber, *numbers.end()),
+    ]
+    .map(|(strategy, bound)| scan_key(&index, strategy, bound));
+    let count = keys.len() as c_int;
+    // SAFETY: both are open, the keys are for this index, and a function that is called has a
+    // snapshot; what is found is looked at before the next one is.
+    unsafe {
+        let (heap, index) = (table.as_ptr(), index.as_ptr());
+        let snapshot = pg_sys::GetActiveSnapshot();
+        #[cfg(not(feature = "pg18"))]
+        let scan = pg_sys::index_beginscan(heap, index, snapshot, count, 0);
+        #[cfg(feature = "pg18")]
+        let scan = pg_sys::index_beginscan(heap, index, snapshot, std::ptr::null_mut(), count, 0);
+        pg_sys::index_rescan(scan, keys.as_mut_ptr(), count, std::ptr::null_mut(), 0);
+        loop {
+            let found =
+                pg_sys::index_getnext_tid(scan, pg_sys::ScanDirection::ForwardScanDirection);
+            let Some(place) = found.as_ref() else { break };
+            let block = place.ip_blkid;
+            pages.add(u32::from(block.bi_hi) << 16 | u32::from(block.bi_lo));
+            pgrx::check_for_interrupts!();
+        }
+        pg_sys::index_endscan(scan);
+    }
+    pages
+}
+
+/// A comparison of an index's first column with a number.
+fn scan_key(index: &PgRelation, strategy: u32, bound: i64) -> pg_sys::ScanKeyData {
+    let mut key = pg_sys::ScanKeyData::default();
+    // SAFETY: an index has a family and a type for each of its columns.
+    unsafe {
+        let operator = pg_sys::get_opfamily_member(
+            *index.rd_opfamily,
+            *index.rd_opcintype,
+            pg_sys::INT8OID,
+            strategy as i16,
+        );
+        if operator == pg_sys::InvalidOid {
+            pgrx::error!("index \"{}\" is not one of integers", index.name());
+        }
+        pg_sys::ScanKeyEntryInitialize(
+            &mut key,
+            0,
+            1,
+            strategy as pg_sys::StrategyNumber,
+            pg_sys::INT8OID,
+            pg_sys::InvalidOid,
+            pg_sys::get_opcode(operator),
+            pg_sys::Datum::from(bound),
+        );
+    }
+    key
 }
 
 /// The rows of a page that the snapshot shows.
@@ -206,19 +306,23 @@ impl Shape {
         (!is_null).then_some(value)
     }
 
-    /// Writes down what is hashed of the row that was taken apart; gives its number.
+    /// Of the row that was taken apart.
+    fn number(&self) -> Option<i64> {
+        self.key.as_ref().map_or(Some(0), |(number, column)| {
+            column.number(self.values[*number])
+        })
+    }
+
+    /// Writes down what is hashed of it.
     ///
     /// # Safety
-    /// That row must be where it was.
-    unsafe fn write(&mut self, row: &mut RowBytes) -> i64 {
+    /// The row must be where it was.
+    unsafe fn write(&mut self, row: &mut RowBytes) {
         row.clear();
         for (number, column) in &mut self.columns {
             // SAFETY: as the caller promises.
             unsafe { row.put(column, self.values[*number]) };
         }
-        self.key
-            .as_ref()
-            .map_or(0, |(number, column)| column.number(self.values[*number]))
     }
 }
 

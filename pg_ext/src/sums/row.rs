@@ -77,11 +77,11 @@ impl Column {
         }
     }
 
-    /// A row's number; that of one without is below all others.
-    pub(super) fn number(&self, value: Option<pg_sys::Datum>) -> i64 {
+    /// A row's number, if it has one.
+    pub(super) fn number(&self, value: Option<pg_sys::Datum>) -> Option<i64> {
         match (self, value) {
-            (Column::Int(width), Some(value)) => width.read(value),
-            _ => i64::MIN,
+            (Column::Int(width), Some(value)) => Some(width.read(value)),
+            _ => None,
         }
     }
 }

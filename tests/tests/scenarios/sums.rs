@@ -234,23 +234,44 @@ fn a_file_has_the_rows_that_a_query_has() {
            ALTER TABLE odd DROP COLUMN gone;
            ALTER TABLE odd ADD later int DEFAULT 7, ADD word text DEFAULT 'later', ADD none text;
            INSERT INTO odd (id, later, none) VALUES (NULL, NULL, 'some'), (-5, 8, NULL);
-           SELECT fill(3001, 4000)"#,
+           SELECT fill(3001, 4000);
+           CREATE INDEX odd_id ON odd (id DESC); CREATE INDEX odd_t ON odd (t)"#,
     );
     let all = "none,b,id,c,s,d,x,u,n,t,f,z,p,v,a,r,m,w,o,word,later";
-    let both = |client: &mut postgres::Client, key: Option<&str>, columns: &str| {
-        let (file, place) = (format!("'{{{columns}}}'"), key.unwrap_or("0"));
-        let named = key.map_or("NULL".into(), |key| format!("'{key}'"));
-        let [from_file, by_query] = [
-            format!("sum_tables(ARRAY['odd'::regclass::oid], {named}, {file}, '{{0,50,3500}}')"),
-            format!("sum_rows(ARRAY['SELECT {place}, {columns} FROM odd'], '{{0,50,3500}}')"),
-        ]
-        .map(|call| {
+    let equal = |client: &mut postgres::Client, from_file: &str, by_query: &str| {
+        let [from_file, by_query] = [from_file, by_query].map(|call| {
             let sql = format!("SELECT string_agg(s::text, ' ') FROM terrace.{call} s");
             let row = client.query_one(&sql, &[]).expect("sums");
             row.get::<_, Option<String>>(0).unwrap_or_default()
         });
-        assert_eq!(from_file, by_query, "{key:?} {columns}");
+        assert_eq!(from_file, by_query);
         from_file
+    };
+    let both = |client: &mut postgres::Client, key: Option<&str>, columns: &str| {
+        let (place, bounds) = (key.unwrap_or("0"), "'{0,50,3500}'");
+        let named = key.map_or("NULL".into(), |key| format!("'{key}'"));
+        let file = format!("ARRAY['odd'::regclass::oid], {named}, '{{{columns}}}', {bounds}");
+        let query = format!("SELECT {place}, {columns} FROM odd");
+        if key == Some("id") {
+            for (first, before) in [("NULL", "0"), ("0", "70"), ("70", "3200"), ("3200", "NULL")] {
+                equal(
+                    client,
+                    &format!(
+                        "sum_tables({file}, ARRAY['odd_id'::regclass::oid], {first}, {before})"
+                    ),
+                    &format!(
+                        "sum_rows(ARRAY['{query} WHERE id >= {} AND id < {}'], {bounds})",
+                        first.replace("NULL", "-1000"),
+                        before.replace("NULL", "10000")
+                    ),
+                );
+            }
+        }
+        equal(
+            client,
+            &format!("sum_tables({file}, NULL, NULL, NULL)"),
+            &format!("sum_rows(ARRAY['{query}'], {bounds})"),
+        )
     };
     let (mut reader, mut writer) = (top.connect(), top.connect());
     let begin = "BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1";
@@ -300,11 +321,14 @@ fn a_file_has_the_rows_that_a_query_has() {
         ("pg_tables", "tablename", "does not keep its rows in a heap"),
     ] {
         let sql = format!(
-            "SELECT terrace.sum_tables(ARRAY['{table}'::regclass::oid], NULL, '{{{column}}}', '{{}}')"
+            "SELECT terrace.sum_tables(ARRAY['{table}'::regclass::oid], NULL, '{{{column}}}', '{{}}', NULL, NULL, NULL)"
         );
         let error = explain(&reader.batch_execute(&sql).expect_err(column));
         assert!(error.contains(reason), "{error}");
     }
+    let sql = "SELECT terrace.sum_tables(ARRAY['odd'::regclass::oid], 'id', '{id}', '{}', ARRAY['odd_t'::regclass::oid], 1, 2)";
+    let error = explain(&reader.batch_execute(sql).expect_err("texts"));
+    assert!(error.contains("not one of integers"), "{error}");
 }
 
 // What is computed here may be a column like others at the top, and need not be in the file.
@@ -338,7 +362,7 @@ fn a_table_that_somebody_waits_for_is_summed_without_rests() {
     let mut reader = top.connect();
     let sum = |reader: &mut postgres::Client| {
         let start = Instant::now();
-        let sql = "SELECT terrace.sum_tables(ARRAY['t'::regclass::oid], NULL, '{id,pad}', '{}')";
+        let sql = "SELECT terrace.sum_tables(ARRAY['t'::regclass::oid], NULL, '{id,pad}', '{}', NULL, NULL, NULL)";
         reader.batch_execute(sql).expect("sums");
         start.elapsed()
     };
@@ -348,7 +372,8 @@ fn a_table_that_somebody_waits_for_is_summed_without_rests() {
         .batch_execute("BEGIN; LOCK TABLE t IN ACCESS SHARE MODE")
         .expect("lock");
     std::thread::scope(|scope| {
-        scope.spawn(|| top.sql("ALTER TABLE t ADD v int"));
+        let mut other = top.connect();
+        scope.spawn(move || other.batch_execute("ALTER TABLE t ADD v int"));
         let waits = "SELECT count(*) FROM pg_locks WHERE relation = 't'::regclass AND NOT granted";
         wait_until("it waits", || top.value(waits) == "1");
         let awaited = sum(&mut reader);
