@@ -1251,9 +1251,11 @@ CREATE FUNCTION integer_index(part oid, key text) RETURNS oid
     SELECT i.indexrelid FROM pg_index i
     JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] AND a.attname = key AND a.attnotnull
     JOIN pg_opclass o ON o.oid = i.indclass[0]
-    JOIN pg_opfamily f ON f.oid = o.opcfamily AND f.opfname = 'integer_ops'
+    JOIN pg_opfamily f ON f.oid = o.opcfamily AND f.opfname = 'integer_ops' AND f.opfnamespace = 'pg_catalog'::regnamespace
     JOIN pg_am m ON m.oid = f.opfmethod AND m.amname = 'btree'
     WHERE i.indrelid = part AND i.indisvalid AND NOT i.indcheckxmin AND i.indpred IS NULL
+      AND NOT EXISTS (SELECT FROM pg_constraint c
+                      WHERE c.conrelid = part AND c.contype = 'n' AND a.attnum = ANY (c.conkey) AND NOT c.convalidated)
     ORDER BY i.indnatts, i.indexrelid LIMIT 1
 $$;
 

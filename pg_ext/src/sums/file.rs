@@ -53,10 +53,10 @@ pub(super) fn sum_up(
     let wanted = index.map(|index| pages(&table, index, numbers, blocks));
     let mut tuples = Vec::new();
     for block in 0..blocks {
+        pgrx::check_for_interrupts!();
         if wanted.as_ref().is_some_and(|pages| !pages.has(block)) {
             continue;
         }
-        pgrx::check_for_interrupts!();
         let mut bytes = 0;
         // SAFETY: the block is one of the table's, and its buffer stays where it is as long as it is
         // pinned; so do rows that somebody sees.
@@ -113,6 +113,14 @@ fn pages(
     let mut pages = Pages(vec![0; blocks.div_ceil(64) as usize]);
     // SAFETY: the lock is had before anything is looked at.
     let index = unsafe { PgRelation::with_lock(index, SHARED) };
+    // SAFETY: an open index has its row of pg_index.
+    if unsafe { index.rd_index.as_ref() }.is_none_or(|row| row.indrelid != table.oid()) {
+        pgrx::error!(
+            "\"{}\" is not an index on table \"{}\"",
+            index.name(),
+            table.name()
+        );
+    }
     let mut keys = [
         (pg_sys::BTGreaterEqualStrategyNumber, *numbers.start()),
         (pg_sys::BTLessEqualStrategyNumber, *numbers.end()),
@@ -136,6 +144,7 @@ fn pages(
             let block = place.ip_blkid;
             pages.add(u32::from(block.bi_hi) << 16 | u32::from(block.bi_lo));
             pgrx::check_for_interrupts!();
+            pass(1, 0);
         }
         pg_sys::index_endscan(scan);
     }

@@ -48,7 +48,7 @@ pub(super) fn pass(count: u32, bytes: usize) {
     /// A rest is so many times as long, alone …
     const ALONE: u32 = 3;
     /// … and where work had to wait for a processor for half as long as it had one …
-    const IN_COMPANY: u32 = 16;
+    const IN_COMPANY: u32 = 24;
     /// … but others are hurt more by a snapshot that is held for longer than this.
     const GENTLE: Duration = Duration::from_secs(180);
     const IN_HASTE: u32 = 4;
@@ -99,10 +99,17 @@ fn rest(time: Duration) {
 }
 
 fn is_awaited() -> bool {
-    let sql = "SELECT EXISTS (SELECT FROM pg_catalog.pg_locks own JOIN pg_catalog.pg_locks other
+    let sql = "SELECT FROM pg_catalog.pg_locks own JOIN pg_catalog.pg_locks other
                    ON other.relation = own.relation AND other.database = own.database
-               WHERE own.pid = pg_catalog.pg_backend_pid() AND own.granted AND NOT other.granted)";
-    matches!(Spi::get_one(sql), Ok(Some(true)))
+               WHERE own.pid = pg_catalog.pg_backend_pid() AND own.locktype = 'relation' AND own.granted
+                   AND other.locktype = 'relation' AND NOT other.granted
+                   AND other.mode = 'AccessExclusiveLock'";
+    // Read only, or the transaction would get a number, for which new slots wait.
+    Spi::connect(|client| {
+        client
+            .select(sql, Some(1), &[])
+            .is_ok_and(|found| !found.is_empty())
+    })
 }
 
 /// How long the transaction, and so its snapshot, has been there.
