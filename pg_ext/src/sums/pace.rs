@@ -48,7 +48,7 @@ pub(super) fn pass(count: u32, bytes: usize) {
     /// A rest is so many times as long, alone …
     const ALONE: u32 = 3;
     /// … and where work had to wait for a processor for half as long as it had one …
-    const IN_COMPANY: u32 = 24;
+    const IN_COMPANY: u32 = 16;
     /// … but others are hurt more by a snapshot that is held for longer than this.
     const GENTLE: Duration = Duration::from_secs(180);
     const IN_HASTE: u32 = 4;
