@@ -8,6 +8,7 @@
 //! the snapshot shows.
 
 use std::ffi::{CStr, CString, c_int};
+use std::mem::offset_of;
 use std::ops::RangeInclusive;
 
 use pgrx::varlena::varsize_any;
@@ -197,13 +198,12 @@ unsafe fn visible(
         let header = page.cast::<pg_sys::PageHeaderData>();
         let all = u32::from((*header).pd_flags) & pg_sys::PD_ALL_VISIBLE != 0
             && !(*snapshot).takenDuringRecovery;
-        for offset in 1..=pg_sys::PageGetMaxOffsetNumber(page) {
-            let item = pg_sys::PageGetItemId(page, offset);
-            if (*item).lp_flags() != pg_sys::LP_NORMAL {
+        for (item, offset) in items(header).iter().zip(1..) {
+            if item.lp_flags() != pg_sys::LP_NORMAL {
                 continue;
             }
             let mut tuple = pg_sys::HeapTupleData {
-                t_len: (*item).lp_len(),
+                t_len: item.lp_len(),
                 t_self: pg_sys::ItemPointerData {
                     ip_blkid: pg_sys::BlockIdData {
                         bi_hi: (block >> 16) as u16,
@@ -212,12 +212,26 @@ unsafe fn visible(
                     ip_posid: offset,
                 },
                 t_tableOid: table.oid(),
-                t_data: pg_sys::PageGetItem(page, item).cast(),
+                t_data: page.add(item.lp_off() as usize).cast(),
             };
             if all || pg_sys::HeapTupleSatisfiesVisibility(&mut tuple, snapshot, buffer) {
                 tuples.push(tuple.t_data);
             }
         }
+    }
+}
+
+/// A page's line pointers (`PageGetMaxOffsetNumber` of `storage/bufpage.h`).
+///
+/// # Safety
+/// It must be a page that is initialised or all zero, and locked.
+unsafe fn items<'a>(page: *const pg_sys::PageHeaderData) -> &'a [pg_sys::ItemIdData] {
+    // SAFETY: as the caller promises: they lie between the header and its pd_lower.
+    unsafe {
+        let end = usize::from((*page).pd_lower);
+        let bytes = end.saturating_sub(offset_of!(pg_sys::PageHeaderData, pd_linp));
+        let count = bytes / size_of::<pg_sys::ItemIdData>();
+        std::slice::from_raw_parts((&raw const (*page).pd_linp).cast(), count)
     }
 }
 
