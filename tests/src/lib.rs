@@ -29,6 +29,22 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 /// Of every role in a test.
 pub const PASSWORD: &str = "terrace";
 
+/// A top by itself, and the directory that it is in.
+///
+/// # Panics
+/// When it does not boot.
+pub fn top() -> (Server, Scratch) {
+    let scratch = Scratch::new("terrace-").expect("scratch");
+    let options = ServerOptions {
+        top: true,
+        ..Default::default()
+    };
+    (
+        Server::start(&scratch, "top", &options).expect("boot"),
+        scratch,
+    )
+}
+
 /// Polls until `condition` holds; panics with `what` after [`PATIENCE`].
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let begun = Instant::now();

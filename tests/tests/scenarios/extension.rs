@@ -4,19 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use postgres::NoTls;
 use terrace_tests::server::explain;
-use terrace_tests::{Scratch, Server, ServerOptions};
-
-fn top() -> (Server, Scratch) {
-    let scratch = Scratch::new("terrace-").expect("scratch");
-    let options = ServerOptions {
-        top: true,
-        ..Default::default()
-    };
-    (
-        Server::start(&scratch, "top", &options).expect("boot"),
-        scratch,
-    )
-}
+use terrace_tests::{Server, top};
 
 #[test]
 fn tables_join_and_leave() {

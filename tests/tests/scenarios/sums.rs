@@ -2,19 +2,7 @@
 
 use postgres::NoTls;
 use terrace_tests::server::explain;
-use terrace_tests::{Scratch, Server, ServerOptions, wait_until};
-
-fn top() -> (Server, Scratch) {
-    let scratch = Scratch::new("terrace-").expect("scratch");
-    let options = ServerOptions {
-        top: true,
-        ..Default::default()
-    };
-    (
-        Server::start(&scratch, "top", &options).expect("boot"),
-        scratch,
-    )
-}
+use terrace_tests::{top, wait_until};
 
 // A snapshot of before a TRUNCATE shows no rows: that is no difference.
 #[test]
