@@ -55,6 +55,7 @@ fn sum_tables(
 ) -> TableIterator<'static, (name!(range, i32), name!(rows, i64), name!(sum, i64))> {
     let columns: Vec<&[u8]> = columns.iter().flatten().collect();
     let numbers = match before {
+        // No number is below the lowest one.
         Some(i64::MIN) => RangeInclusive::new(1, 0),
         _ => first.unwrap_or(i64::MIN)..=before.map_or(i64::MAX, |before| before - 1),
     };
