@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
-use anyhow::{bail, ensure};
+use anyhow::{Context, bail, ensure};
 use serde::Deserialize;
 use tokio::time::{Instant, sleep_until};
 
@@ -258,7 +258,8 @@ impl Comparison {
             number: self.begun,
         };
         let started = Instant::now();
-        ask(config, &request).await?;
+        let asked = ask(config, &request).await;
+        asked.with_context(|| format!("compare table {}", self.table))?;
         let needed = started.elapsed();
         self.rested = Instant::now() + needed.mul_f64(REST);
         self.longest = self.longest.max(needed);

@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::time::{sleep, timeout};
@@ -237,7 +237,12 @@ async fn sum_up(mut holder: Client, info: &ConnInfo, slice: [String; 2]) -> anyh
         let patience = if tries < TRIES / 2 { SHORT } else { LONG };
         match begin_slice(&mut holder, &mut reader, &slice, patience).await {
             Ok(()) => break,
-            Err(error) if error.code() == Some(LOCK_NOT_AVAILABLE) && tries < TRIES => {
+            Err(error) if error.code() == Some(LOCK_NOT_AVAILABLE) => {
+                ensure!(
+                    tries < TRIES,
+                    "a lock against writes could not be had for a minute; hint: Compare again when the \
+                     transactions that write to the table have ended: see pg_locks at the top."
+                );
                 tries += 1;
                 holder.simple("ROLLBACK").await?;
                 reader.simple("ROLLBACK").await?;

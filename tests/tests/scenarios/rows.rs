@@ -1,6 +1,7 @@
 //! Rows that are there already: tables that are added, resent, compared and repaired.
 
 use std::process::Output;
+use std::time::Duration;
 
 use terrace_tests::load::{Background, STEPS, count_up};
 use terrace_tests::server::{explain, rows};
@@ -378,6 +379,64 @@ fn what_a_long_snapshot_keeps_is_not_looked_through() {
     let (written, scanned) = (count("n_tup_upd") - written, count("seq_scan") - scanned);
     assert!(scanned < written / 2, "{scanned} scans, {written} writes");
     reader.batch_execute("COMMIT").expect("commit");
+}
+
+// One that has much to catch up with could meet any number of slices, and hold a snapshot for each.
+#[test]
+fn slices_that_are_too_many_at_once_are_left_out() {
+    let schema = "CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1); SELECT terrace.add_table('t')";
+    let mut tree = Tree::grow(schema, &[("region", None, 1)]);
+    let mut holder = tree.nodes[0].server.connect();
+    let hold = "BEGIN; LOCK TABLE terrace.own_checksum IN SHARE MODE";
+    holder.batch_execute(hold).expect("hold");
+    tree.top.sql(
+        "DO $$ BEGIN FOR i IN 1 .. 40 LOOP
+            PERFORM terrace.begin_slice(id, 0) FROM terrace.begin_comparison('t');
+        END LOOP; END $$; INSERT INTO t VALUES (2)",
+    );
+    let told = "SELECT count(*) FROM terrace.events WHERE kind = 'comparison' AND reason LIKE '%left out%'";
+    wait_until("they are left out", || tree.top.value(told) != "0");
+    tree.wait_for_equal(&["t"]);
+    let sessions =
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'terrace comparison'";
+    let held = tree.nodes[0].server.value(sessions);
+    let held: u32 = held.parse().expect("a number");
+    assert!(held <= 17, "{held} sessions");
+    holder.batch_execute("ROLLBACK").expect("let go");
+    let at_rest = || ["0", "1"].contains(&tree.nodes[0].server.value(sessions).as_str());
+    wait_until("the others end", at_rest);
+    let (well, text) = command(&mut tree, "region-1", "compare", &[]);
+    assert!(well && text.contains("equal, 2 rows"), "{text}");
+}
+
+// Writers wait behind the lock only for moments, and whoever asked is told in the end.
+#[test]
+fn a_table_that_somebody_writes_to_all_the_time_is_not_compared() {
+    let schema = "CREATE TABLE t (id int PRIMARY KEY); SELECT terrace.add_table('t')";
+    let mut tree = Tree::grow(schema, &[("region", None, 1)]);
+    let mut holder = tree.top.connect();
+    let write = "BEGIN; INSERT INTO t VALUES (0)";
+    holder.batch_execute(write).expect("write");
+    let writing = Background::paced(&tree.top, |client, step| {
+        client.batch_execute(&format!("INSERT INTO t VALUES ({})", step + 1))
+    });
+    let limit = Duration::from_secs(200);
+    let bridge = &tree.node("region-1").bridge;
+    let output = bridge.command_within(limit, "compare", &[]);
+    let output = output.expect("run the command");
+    let text = said(&output);
+    assert!(
+        text.contains(
+            "compare table public.t: a lock against writes could not be had for a minute; hint: "
+        ),
+        "{text}"
+    );
+    assert_eq!(output.status.code(), Some(1));
+    writing.stop();
+    holder.batch_execute("COMMIT").expect("commit");
+    let (well, text) = command(&mut tree, "region-1", "compare", &[]);
+    assert!(well, "{text}");
+    tree.wait_for_equal(&["t"]);
 }
 
 // It reads a table for as long as that takes, and nothing in the stream waits for it longer than 20 s.

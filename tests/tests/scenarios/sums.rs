@@ -204,14 +204,14 @@ fn rows_are_summed_alike_where_they_say_the_same() {
 fn a_file_has_the_rows_that_a_query_has() {
     let (top, _scratch) = top();
     top.sql(
-        r#"CREATE TYPE mood AS ENUM ('sad');
-           CREATE TABLE odd (gone int, b bool, id int8, c "char", s int2, d date, x interval, u uuid, n name,
+        r#"CREATE TYPE mood AS ENUM ('sad'); CREATE DOMAIN short AS int2;
+           CREATE TABLE odd (gone int, b bool, id int8, c "char", s int2, k short, d date, x interval, u uuid, n name,
                t text, f text, z text, p char(20), v numeric, a int[], r int4range, m mood, w varbit, o oid)
                WITH (fillfactor = 60);
            ALTER TABLE odd ALTER f SET STORAGE EXTERNAL;
            CREATE FUNCTION fill(first int, last int) RETURNS void LANGUAGE sql AS $$
-               INSERT INTO odd (id, b, c, s, d, x, u, n, t, f, z, p, v, a, r, m, w, o)
-               SELECT g, g % 2 = 0, chr(65 + g % 26)::"char", -g % 300,
+               INSERT INTO odd (id, b, c, s, k, d, x, u, n, t, f, z, p, v, a, r, m, w, o)
+               SELECT g, g % 2 = 0, chr(65 + g % 26)::"char", -g % 300, g % 400,
                    CASE WHEN g % 3 > 0 THEN date '1999-01-01' - g END, g * interval '1 h',
                    CASE WHEN g % 5 > 0 THEN md5(g::text)::uuid END, 'n' || g, repeat('t', g % 150),
                    CASE g % 50 WHEN 0 THEN repeat('far', 3000) WHEN 1 THEN NULL ELSE '' END,
@@ -223,9 +223,16 @@ fn a_file_has_the_rows_that_a_query_has() {
            ALTER TABLE odd ADD later int DEFAULT 7, ADD word text DEFAULT 'later', ADD none text;
            INSERT INTO odd (id, later, none) VALUES (NULL, NULL, 'some'), (-5, 8, NULL);
            SELECT fill(3001, 4000);
-           CREATE INDEX odd_id ON odd (id DESC); CREATE INDEX odd_t ON odd (t)"#,
+           CREATE INDEX odd_id ON odd (id DESC); CREATE INDEX odd_pair ON odd (id, t);
+           CREATE INDEX odd_s ON odd (s, c DESC); CREATE INDEX odd_k ON odd (k); CREATE INDEX odd_t ON odd (t)"#,
     );
-    let all = "none,b,id,c,s,d,x,u,n,t,f,z,p,v,a,r,m,w,o,word,later";
+    const INDEXES: [(&str, &str); 4] = [
+        ("id", "odd_id"),
+        ("id", "odd_pair"),
+        ("s", "odd_s"),
+        ("k", "odd_k"),
+    ];
+    let all = "none,b,id,c,s,k,d,x,u,n,t,f,z,p,v,a,r,m,w,o,word,later";
     let equal = |client: &mut postgres::Client, from_file: &str, by_query: &str| {
         let [from_file, by_query] = [from_file, by_query].map(|call| {
             let sql = format!("SELECT string_agg(s::text, ' ') FROM terrace.{call} s");
@@ -240,15 +247,16 @@ fn a_file_has_the_rows_that_a_query_has() {
         let named = key.map_or("NULL".into(), |key| format!("'{key}'"));
         let file = format!("ARRAY['odd'::regclass::oid], {named}, '{{{columns}}}', {bounds}");
         let query = format!("SELECT {place}, {columns} FROM odd");
-        if key == Some("id") {
+        for index in INDEXES.iter().filter(|index| index.0 == place) {
             for (first, before) in [("NULL", "0"), ("0", "70"), ("70", "3200"), ("3200", "NULL")] {
                 equal(
                     client,
                     &format!(
-                        "sum_tables({file}, ARRAY['odd_id'::regclass::oid], {first}, {before})"
+                        "sum_tables({file}, ARRAY['{}'::regclass::oid], {first}, {before})",
+                        index.1
                     ),
                     &format!(
-                        "sum_rows(ARRAY['{query} WHERE id >= {} AND id < {}'], {bounds})",
+                        "sum_rows(ARRAY['{query} WHERE {place} >= {} AND {place} < {}'], {bounds})",
                         first.replace("NULL", "-1000"),
                         before.replace("NULL", "10000")
                     ),
@@ -266,7 +274,7 @@ fn a_file_has_the_rows_that_a_query_has() {
     reader.batch_execute(begin).expect("begin");
     let before = both(&mut reader, Some("id"), all);
     assert_eq!(before.split(' ').count(), 4, "{before}");
-    for key in [Some("id"), Some("s"), None] {
+    for key in [Some("id"), Some("s"), Some("k"), None] {
         both(&mut reader, key, "word");
         both(&mut reader, key, "o,b,t");
     }
