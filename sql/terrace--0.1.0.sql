@@ -1909,11 +1909,13 @@ GRANT EXECUTE ON FUNCTION report(jsonb), guard_session(), resend(regclass, text[
     begin_comparison(regclass, integer), begin_slice(bigint, integer), hold_compared(bigint), finish_slice(bigint, integer),
     resend_ranges(bigint, integer[], text[]), range_condition(comparison, integer, integer),
     key_expression(regclass, text) TO terrace_reader;
-GRANT SELECT ON domain, sync_table, sync_schema, partition, comparison, checksum, domains, tables, node_status, lag, topology, event,
+GRANT SELECT ON domain, sync_table, sync_schema, partition, checksum, domains, tables, node_status, lag, topology, event,
     events, delivery, conflicts, own_checksum, own_comparisons, comparisons, progress TO PUBLIC;
 GRANT SELECT (node, instance, domain, reply_time, self) ON status TO PUBLIC;
 GRANT SELECT (relation, kind, count, last_seen) ON conflict TO PUBLIC;
-GRANT SELECT ON status, conflict TO terrace_reader;
+-- Bounds are keys of rows.
+GRANT SELECT (id, nspname, relname, columns, key, key_type, slices, started) ON comparison TO PUBLIC;
+GRANT SELECT ON status, conflict, comparison TO terrace_reader;
 
 -- Last, as they would fire for the tables of this file.
 CREATE EVENT TRIGGER terrace_ddl ON ddl_command_start EXECUTE FUNCTION follow_ddl();

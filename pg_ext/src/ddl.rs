@@ -262,6 +262,7 @@ impl Ddl {
             }
             match statement::stays(node, tag) {
                 Ok(true) => return None,
+                Ok(false) if statement::finds_nothing(node, tag) => return None,
                 Ok(false) => {}
                 Err(problem) => raise(
                     PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,

@@ -279,6 +279,30 @@ pub unsafe fn about(node: *mut pg_sys::Node, tag: NodeTag) -> Vec<Name> {
     }
 }
 
+/// Whether a statement that is said to be fine with what is not there (IF EXISTS) finds nothing
+/// of what it names: a server below may have a table of its own by that name.
+///
+/// # Safety
+/// See the module.
+pub unsafe fn finds_nothing(node: *mut pg_sys::Node, tag: NodeTag) -> bool {
+    // SAFETY: see the module.
+    unsafe {
+        let missing_ok = match tag {
+            NodeTag::T_DropStmt => (*node.cast::<pg_sys::DropStmt>()).missing_ok,
+            NodeTag::T_AlterTableStmt => (*node.cast::<pg_sys::AlterTableStmt>()).missing_ok,
+            NodeTag::T_AlterSeqStmt => (*node.cast::<pg_sys::AlterSeqStmt>()).missing_ok,
+            NodeTag::T_RenameStmt => (*node.cast::<pg_sys::RenameStmt>()).missing_ok,
+            NodeTag::T_AlterObjectSchemaStmt => {
+                (*node.cast::<pg_sys::AlterObjectSchemaStmt>()).missing_ok
+            }
+            _ => false,
+        };
+        let named = changed(node, tag);
+        let mut found = named.iter().map(|name| look_up(*name));
+        missing_ok && !named.is_empty() && found.all(|found| found == pg_sys::InvalidOid)
+    }
+}
+
 /// The partitioned table that a statement makes a partition for, or takes one from.
 ///
 /// # Safety
@@ -344,8 +368,8 @@ pub unsafe fn index_name(index: &pg_sys::IndexStmt) -> Option<String> {
     }
 }
 
-/// A DROP of several relations, `about`, such that a server which never had some of them drops
-/// the others.
+/// A DROP of several relations, such that a server which never had some of those that are here,
+/// `about`, drops the others, and nothing that is not here.
 pub fn drop_of_several(drop: &pg_sys::DropStmt, about: &[Name]) -> Option<String> {
     let kind = match drop.removeType {
         ObjectType::OBJECT_TABLE => "TABLE",
@@ -361,7 +385,10 @@ pub fn drop_of_several(drop: &pg_sys::DropStmt, about: &[Name]) -> Option<String
         pg_sys::DropBehavior::DROP_CASCADE => " CASCADE",
         _ => "",
     };
-    (names.len() > 1).then(|| format!("DROP {kind} IF EXISTS {}{behavior}", names.join(", ")))
+    // SAFETY: a list of the parser.
+    let several = unsafe { elements::<pg_sys::Node>(drop.objects) }.len() > 1;
+    (several && !names.is_empty())
+        .then(|| format!("DROP {kind} IF EXISTS {}{behavior}", names.join(", ")))
 }
 
 /// Of an ALTER TABLE that detaches a partition without holding others up: one that does it at

@@ -356,6 +356,16 @@ fn what_needs_something_that_is_not_below_is_left_out() {
          SELECT terrace.add_table('part', columns => '{{id, a}}')"
     );
     let tree = tree_with_ddl(&schema);
+    // What did nothing at the top does nothing to a table that a server has for itself.
+    for node in &tree.nodes {
+        let own = "SET terrace.ddl = off; CREATE TABLE import_tmp AS SELECT 1 AS a, 2 AS b";
+        node.server.sql(own);
+    }
+    tree.top.sql(
+        "CREATE TABLE short_lived (); DROP TABLE IF EXISTS import_tmp;
+         ALTER TABLE IF EXISTS import_tmp DROP COLUMN b; ALTER TABLE IF EXISTS import_tmp RENAME b TO c;
+         DROP TABLE IF EXISTS short_lived, import_tmp",
+    );
     tree.top.sql(
         "CREATE INDEX part_hidden ON part (hidden);
          ALTER TABLE part ADD CONSTRAINT few CHECK (hidden < 1000);
@@ -370,6 +380,10 @@ fn what_needs_something_that_is_not_below_is_left_out() {
          INSERT INTO part VALUES (2, 2, 2); COMMIT; INSERT INTO steps VALUES (1)",
     );
     tree.wait_for_equal(&["steps", "(SELECT id, a FROM part)"]);
+    for node in &tree.nodes {
+        let own = "SELECT a + b || ' ' || (to_regclass('short_lived') IS NULL) FROM import_tmp";
+        assert_eq!(node.server.value(own), "3 true");
+    }
     let left_out = "SELECT count(*) FROM terrace.events WHERE kind = 'left_out' AND reason LIKE '%needs what is not here%'";
     wait_until("all is told", || {
         tree.top.value(left_out).parse::<u32>().expect("count") >= 3 * 10
