@@ -297,9 +297,7 @@ pub unsafe fn finds_nothing(node: *mut pg_sys::Node, tag: NodeTag) -> bool {
             }
             _ => false,
         };
-        let named = changed(node, tag);
-        let mut found = named.iter().map(|name| look_up(*name));
-        missing_ok && !named.is_empty() && found.all(|found| found == pg_sys::InvalidOid)
+        missing_ok && !changed(node, tag).is_empty() && about(node, tag).is_empty()
     }
 }
 
