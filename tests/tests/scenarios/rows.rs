@@ -339,10 +339,14 @@ fn conflicts_tell_the_last_key_to_those_who_may_read_the_rows() {
     let told = rows(&mut client, wanted).expect("conflicts are for everybody");
     let told = &told[0][0];
     assert!(told.contains("public.pair delete_missing 2 -"), "{told}");
+    let looks =
+        "SELECT count(id) FROM terrace.comparison; SELECT count(*) FROM terrace.comparisons";
+    rows(&mut client, looks).expect("comparisons are for everybody");
     for hidden in [
         "SELECT report FROM terrace.status",
         "SELECT last_key FROM terrace.conflict",
         "SELECT conflicts::text LIKE '%b3%' FROM terrace.node_status",
+        "SELECT count(bounds) >= 0 FROM terrace.comparison",
     ] {
         let said = client.simple_query(hidden);
         let shown = said.is_ok_and(|rows| format!("{rows:?}").contains("\"t\""));

@@ -86,7 +86,7 @@ fn a_server_whose_database_is_far_behind_leads_last() {
     let master = tree.settled_master("region");
     tree.node(slow).server.sql(
         "CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql AS \
-         $$BEGIN PERFORM pg_sleep(1); RETURN NEW; END$$;
+         $$BEGIN PERFORM pg_sleep(2); RETURN NEW; END$$;
          CREATE TRIGGER slowly BEFORE INSERT ON wide FOR EACH ROW EXECUTE FUNCTION slowly();
          ALTER TABLE wide ENABLE ALWAYS TRIGGER slowly",
     );
