@@ -343,13 +343,12 @@ fn conflicts_tell_the_last_key_to_those_who_may_read_the_rows() {
         "SELECT count(id) FROM terrace.comparison; SELECT count(*) FROM terrace.comparisons";
     rows(&mut client, looks).expect("comparisons are for everybody");
     for hidden in [
-        "SELECT report FROM terrace.status",
-        "SELECT last_key FROM terrace.conflict",
-        "SELECT conflicts::text LIKE '%b3%' FROM terrace.node_status",
+        "SELECT count(report) >= 0 FROM terrace.status",
+        "SELECT count(last_key) >= 0 FROM terrace.conflict",
+        "SELECT bool_or(conflicts::text LIKE '%b3%') FROM terrace.node_status",
         "SELECT count(bounds) >= 0 FROM terrace.comparison",
     ] {
-        let said = client.simple_query(hidden);
-        let shown = said.is_ok_and(|rows| format!("{rows:?}").contains("\"t\""));
+        let shown = rows(&mut client, hidden).is_ok_and(|found| found[0][0] == "t");
         assert!(!shown, "{hidden}");
     }
 }
