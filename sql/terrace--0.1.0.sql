@@ -122,6 +122,13 @@ CREATE FUNCTION guard_session() RETURNS void
 CREATE FUNCTION write_as_owners() RETURNS void
     LANGUAGE c AS 'MODULE_PATHNAME', 'write_as_owners_wrapper';
 
+-- Watches a table from now on, and which of those watched have been altered, or may have been, since
+-- it was last asked in this session.
+CREATE FUNCTION watch(relation oid) RETURNS oid
+    LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'watch_wrapper';
+CREATE FUNCTION take_altered() RETURNS oid[]
+    LANGUAGE c AS 'MODULE_PATHNAME', 'take_altered_wrapper';
+
 -- The value that a text stands for. No cast, which may be anybody's. The type is said by an array of
 -- it, as NULL is no value of every domain.
 CREATE FUNCTION read_value(value text, type anyarray) RETURNS anyelement

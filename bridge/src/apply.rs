@@ -64,6 +64,9 @@ const WATERMARK_EVERY: Duration = Duration::from_secs(1);
 /// Why a transaction with DDL, say, is not taken with others.
 const BY_ITSELF: &str = "a transaction that is applied by itself";
 
+/// Why what was folded is folded anew.
+const ALTERED: &str = "a table was altered on this server meanwhile";
+
 /// Values that are stored out of line are compressed anew here, which for wide rows is
 /// most of what applying costs; lz4 takes a fraction of it. A choice that an
 /// administrator made for this server, or for a column, stands.
@@ -208,6 +211,10 @@ struct Session<'a> {
     progress_written: Instant,
     /// Where its row was left, if nothing has gone wrong since.
     place: Option<String>,
+    /// OIDs of tables here that have been altered, or may have been.
+    altered: Vec<String>,
+    /// The batch after this had to be folded anew for that.
+    altered_after: Option<Lsn>,
     /// When sequences were put forward, and whether there may be reason to do it again.
     sequences: (Instant, bool),
     /// Sequences have not been looked at with patience since the bridge started.
@@ -280,6 +287,8 @@ impl<'a> Session<'a> {
             committed,
             progress_written: Instant::now(),
             place: None,
+            altered: Vec::new(),
+            altered_after: None,
             sequences: (Instant::now(), true),
             thorough,
             slices: Slices::default(),
@@ -311,6 +320,11 @@ impl<'a> Session<'a> {
         let until = self.attempted.max(Lsn(self.committed.0 + 1));
         let folded = self.sent_sets && problem != BY_ITSELF;
         self.leave_behind().await?;
+        // Once: a table that is altered all the time goes in order.
+        if problem == ALTERED && self.altered_after.replace(self.committed) != Some(self.committed)
+        {
+            return Ok(());
+        }
         if folded && self.plain_until < until {
             tracing::info!(problem, from = %self.committed, "applying in order");
             self.plain_until = until;
@@ -397,6 +411,9 @@ impl<'a> Session<'a> {
     /// Commits, if everything did what it should.
     async fn conclude(&mut self, mut batch: Batch) -> Result<(), Failed> {
         self.answers(&mut batch).await?;
+        if self.look_at_altered().await.map_err(unexpected)? && self.sent_sets {
+            return Err(Failed::Unexpected(ALTERED.into()));
+        }
         for (row, count) in std::mem::take(&mut batch.missing_deletes) {
             self.bump(&row, "delete_missing", count).await?;
         }
@@ -409,6 +426,25 @@ impl<'a> Session<'a> {
             self.planner.reload_routing(&mut self.client).await?;
         }
         Ok(())
+    }
+
+    /// Looks again at tables that may have been altered here while this transaction had no lock on
+    /// them yet; now it has. Whether any is another than was known.
+    async fn look_at_altered(&mut self) -> anyhow::Result<bool> {
+        match std::mem::take(&mut self.altered) {
+            altered if altered.is_empty() => Ok(false),
+            altered => self.planner.look_again(&mut self.client, &altered).await,
+        }
+    }
+
+    /// Takes in what [`Session::progress_step`] returned.
+    fn take_place(&mut self, row: Vec<Option<String>>) {
+        let mut row = row.into_iter();
+        self.place = row.next().flatten();
+        if let Some(altered) = row.next().flatten() {
+            let listed = altered.trim_matches(['{', '}']).split(',');
+            self.altered.extend(listed.map(str::to_owned));
+        }
     }
 
     /// One row is written over and over: what came before must not be looked through to find it,
@@ -431,7 +467,8 @@ impl<'a> Session<'a> {
         };
         values.extend(place.map(Some));
         let sql = format!(
-            "UPDATE terrace.progress SET lsn = $1, commit_time = $2, identity = $3{known} RETURNING ctid"
+            "UPDATE terrace.progress SET lsn = $1, commit_time = $2, identity = $3{known} \
+             RETURNING ctid, terrace.take_altered()"
         );
         self.planner.step(sql, values, Expect::Place)
     }

@@ -15,6 +15,7 @@ mod owner;
 mod sender;
 mod sums;
 mod utility;
+mod watch;
 
 use std::cell::{Cell, RefCell};
 use std::ffi::CString;

@@ -25,7 +25,7 @@ use crate::pgoutput::{Datum, Message, OldKind, Tuple};
 pub use write::{Data, Statement};
 
 /// A table that can be changed set-wise.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub struct Shape {
     /// Qualified and quoted.
     pub table: String,
@@ -38,7 +38,7 @@ pub struct Shape {
 }
 
 /// Column of a [`Shape`].
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub struct ShapeColumn {
     /// Quoted.
     pub name: String,

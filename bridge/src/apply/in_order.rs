@@ -221,7 +221,7 @@ impl Session<'_> {
                     }
                 }
                 b'D' if matches!(expect, Expect::Place) => {
-                    self.place = row(message.body)?.pop().flatten();
+                    self.take_place(row(message.body)?);
                 }
                 b'E' => {
                     let error = DbError::parse(&message.body);

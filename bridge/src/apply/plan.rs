@@ -191,6 +191,7 @@ impl Planner {
             place: None,
             columns,
             looked_up: false,
+            oid: String::new(),
             routed: self.is_routed(relation.namespace, relation.name),
             only: false,
             identity: relation.identity,
@@ -218,6 +219,23 @@ impl Planner {
             }
         }
         Ok(())
+    }
+
+    /// Looks again at the tables here of these OIDs. Whether any is another than was known.
+    pub async fn look_again(
+        &mut self,
+        client: &mut Client,
+        oids: &[String],
+    ) -> anyhow::Result<bool> {
+        let mut altered = false;
+        let known = |relation: &&mut Relation| relation.looked_up && oids.contains(&relation.oid);
+        for relation in self.relations.values_mut().filter(known) {
+            let before = relation.here();
+            relation.looked_up = false;
+            relation.look_up(client).await?;
+            altered |= relation.here() != before;
+        }
+        Ok(altered)
     }
 
     /// What `payload` asks for on this server.

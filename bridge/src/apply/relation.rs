@@ -19,7 +19,7 @@ pub(super) struct Column {
 }
 
 /// The column here.
-#[derive(Clone)]
+#[derive(Clone, PartialEq, Eq)]
 pub(super) struct LocalColumn {
     pub generated: bool,
     pub primary: bool,
@@ -50,7 +50,7 @@ impl LocalColumn {
 }
 
 /// How a value of a type is made from text.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Input {
     /// As SQL writes it, without modifier.
     pub type_name: String,
@@ -82,6 +82,14 @@ impl Input {
     }
 }
 
+/// What a table is on this server.
+type Here = (
+    Option<String>,
+    bool,
+    Vec<Option<LocalColumn>>,
+    Option<Arc<Shape>>,
+);
+
 /// A table, as the stream describes it and as it is here.
 pub(super) struct Relation {
     /// Its Relation message.
@@ -92,6 +100,8 @@ pub(super) struct Relation {
     pub place: Option<String>,
     pub columns: Vec<Column>,
     pub looked_up: bool,
+    /// Of the table here, once looked up.
+    pub oid: String,
     pub routed: bool,
     /// Rows of tables that inherit from it are not its own.
     pub only: bool,
@@ -137,9 +147,20 @@ impl Relation {
             .filter(|(_, c)| c.local.as_ref().is_some_and(|local| !local.generated))
     }
 
-    /// Reads what the table looks like here.
+    /// What the table is here.
+    pub fn here(&self) -> Here {
+        let columns = self.columns.iter().map(|column| column.local.clone());
+        let columns = columns.collect();
+        (self.place.clone(), self.only, columns, self.shape.clone())
+    }
+
+    /// Reads what the table looks like here, and has the session told when that changes.
     pub async fn look_up(&mut self, client: &mut Client) -> anyhow::Result<()> {
         self.place = other_place(client, &self.namespace, &self.name).await?;
+        let watch = "SELECT terrace.watch(pg_catalog.to_regclass($1))";
+        let watched = client.query(watch, &[Some(&self.qualified())]).await?;
+        let watched = watched.into_iter().next().and_then(|mut row| row.pop()?);
+        self.oid = watched.unwrap_or_default();
         let sql = format!(
             "SELECT a.attname, a.attgenerated <> '', \
                  EXISTS (SELECT FROM pg_index i WHERE i.indrelid = a.attrelid AND i.indisprimary \

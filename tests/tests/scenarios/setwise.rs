@@ -197,3 +197,75 @@ fn a_row_that_is_missing_here_does_not_make_a_large_transaction_slow() {
     assert!(log.contains("applying in order"), "it was not noticed");
     assert!(!log.contains("applying with care"), "row by row");
 }
+
+#[test]
+fn what_is_altered_here_while_the_bridge_runs_counts_at_once() {
+    let schema = "CREATE TABLE t (id int PRIMARY KEY, v text); SELECT terrace.add_table('t')";
+    let tree = Tree::grow(schema, &[("region", None, 1)]);
+    let (top, node) = (&tree.top, &tree.nodes[0]);
+    top.sql("INSERT INTO t SELECT g, 'v' FROM generate_series(1, 20000) g");
+    tree.wait_for_equal(&["t"]);
+    assert!(node.bridge.logged().contains("a part went set-wise"));
+    let comes = |sql: &str, expected: &str| {
+        wait_until("it is there", || {
+            top.value("SELECT terrace.wait_for(terrace.top_lsn())") == "t"
+        });
+        assert_eq!(node.server.value(sql), expected);
+    };
+
+    // A row keeps what is known of it here alone when it gets another key.
+    node.server.sql(
+        "ALTER TABLE t ADD COLUMN own text DEFAULT 'new'; SET session_replication_role = replica;
+         UPDATE t SET own = 'kept'",
+    );
+    top.sql("UPDATE t SET id = id + 100000");
+    let kept = "SELECT count(*) FROM t WHERE own = 'kept' AND id > 100000";
+    comes(kept, "20000");
+
+    // A trigger sees each change, also where they come to nothing.
+    node.server.sql(
+        "CREATE TABLE seen (what text);
+         CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS
+             'BEGIN INSERT INTO public.seen VALUES (TG_OP); RETURN NULL; END';
+         CREATE TRIGGER see AFTER INSERT OR UPDATE OR DELETE ON t FOR EACH ROW EXECUTE FUNCTION see();
+         ALTER TABLE t ENABLE ALWAYS TRIGGER see",
+    );
+    top.sql(
+        "BEGIN; INSERT INTO t SELECT g, 'v' FROM generate_series(1, 1000) g;
+         UPDATE t SET v = 'w' WHERE id <= 1000; DELETE FROM t WHERE id <= 1000; COMMIT",
+    );
+    let seen = "SELECT string_agg(format('%s %s', what, n), ', ' ORDER BY what)
+                FROM (SELECT what, count(*) AS n FROM seen GROUP BY what) s";
+    let each = "DELETE 1000, INSERT 1000, UPDATE 1000";
+    comes(seen, each);
+
+    // What changes nothing of that is no reason to do anything twice.
+    let again = |log: &str| log.matches("applying in order").count();
+    let before = again(&node.bridge.logged());
+    node.server
+        .sql("ALTER TABLE t DROP COLUMN own; DROP TRIGGER see ON t");
+    top.sql("UPDATE t SET v = 'x'");
+    tree.wait_for_equal(&["t"]);
+    node.server.sql("ANALYZE t");
+    top.sql(
+        "BEGIN; TRUNCATE t; INSERT INTO t SELECT g, 'y' FROM generate_series(1, 20000) g; COMMIT",
+    );
+    tree.wait_for_equal(&["t"]);
+    assert_eq!(again(&node.bridge.logged()), before);
+}
+
+#[test]
+fn a_row_of_which_only_the_key_is_told_is_missed_all_the_same() {
+    let schema = "CREATE TABLE bare (id int PRIMARY KEY); SELECT terrace.add_table('bare');
+                  INSERT INTO bare SELECT generate_series(1, 2000)";
+    let tree = Tree::grow(schema, &[("region", None, 1)]);
+    tree.nodes[0]
+        .server
+        .sql("SET session_replication_role = replica; DELETE FROM bare WHERE id = 7");
+    tree.top.sql("UPDATE bare SET id = id");
+    tree.wait_for_equal(&["bare"]);
+    let missing = "SELECT count FROM terrace.conflicts WHERE kind = 'update_missing'";
+    wait_until("it is counted", || tree.top.value(missing) == "1");
+    let log = tree.nodes[0].bridge.logged();
+    assert!(log.contains("applying in order"), "it was not tried");
+}

@@ -43,10 +43,13 @@ impl Shape {
             sent[*index] && !column.generated && !self.keys.contains(index)
         };
         let set: Vec<usize> = (0..self.columns.len()).filter(wanted).collect();
-        if set.is_empty() {
-            return None;
-        }
-        let all = [&self.keys[..], &set].concat();
+        // Of one that only its key is told of it counts that it is there.
+        let set = match set.is_empty() {
+            true => self.keys.clone(),
+            false => set,
+        };
+        let mut all = self.keys.clone();
+        all.extend(set.iter().filter(|index| !self.keys.contains(index)));
         let sql = || {
             let assign = |index: &usize| format!("{} = u.c{index}", self.columns[*index].name);
             let assignments: Vec<String> = set.iter().map(assign).collect();
