@@ -143,6 +143,8 @@ CREATE FUNCTION arm_alone() RETURNS void
     LANGUAGE c AS 'MODULE_PATHNAME', 'arm_alone_wrapper';
 CREATE FUNCTION send_rows(header text, clear text, query text) RETURNS bigint
     LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'send_rows_wrapper';
+CREATE FUNCTION hold_for_session(relation oid) RETURNS void
+    LANGUAGE c STRICT AS 'MODULE_PATHNAME', 'hold_for_session_wrapper';
 CREATE FUNCTION see_ddl() RETURNS void
     LANGUAGE c AS 'MODULE_PATHNAME', 'see_ddl_wrapper';
 CREATE FUNCTION tell_made(definition text) RETURNS void
@@ -936,7 +938,7 @@ BEGIN
 END $$;
 
 CREATE FUNCTION add_table(rel regclass, domains text[] DEFAULT NULL, filter text DEFAULT NULL,
-                          columns text[] DEFAULT NULL) RETURNS void
+                          columns text[] DEFAULT NULL, rows boolean DEFAULT true) RETURNS void
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     class record;
@@ -994,7 +996,8 @@ BEGIN
     END IF;
     INSERT INTO terrace.sync_table VALUES (class.nspname, class.relname, domains, columns, filter);
     -- A copy that begins later waits for this transaction, and has its rows from there.
-    IF terrace.is_received() THEN
+    -- Without its rows it waits for "terrace-bridge resync --table".
+    IF rows AND terrace.is_received() THEN
         PERFORM terrace.fill(rel);
     END IF;
 END $$;
@@ -1508,6 +1511,53 @@ CREATE VIEW own_comparisons AS
                         FROM checksum WHERE comparison = c.id AND range < 0) top
     WHERE own.slices > 0;
 
+-- Whether rows of a table may be sent range by range, each a transaction of its own: all of a range are
+-- found by the key, and none takes a value that belongs to one of another range.
+CREATE FUNCTION goes_in_pieces(rel regclass, key text) RETURNS boolean
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT EXISTS (SELECT FROM pg_attribute WHERE attrelid = rel AND attname = key AND attcollation = 0)
+       AND NOT EXISTS (SELECT FROM pg_index i JOIN terrace.parts_of(rel) part ON i.indrelid = part
+                       WHERE (i.indisunique OR i.indisexclusion) AND NOT i.indisprimary)
+$$;
+
+-- Ranges of a table that is to be sent in pieces, of 16 MB or the thousandth part; NULL if it goes at once.
+CREATE FUNCTION begin_resend(rel regclass) RETURNS comparison
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    ranges bigint := (SELECT sum(pg_table_size(part)) / (16 << 20) FROM terrace.parts_of(rel) part);
+BEGIN
+    PERFORM terrace.must_be_top();
+    IF ranges > 1 AND NOT terrace.line_of(rel) IS NULL AND terrace.goes_in_pieces(rel, terrace.key_of(rel)) THEN
+        RETURN terrace.begin_comparison(rel, least(ranges, 1000)::integer);
+    END IF;
+    RETURN NULL;
+END $$;
+
+-- Ranges that are sent together.
+CREATE FUNCTION pieces_of(comparison bigint, ranges integer[]) RETURNS SETOF integer[]
+    LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    made terrace.comparison := terrace.comparison_of(comparison);
+BEGIN
+    IF terrace.goes_in_pieces(terrace.compared_table(made), made.key) THEN
+        RETURN QUERY SELECT ARRAY[r] FROM unnest(ranges) r;
+    ELSE
+        RETURN NEXT ranges;
+    END IF;
+END $$;
+
+-- Writers of the table wait until this session ends, or a transaction of it fails. So pieces of it
+-- that are sent by several transactions are of one state, and no row goes from one to the other meanwhile.
+CREATE FUNCTION hold_rows(comparison bigint) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    rel regclass := terrace.compared_table(terrace.comparison_of(comparison));
+BEGIN
+    PERFORM terrace.must_be_top();
+    EXECUTE format('LOCK TABLE %s IN SHARE MODE', rel);
+    PERFORM terrace.hold_for_session(part) FROM terrace.stored_parts_of(rel) part;
+END $$;
+
 -- Rows of ranges that differ, once more.
 CREATE FUNCTION resend_ranges(comparison bigint, ranges integer[], domains text[]) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -1517,7 +1567,6 @@ DECLARE
 BEGIN
     PERFORM terrace.must_be_top();
     PERFORM terrace.with_ancestors(domains);
-    -- All at once: a row may have taken what belongs to one of another range.
     RETURN terrace.fill(rel, domains,
         (SELECT string_agg('(' || terrace.range_condition(made, r) || ')', ' OR ') FROM unnest(ranges) r));
 END $$;
@@ -1914,7 +1963,7 @@ GRANT EXECUTE ON FUNCTION arm_now(), gather_sends(), give_way(), refuse_guarded(
     top_lsn(), is_top(), shown(jsonb), wait_for(pg_lsn, text, interval) TO PUBLIC;
 GRANT EXECUTE ON FUNCTION report(jsonb), guard_session(), resend(regclass, text[]),
     begin_comparison(regclass, integer), begin_slice(bigint, integer), hold_compared(bigint), finish_slice(bigint, integer),
-    resend_ranges(bigint, integer[], text[]), range_condition(comparison, integer, integer),
+    begin_resend(regclass), pieces_of(bigint, integer[]), hold_rows(bigint), resend_ranges(bigint, integer[], text[]), range_condition(comparison, integer, integer),
     key_expression(regclass, text) TO terrace_reader;
 GRANT SELECT ON domain, sync_table, sync_schema, partition, checksum, domains, tables, node_status, lag, topology, event,
     events, delivery, conflicts, own_checksum, own_comparisons, comparisons, progress TO PUBLIC;

@@ -187,15 +187,12 @@ pub async fn repair(
     Ok(())
 }
 
-/// `terrace-bridge resync --table`: the table's rows once more, for this domain.
-pub async fn resync_table(config: &Config, table: &str) -> anyhow::Result<()> {
+/// `terrace-bridge resync --table`: the table's rows once more, for this domain or all.
+pub async fn resync_table(config: &Config, table: &str, everywhere: bool) -> anyhow::Result<()> {
+    let domain = config.parent.iter().filter(|_| !everywhere);
     let request = Request::Resend {
         table: table.to_owned(),
-        domains: config
-            .parent
-            .iter()
-            .map(|_| config.node.domain.clone())
-            .collect(),
+        domains: domain.map(|_| config.node.domain.clone()).collect(),
     };
     let rows = ask(config, &request).await?;
     say(format!(

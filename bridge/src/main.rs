@@ -56,6 +56,9 @@ enum Command {
         /// Only this table, for this server's whole domain
         #[arg(long)]
         table: Option<String>,
+        /// With a table: for every domain that gets it
+        #[arg(long, requires = "table")]
+        everywhere: bool,
     },
     /// Say whether every server has the rows of the top
     Compare(Which),
@@ -155,10 +158,14 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Switchover { config, domain, to } => {
             control::switchover(&Config::load(&config)?, &domain, to.as_deref()).await
         }
-        Command::Resync { config, table } => {
+        Command::Resync {
+            config,
+            table,
+            everywhere,
+        } => {
             let config = Config::load(&config)?;
             match table {
-                Some(table) => compare::resync_table(&config, &table).await,
+                Some(table) => compare::resync_table(&config, &table, everywhere).await,
                 None => control::resync(&config).await,
             }
         }

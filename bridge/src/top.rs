@@ -17,8 +17,10 @@ use crate::conninfo::ConnInfo;
 use crate::show::first;
 use crate::upstream::{BRIDGE_PARAMETER, session};
 
-/// Nothing that is asked takes longer.
+/// Nothing that is asked takes longer, …
 const LIMIT: Duration = Duration::from_secs(3600);
+/// … but for the rows of a large table.
+const ROWS_LIMIT: Duration = Duration::from_secs(7 * 24 * 3600);
 const LOCK_NOT_AVAILABLE: &str = "55P03";
 /// Results are looked for so often …
 const LOOK: Duration = Duration::from_millis(200);
@@ -30,6 +32,10 @@ const TRIES: usize = 60;
 /// (`deadlock_timeout`) an autovacuum would be ended for it. The last half of the tries is longer.
 const SHORT: &str = "SET LOCAL lock_timeout = '200ms'";
 const LONG: &str = "SET LOCAL lock_timeout = '2s'";
+
+/// A session that holds writers off must not outlive its client, whose link may be cut in silence.
+const SHORT_LIVED: &str = "SET idle_session_timeout = '1min'; SET tcp_keepalives_idle = 20; \
+     SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 4; SET lock_timeout = '2s'";
 
 /// A question or a wish.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -63,7 +69,7 @@ pub enum Request {
     Resend {
         /// As SQL would name it.
         table: String,
-        /// For these.
+        /// For these; for all if there is none.
         domains: Vec<String>,
     },
     /// Send the rows of some ranges once more.
@@ -75,6 +81,15 @@ pub enum Request {
         /// For these.
         domains: Vec<String>,
     },
+}
+
+impl Request {
+    fn limit(&self) -> Duration {
+        match self {
+            Request::Resend { .. } | Request::Repair { .. } => ROWS_LIMIT,
+            _ => LIMIT,
+        }
+    }
 }
 
 /// Asks the first server above that answers.
@@ -92,7 +107,7 @@ pub async fn ask(config: &Config, request: &Request) -> anyhow::Result<Value> {
                     .context(format!("cannot connect to {}", info.endpoint()));
             }
             Ok(client) => {
-                let answer = timeout(LIMIT, ask_server(client, &info, request)).await;
+                let answer = timeout(request.limit(), ask_server(client, &info, request)).await;
                 return answer.context("no answer from the top")?;
             }
         }
@@ -129,22 +144,25 @@ async fn at_top(mut client: Client, info: &ConnInfo, request: &Request) -> anyho
         Request::Results { id, nodes, slices } => {
             return results(client, *id, nodes, *slices).await;
         }
-        Request::Resend { table, domains } => (
-            "SELECT to_json(terrace.resend($1::regclass, $2::text[]))",
-            vec![table.clone(), array(domains)],
-        ),
+        Request::Resend { table, domains } => {
+            let prepared = "SELECT json_build_object('id', id, 'ranges', \
+                     (SELECT json_agg(r) FROM generate_series(0, cardinality(bounds)) r))::text \
+                 FROM terrace.begin_resend($1::regclass) WHERE id IS NOT NULL";
+            let prepared = patiently(&mut client, prepared, table).await?;
+            if let Some(text) = first(&prepared) {
+                let Ranges { id, ranges } = serde_json::from_str(text)?;
+                return send_pieces(client, id, &ranges, domains).await;
+            }
+            (
+                "SELECT to_json(terrace.resend($1::regclass, nullif($2::text[], '{}')))",
+                vec![table.clone(), array(domains)],
+            )
+        }
         Request::Repair {
             id,
             ranges,
             domains,
-        } => (
-            "SELECT to_json(terrace.resend_ranges($1::bigint, $2::int[], $3::text[]))",
-            vec![
-                id.to_string(),
-                array(&ranges.iter().map(i64::to_string).collect::<Vec<_>>()),
-                array(domains),
-            ],
-        ),
+        } => return send_pieces(client, *id, ranges, domains).await,
     };
     answer(&mut client, sql, &parameters).await
 }
@@ -159,17 +177,63 @@ fn value(rows: &[Row]) -> anyhow::Result<Value> {
     Ok(serde_json::from_str(first(rows).context("no answer")?)?)
 }
 
-/// A table that is locked is asked for again.
 async fn prepare(mut client: Client, table: &str) -> anyhow::Result<Value> {
     let sql = "SELECT json_build_object('id', id, 'slices', slices)::text \
          FROM terrace.begin_comparison($1::regclass)";
+    value(&patiently(&mut client, sql, table).await?)
+}
+
+/// A table that is locked is asked for again.
+async fn patiently(client: &mut Client, sql: &str, of: &str) -> anyhow::Result<Vec<Row>> {
     let mut tries = 0;
     loop {
-        match client.query(sql, &[Some(table)]).await {
+        match client.query(sql, &[Some(of)]).await {
             Err(error) if error.code() == Some(LOCK_NOT_AVAILABLE) && tries < TRIES => tries += 1,
-            asked => return value(&asked.map_err(told)?),
+            asked => return asked.map_err(told),
         }
     }
+}
+
+/// Ranges of a table that are to be sent.
+#[derive(Deserialize)]
+struct Ranges {
+    id: i64,
+    ranges: Vec<i64>,
+}
+
+/// Sends ranges piece by piece: what others change goes between two of them, and a link that breaks
+/// begins again with the piece that it was at. Gives the number of rows.
+async fn send_pieces(
+    mut client: Client,
+    id: i64,
+    ranges: &[i64],
+    domains: &[String],
+) -> anyhow::Result<Value> {
+    let numbers: Vec<String> = ranges.iter().map(i64::to_string).collect();
+    let id = id.to_string();
+    let pieces = "SELECT terrace.pieces_of($1::bigint, $2::int[])";
+    let listed = array(&numbers);
+    let pieces = client.query(pieces, &[Some(&id), Some(&listed)]).await;
+    let pieces: Vec<String> = pieces
+        .map_err(told)?
+        .into_iter()
+        .filter_map(|row| row.into_iter().next()?)
+        .collect();
+    if pieces.len() > 1 {
+        client.simple(SHORT_LIVED).await.map_err(told)?;
+        let hold = "SELECT terrace.hold_rows($1::bigint)";
+        let held = patiently(&mut client, hold, &id).await;
+        held.context("hold off the table's writers")?;
+        client.simple("RESET lock_timeout").await.map_err(told)?;
+    }
+    let mut sent = 0;
+    for piece in pieces {
+        let sql = "SELECT to_json(terrace.resend_ranges($1::bigint, $2::int[], nullif($3::text[], '{}')))";
+        let values = [id.clone(), piece, array(domains)];
+        let rows: u64 = serde_json::from_value(answer(&mut client, sql, &values).await?)?;
+        sent += rows;
+    }
+    Ok(sent.into())
 }
 
 /// Looks again and again in one session, which costs the top far less than one each.

@@ -2,7 +2,8 @@
 //!
 //! Guarantee: the rows of one transaction's snapshot stand in the stream where that
 //! transaction commits; `terrace.fill` holds off writers till then, so what flows before
-//! and after fits to them without a gap.
+//! and after fits to them without a gap. Several transactions may each send a piece of a table
+//! while their session holds off its writers ([`crate::hold`]); the pieces are of one state.
 
 use pgrx::prelude::*;
 

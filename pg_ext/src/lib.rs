@@ -11,6 +11,7 @@
 mod ddl;
 mod fill;
 mod guard;
+mod hold;
 mod owner;
 mod sender;
 mod sums;
@@ -171,6 +172,7 @@ unsafe extern "C-unwind" fn on_transaction_end(event: pg_sys::XactEvent::Type, _
             ALONE.take();
             if event == pg_sys::XactEvent::XACT_EVENT_ABORT {
                 ddl::forget(ddl::WHOLE);
+                hold::forget();
             }
         }
         _ => {}
