@@ -609,6 +609,11 @@ BEGIN
         END LOOP;
     END LOOP;
     IF terrace.is_top() THEN
+        PERFORM terrace.say_left_out(c.oid) FROM pg_event_trigger_ddl_commands() made
+        JOIN pg_class c ON c.oid = made.objid AND c.relkind = 'r' AND c.relpersistence = 'u'
+        JOIN pg_namespace n ON n.oid = c.relnamespace
+        JOIN terrace.sync_schema s ON s.nspname = n.nspname
+        WHERE made.classid = 'pg_class'::regclass AND made.command_tag IN ('CREATE TABLE', 'CREATE TABLE AS', 'SELECT INTO');
         FOR part IN
             SELECT DISTINCT c.oid
             FROM pg_event_trigger_ddl_commands() made
@@ -1002,6 +1007,13 @@ BEGIN
     END IF;
 END $$;
 
+CREATE FUNCTION say_left_out(rel regclass) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RAISE NOTICE 'unlogged table "%" stays at the top', rel
+        USING HINT = 'ALTER TABLE … SET LOGGED and terrace.add_table synchronise it.';
+END $$;
+
 CREATE FUNCTION add_schema(name text) RETURNS integer
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -1027,6 +1039,8 @@ BEGIN
         PERFORM terrace.add_table(rel);
         added := added + 1;
     END LOOP;
+    PERFORM terrace.say_left_out(c.oid) FROM pg_class c
+    WHERE c.relnamespace = to_regnamespace(quote_ident(name)) AND c.relkind = 'r' AND c.relpersistence = 'u';
     RETURN added;
 END $$;
 

@@ -170,7 +170,7 @@ unsafe extern "C-unwind" fn start_up(
         let shape = PgTupleDesc::from_pg_unchecked(shape);
         receiver.columns = shape
             .iter()
-            .map(|column| Column::of(column.atttypid))
+            .map(|column| Column::of(column.atttypid, column.atttypmod))
             .collect();
         if !matches!(receiver.columns.first(), Some(Column::Int(_))) {
             pgrx::error!("the first column of a query to be summed is an integer");

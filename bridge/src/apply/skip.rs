@@ -16,9 +16,9 @@ impl Session<'_> {
     /// the transaction stay as they are.
     pub(super) async fn name_culprit(&mut self, error: anyhow::Error) -> anyhow::Error {
         if let Some(PgError::Db(refused)) = refused(&error)
-            && let Some(detail) = refused.detail_of_rows()
+            && let Some(hidden) = refused.hidden()
         {
-            tracing::warn!(detail, "{}", refused.message);
+            tracing::warn!("refused: {hidden}");
         }
         if !is_of_the_transaction(&error) || self.rewind().is_err() {
             return error;

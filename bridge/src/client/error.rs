@@ -1,5 +1,6 @@
 //! Why a session fails, and what people are told of it.
 
+use std::borrow::Cow;
 use std::io;
 
 use bytes::{Buf, Bytes};
@@ -47,18 +48,38 @@ impl DbError {
     /// too, and PostgreSQL itself keeps these from who may not read the table: class 22 is of
     /// data, 23 of constraints.
     fn tells_of_rows(&self) -> bool {
-        self.code.starts_with("22") || self.code.starts_with("23")
+        self.is_of_a_value() || self.code.starts_with("23")
     }
 
-    /// That detail, for the log of this server.
-    pub fn detail_of_rows(&self) -> Option<&str> {
-        self.detail.as_deref().filter(|_| self.tells_of_rows())
+    fn is_of_a_value(&self) -> bool {
+        self.code.starts_with("22")
+    }
+
+    /// The message for everybody: one about a value quotes it, and that may have quotes itself.
+    fn open_message(&self) -> Cow<'_, str> {
+        let quotes = || Some((self.message.find('"')?, self.message.rfind('"')?));
+        match quotes().filter(|_| self.is_of_a_value()) {
+            Some((first, last)) if first < last => {
+                let (before, after) = (&self.message[..=first], &self.message[last..]);
+                format!("{before}…{after}").into()
+            }
+            _ => self.message.as_str().into(),
+        }
+    }
+
+    /// What is kept from everybody, for the log of this server.
+    pub fn hidden(&self) -> Option<String> {
+        let detail = self.detail.as_ref().filter(|_| self.tells_of_rows());
+        match detail {
+            Some(detail) => Some(format!("{} ({detail})", self.message)),
+            None => (self.open_message() != self.message).then(|| self.message.clone()),
+        }
     }
 }
 
 impl std::fmt::Display for DbError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.message)?;
+        write!(f, "{}", self.open_message())?;
         if let Some(detail) = self.detail.as_ref().filter(|_| !self.tells_of_rows()) {
             write!(f, " ({detail})")?;
         }
@@ -190,8 +211,21 @@ mod tests {
             ..DbError::default()
         };
         assert_eq!(of("23502").to_string(), "refused [SQLSTATE 23502]");
-        assert!(of("23502").detail_of_rows().is_some());
+        assert!(
+            of("23502")
+                .hidden()
+                .is_some_and(|text| text.contains("secret"))
+        );
         assert!(of("42P01").to_string().contains("Failing row"));
+        let quoted = DbError {
+            code: "22P02".into(),
+            message: "invalid input syntax for type json: \"a \"secret\" b\"".into(),
+            ..DbError::default()
+        };
+        let shown = "invalid input syntax for type json: \"…\" [SQLSTATE 22P02]";
+        assert_eq!(quoted.to_string(), shown);
+        assert_eq!(quoted.hidden(), Some(quoted.message.clone()));
+        assert_eq!(of("22003").to_string(), "refused [SQLSTATE 22003]");
     }
 
     #[test]

@@ -259,9 +259,10 @@ impl Shape {
         let descriptor = table.tuple_desc();
         let find = |name: &&[u8]| {
             let number = number(table, name);
-            let type_ = descriptor.get(number).map(|attribute| attribute.atttypid);
+            let attribute = descriptor.get(number)?;
             // SAFETY: the type of a column that is there.
-            type_.map(|type_| (number, unsafe { Column::of(type_) }))
+            let column = unsafe { Column::of(attribute.atttypid, attribute.atttypmod) };
+            Some((number, column))
         };
         let columns: Vec<_> = columns.iter().filter_map(find).collect();
         let key = key.as_ref().and_then(find);

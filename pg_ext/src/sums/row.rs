@@ -46,13 +46,13 @@ impl Width {
 }
 
 impl Column {
-    /// Of a type, looked at in the current memory context.
+    /// Of a type and its modifier, looked at in the current memory context.
     ///
     /// # Safety
     /// There must be such a type.
-    pub(super) unsafe fn of(type_: pg_sys::Oid) -> Column {
+    pub(super) unsafe fn of(type_: pg_sys::Oid, mut modifier: i32) -> Column {
         // SAFETY: as the caller promises.
-        match unsafe { pg_sys::getBaseType(type_) } {
+        match unsafe { pg_sys::getBaseTypeAndTypmod(type_, &mut modifier) } {
             pg_sys::BOOLOID => Column::Int(Width::Bool),
             pg_sys::INT2OID => Column::Int(Width::Int2),
             pg_sys::INT4OID | pg_sys::DATEOID => Column::Int(Width::Int4),
@@ -63,6 +63,8 @@ impl Column {
             pg_sys::UUIDOID => Column::Uuid,
             pg_sys::BYTEAOID => Column::Bytes,
             pg_sys::TEXTOID | pg_sys::VARCHAROID => Column::Text,
+            // Without a length nothing is padded, and blanks are those that somebody wrote.
+            pg_sys::BPCHAROID if modifier < 0 => Column::Text,
             pg_sys::BPCHAROID => Column::Padded,
             base => {
                 let (mut output, mut is_varlena) = (pg_sys::InvalidOid, false);

@@ -227,6 +227,21 @@ fn each_transaction_is_tagged_once() {
 }
 
 #[test]
+fn unlogged_tables_of_a_schema_are_left_out_and_named() {
+    let (top, _scratch) = top();
+    top.sql("CREATE SCHEMA s; CREATE UNLOGGED TABLE s.u (id int); CREATE TABLE s.t (id int PRIMARY KEY)");
+    let said = notices(&top, "SELECT terrace.add_schema('s')");
+    assert!(
+        said.contains("unlogged table \"s.u\" stays at the top"),
+        "{said}"
+    );
+    let said = notices(&top, "CREATE UNLOGGED TABLE s.v (id int)");
+    assert!(said.contains("unlogged table \"s.v\" stays"), "{said}");
+    assert_eq!(notices(&top, "CREATE TABLE s.w (id int PRIMARY KEY)"), "");
+    assert_eq!(top.value("SELECT count(*) FROM terrace.tables"), "2");
+}
+
+#[test]
 fn a_domain_goes_and_names_the_slot_that_it_leaves() {
     let (top, _scratch) = top();
     top.sql("SELECT terrace.create_domain('region'), terrace.create_domain('apart')");

@@ -55,6 +55,10 @@ fn a_missing_table_or_column_stalls_until_it_is_made() {
         node,
         &["of table \"public.price\" cannot hold", "out of range"],
     );
+    // The value is for those who may read the table.
+    let quoted = "SELECT count(*) FROM terrace.lag WHERE reason LIKE '%70000%'";
+    assert_eq!(tree.top.value(quoted), "0");
+    assert!(node.bridge.logged().contains("\"70000\" is out of range"));
     node.server.sql("ALTER TABLE price ALTER cents TYPE int");
     tree.wait_for_equal(&["price"]);
     tree.wait_streaming();

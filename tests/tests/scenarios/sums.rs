@@ -115,6 +115,7 @@ fn rows_are_summed_alike_where_they_say_the_same() {
     let (top, _scratch) = top();
     top.sql(
         "CREATE TYPE mood AS ENUM ('sad'); CREATE DOMAIN small AS smallint CHECK (value < 100);
+         CREATE DOMAIN padded AS char(5);
          CREATE TABLE far (t text, p text); ALTER TABLE far ALTER t SET STORAGE EXTERNAL;
          INSERT INTO far SELECT repeat('far ', 10000), repeat('near', 10000)",
     );
@@ -142,6 +143,7 @@ fn rows_are_summed_alike_where_they_say_the_same() {
         ("'sad'::mood", "'sad'::text"),
         ("'ab'::char(5), 'é'::char(40)", "'ab'::varchar, 'é'::text"),
         ("repeat(' ', 40)::char(40)", "''"),
+        ("'ab '::padded", "'ab'::text"),
         (
             "t, p FROM far",
             "repeat('far ', 10000), repeat('near', 10000)",
@@ -161,6 +163,7 @@ fn rows_are_summed_alike_where_they_say_the_same() {
         ("1.0::numeric", "1.00::numeric"),
         ("0.0::float8", "-0.0::float8"),
         ("'ab '::text", "'ab'::text"),
+        ("'ab '::bpchar", "'ab'::bpchar"),
         ("'\\x00'::bytea", "'\\x0000'::bytea"),
         ("repeat('x', 33)", "repeat('x', 32)"),
         ("repeat('x', 90000), 1", "repeat('x', 90000) || 'y', 1"),
