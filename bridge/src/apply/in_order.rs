@@ -30,14 +30,13 @@ impl Session<'_> {
                     || batch.bytes >= MAX_BYTES
                     || self.planner.routing_changed();
                 let gate = *self.shared.upstream_replayed.borrow();
-                let notified = batch.notified.clone();
                 match self.peek()? {
                     _ if full => break,
                     None => break,
                     Some(record) if record.kind == Kind::Part => break,
                     Some(record) if record.lsn > gate => break,
                     Some(record) if sealed::goes_alone(record) => break,
-                    Some(record) if repeats_notify(record, &notified) => break,
+                    Some(record) if repeats_notify(record, &batch.notified) => break,
                     Some(_) => {}
                 }
             }

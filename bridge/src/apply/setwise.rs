@@ -31,7 +31,7 @@ const GATHERING: Duration = Duration::from_millis(200);
 /// … and something must have come when it is looked at again.
 const LOOK: Duration = Duration::from_millis(5);
 
-/// Whole transactions, and the statements that have their net effect.
+/// Whole transactions, with the watermarks between them, and the statements that have their net effect.
 pub(super) struct Pile {
     records: Vec<Record>,
     statements: Vec<Statement>,
@@ -94,8 +94,12 @@ impl Session<'_> {
         };
         let mut batch = Batch::default();
         for record in &records {
-            batch.take_in(record)?;
+            match record.kind {
+                Kind::Commit => batch.take_in(record)?,
+                _ => batch.end = record.lsn,
+            }
         }
+        let transactions = batch.transactions;
         self.begin()?;
         self.send_sets(statements)?;
         self.close(&batch)?;
@@ -103,7 +107,7 @@ impl Session<'_> {
         // Postgres is at work meanwhile.
         self.fold_ahead()?;
         self.conclude(batch).await?;
-        tracing::debug!(transactions = records.len(), "applied set-wise");
+        tracing::debug!(transactions, "applied set-wise");
         Ok(true)
     }
 
@@ -129,7 +133,8 @@ impl Session<'_> {
     /// Lets a backlog gather while more of it comes: the larger a pile, the less each
     /// transaction of it costs. It gets no older by that than by a tenth.
     async fn gather(&mut self, heap: &mut Heap) -> Result<(), Failed> {
-        let Some(last) = heap.records.last() else {
+        let mut commits = heap.records.iter().rev();
+        let Some(last) = commits.find(|record| record.kind == Kind::Commit) else {
             return Ok(());
         };
         let committed = last.commit().context("commit")?.commit_time;
@@ -179,14 +184,15 @@ impl Session<'_> {
         })
     }
 
-    /// Whole small transactions that are there and may be shown.
+    /// Whole small transactions that are there and may be shown, and watermarks.
     fn pile(&mut self, heap: &mut Heap) -> Result<(), Failed> {
         let gate = *self.shared.upstream_replayed.borrow();
         while !heap.is_full() {
             let Some(record) = self.peek()? else { break };
             match record.kind {
                 Kind::Commit if goes_alone(record) => break,
-                Kind::Commit if record.lsn <= gate => {}
+                // What is for others leaves a watermark here.
+                Kind::Commit | Kind::Watermark if record.lsn <= gate => {}
                 // One that says something new ends the pile, for what is in it came before.
                 Kind::Schema => {
                     if !self.planner.knows(&self.ahead[0]) {

@@ -269,3 +269,31 @@ fn a_row_of_which_only_the_key_is_told_is_missed_all_the_same() {
     let log = tree.nodes[0].bridge.logged();
     assert!(log.contains("applying in order"), "it was not tried");
 }
+
+#[test]
+fn what_is_for_others_does_not_cut_a_pile_short() {
+    const DOMAINS: [(&str, Option<&str>, usize); 2] = [("region", None, 1), ("other", None, 1)];
+    let schema = "CREATE TABLE t (id int PRIMARY KEY); SELECT terrace.add_table('t')";
+    let mut tree = Tree::grow(schema, &DOMAINS);
+    for node in &mut tree.nodes {
+        node.bridge.stop();
+    }
+    let mut client = tree.top.connect();
+    for id in 0..400 {
+        let domain = DOMAINS[id % 2].0;
+        let sql = format!("SET terrace.domains = '{domain}'; INSERT INTO t VALUES ({id})");
+        client.batch_execute(&sql).expect("insert");
+    }
+    tree.start_bridges_on_a_pile();
+    for (node, remainder) in tree.nodes.iter().zip(0..) {
+        let count = format!("SELECT count(*) FROM t WHERE id % 2 = {remainder}");
+        wait_until("the rows are there", || node.server.value(&count) == "200");
+        assert_eq!(node.server.value("SELECT count(*) FROM t"), "200");
+        let log = node.bridge.logged();
+        let piles = log.lines().filter(|line| line.contains("applied set-wise"));
+        let sizes =
+            piles.filter_map(|line| line.rsplit_once("transactions=")?.1.parse::<u32>().ok());
+        let largest = sizes.max();
+        assert!(largest >= Some(100), "{largest:?} at most went together");
+    }
+}
