@@ -300,14 +300,19 @@ impl Queue {
         loop {
             let end = *written.borrow_and_update();
             let segment = self.active();
-            if end > *self.inner.durable.borrow() || segment.has_failed() {
+            let is_due = segment.dirty() >= writer::DIRTY_BYTES || segment.has_failed();
+            if is_due || end > *self.inner.durable.borrow() {
                 // The writer fsyncs a segment before it leaves it, so what is
                 // below the active one is durable already.
                 let queue = self.clone();
                 let sync = move || queue.inner.disk.wait(|| segment.sync());
                 let synced = tokio::task::spawn_blocking(sync).await;
                 match synced {
-                    Ok(Ok(())) => self.inner.durable.send_replace(end),
+                    Ok(Ok(())) => self.inner.durable.send_if_modified(|durable| {
+                        let further = end > *durable;
+                        *durable = end.max(*durable);
+                        further
+                    }),
                     Ok(Err(error)) => return error,
                     Err(error) => {
                         return QueueError::io("fsync", &self.inner.dir)(io::Error::other(error));

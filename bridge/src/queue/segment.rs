@@ -43,6 +43,8 @@ pub(super) struct Segment {
     visible: AtomicU64,
     /// Known to be on disk up to here.
     synced: AtomicU64,
+    /// Bytes that were written since the last fsync began.
+    dirty: AtomicU64,
     /// An fsync has failed: the next one may succeed and say nothing of what was lost.
     failed: AtomicBool,
     /// Held during an fsync: the system tells of a failure only once.
@@ -131,6 +133,7 @@ impl Segment {
             file,
             visible: AtomicU64::new(content.len() as u64),
             synced: AtomicU64::new(content.len() as u64),
+            dirty: AtomicU64::new(0),
             failed: AtomicBool::new(false),
             syncing: Mutex::default(),
             shared: Shared::default(),
@@ -162,6 +165,7 @@ impl Segment {
             file,
             visible: AtomicU64::new(len),
             synced: AtomicU64::new(len),
+            dirty: AtomicU64::new(0),
             failed: AtomicBool::new(false),
             syncing: Mutex::default(),
             shared: Shared::default(),
@@ -204,7 +208,14 @@ impl Segment {
     pub fn write_at(&self, bytes: &[u8], offset: u64) -> Result<(), QueueError> {
         self.file
             .write_all_at(bytes, offset)
-            .map_err(QueueError::io("write", &self.path))
+            .map_err(QueueError::io("write", &self.path))?;
+        self.dirty.fetch_add(bytes.len() as u64, Ordering::AcqRel);
+        Ok(())
+    }
+
+    /// Bytes that were written since the last fsync began.
+    pub fn dirty(&self) -> u64 {
+        self.dirty.load(Ordering::Acquire)
     }
 
     pub fn truncate(&self, len: u64) -> Result<(), QueueError> {
@@ -218,6 +229,7 @@ impl Segment {
     pub fn sync(&self) -> Result<(), QueueError> {
         let _alone = lock(&self.syncing);
         let visible = self.visible();
+        self.dirty.store(0, Ordering::Release);
         let synced = match self.has_failed() {
             true => Err(io::Error::other("an earlier fsync failed")),
             false => self.file.sync_data(),

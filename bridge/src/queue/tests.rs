@@ -442,3 +442,19 @@ async fn a_failed_fsync_ends_the_queue_wherever_it_happens() {
     let ended = tokio::time::timeout(Duration::from_secs(5), queue.keep_durable());
     assert!(ended.await.unwrap().to_string().contains("fsync"));
 }
+
+// All of it used to be written at its end, in one call, and the upstream gave us up meanwhile.
+#[test]
+fn a_large_transaction_goes_to_disk_while_it_comes() {
+    let dir = TempDir::new().unwrap();
+    let (queue, mut writer) = create(&dir);
+    let part = Record::new(Kind::Part, Lsn::ZERO, &vec![0; 1 << 20]);
+    let mut most = 0;
+    for _ in 0..100 {
+        writer.append(&part).unwrap();
+        most = most.max(queue.active().dirty());
+    }
+    assert!(most >= writer::DIRTY_BYTES, "it has been written");
+    assert!(most <= 5 * writer::DIRTY_BYTES, "{most} bytes at once");
+    assert_eq!(queue.end(), Lsn(100), "nothing is shown of it");
+}

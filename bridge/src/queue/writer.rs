@@ -13,6 +13,12 @@ use crate::record::{Kind, Record};
 /// Buffered bytes are written at the latest when there are as many.
 const BUFFER_BYTES: usize = 1 << 20;
 
+/// When so many bytes are not on disk yet, they go there although no transaction has ended: at its end
+/// all of a large one would have to, and the upstream hears nothing from us until that is done.
+pub(super) const DIRTY_BYTES: u64 = 8 << 20;
+/// With so many of an unfinished transaction the writer waits for the disk.
+const MOST_DIRTY_BYTES: u64 = 4 * DIRTY_BYTES;
+
 /// Appends records. What is appended becomes readable with [`Writer::publish`];
 /// after an error everything since the last publish is gone, as after a crash.
 pub struct Writer {
@@ -183,7 +189,30 @@ impl Writer {
             self.offset += self.buffer.len() as u64;
         }
         self.buffer.clear();
-        written.inspect_err(|_| self.forget())
+        written.inspect_err(|_| self.forget())?;
+        self.pass_on_to_disk()
+    }
+
+    /// Keeps small what an fsync would have to write.
+    fn pass_on_to_disk(&self) -> Result<(), QueueError> {
+        match self.segment.dirty() {
+            0..DIRTY_BYTES => Ok(()),
+            MOST_DIRTY_BYTES.. if self.in_transaction => self.sync(),
+            _ => {
+                self.wake_who_keeps_it_durable();
+                Ok(())
+            }
+        }
+    }
+
+    fn sync(&self) -> Result<(), QueueError> {
+        let synced = self.queue.inner.disk.wait(|| self.segment.sync());
+        // After a failure he ends the bridge.
+        synced.inspect_err(|_| self.wake_who_keeps_it_durable())
+    }
+
+    fn wake_who_keeps_it_durable(&self) {
+        self.queue.inner.written.send_modify(|_| {});
     }
 
     /// After a failed write: back to what readers can see.
@@ -238,10 +267,8 @@ impl Writer {
 
     fn roll_to(&mut self, identity: &Identity) -> Result<(), QueueError> {
         self.publish()?;
+        self.sync()?;
         let inner = &self.queue.inner;
-        let synced = inner.disk.wait(|| self.segment.sync());
-        // Who keeps the queue durable ends the bridge.
-        synced.inspect_err(|_| inner.written.send_modify(|_| {}))?;
         let create = || Segment::create(&inner.dir, identity, self.end, &self.schema);
         let next = inner.disk.write(create)?;
         self.segment = Arc::new(next);
