@@ -1371,8 +1371,8 @@ BEGIN
         made.slices := terrace.slices_of(rel, made, sample);
     END IF;
     DELETE FROM terrace.checksum c USING terrace.comparison o
-    WHERE c.comparison = o.id AND o.started < now() - interval '1 day';
-    DELETE FROM terrace.comparison o WHERE o.started < now() - interval '1 day';
+    WHERE c.comparison = o.id AND o.started < now() - interval '8 days';
+    DELETE FROM terrace.comparison o WHERE o.started < now() - interval '8 days';
     INSERT INTO terrace.comparison (nspname, relname, columns, key, key_type, bounds, slices)
     VALUES (made.nspname, made.relname, made.columns, made.key, made.key_type, made.bounds, made.slices)
     RETURNING * INTO made;
@@ -1536,7 +1536,7 @@ $$;
 
 -- Ranges of a table that is to be sent in pieces, of 16 MB or the thousandth part; NULL if it goes at once.
 CREATE FUNCTION begin_resend(rel regclass) RETURNS comparison
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
 DECLARE
     ranges bigint := (SELECT sum(pg_table_size(part)) / (16 << 20) FROM terrace.parts_of(rel) part);
 BEGIN
@@ -1568,7 +1568,8 @@ DECLARE
     rel regclass := terrace.compared_table(terrace.comparison_of(comparison));
 BEGIN
     PERFORM terrace.must_be_top();
-    EXECUTE format('LOCK TABLE %s IN SHARE MODE', rel);
+    -- SHARE would let somebody make a unique index meanwhile.
+    EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', rel);
     PERFORM terrace.hold_for_session(part) FROM terrace.stored_parts_of(rel) part;
 END $$;
 
@@ -1582,7 +1583,10 @@ BEGIN
     PERFORM terrace.must_be_top();
     PERFORM terrace.with_ancestors(domains);
     RETURN terrace.fill(rel, domains,
-        (SELECT string_agg('(' || terrace.range_condition(made, r) || ')', ' OR ') FROM unnest(ranges) r));
+        (SELECT string_agg(concat('(', terrace.range_condition(made, r), ')',
+                    -- A row of a server's own, without the constraint.
+                    CASE WHEN r = 0 AND made.key IS NOT NULL THEN format(' OR %I IS NULL', made.key) END), ' OR ')
+         FROM unnest(ranges) r));
 END $$;
 
 CREATE VIEW domains AS

@@ -48,6 +48,7 @@ use crate::queue::{Queue, QueueError, Reader};
 use crate::record::{CommitInfo, Record};
 use crate::status::Shared;
 use crate::upstream::pinned_settings;
+use fold::Shape;
 use obstacle::Clearing;
 use plan::Planner;
 pub use relation::other_place;
@@ -195,8 +196,8 @@ struct Session<'a> {
     folded: Option<setwise::Pile>,
     /// The last pile that was large enough could be folded.
     folds: bool,
-    /// The local transaction under way has statements of a fold.
-    sent_sets: bool,
+    /// What the local transaction under way has statements of a fold for.
+    sent_sets: Vec<Arc<Shape>>,
     /// In the next transaction what is in the way of unique values, and nobody's, makes way.
     clears: Option<Clearing>,
     /// Rows that have been resolved in the local transaction under way.
@@ -235,6 +236,10 @@ impl<'a> Session<'a> {
         let own = [
             ("session_replication_role", "replica"),
             ("synchronous_commit", "off"),
+            // Catalogs are looked at after the table is locked, and as they are then.
+            ("default_transaction_isolation", "read committed"),
+            // What stands in quotes is a value, in this language (`client/error.rs`).
+            ("lc_messages", "C"),
             // What functions of indexes and constraints have to say comes to nobody.
             ("client_min_messages", "error"),
             // What a statement of the top makes in pg_temp is never found first.
@@ -278,7 +283,7 @@ impl<'a> Session<'a> {
             ahead: VecDeque::new(),
             folded: None,
             folds: true,
-            sent_sets: false,
+            sent_sets: Vec::new(),
             clears: None,
             conflicts: 0,
             plain_until: Lsn::ZERO,
@@ -318,7 +323,7 @@ impl<'a> Session<'a> {
     /// did not go in order is done with care.
     async fn try_another_way(&mut self, problem: &str) -> anyhow::Result<()> {
         let until = self.attempted.max(Lsn(self.committed.0 + 1));
-        let folded = self.sent_sets && problem != BY_ITSELF;
+        let folded = !self.sent_sets.is_empty() && problem != BY_ITSELF;
         self.leave_behind().await?;
         // Once: a table that is altered all the time goes in order.
         if problem == ALTERED && self.altered_after.replace(self.committed) != Some(self.committed)
@@ -381,7 +386,7 @@ impl<'a> Session<'a> {
         self.ahead.clear();
         self.place = None;
         self.folded = None;
-        self.sent_sets = false;
+        self.sent_sets.clear();
         self.expected.clear();
         self.unflushed = 0;
         self.planner.forget_relations();
@@ -411,14 +416,14 @@ impl<'a> Session<'a> {
     /// Commits, if everything did what it should.
     async fn conclude(&mut self, mut batch: Batch) -> Result<(), Failed> {
         self.answers(&mut batch).await?;
-        if self.look_at_altered().await.map_err(unexpected)? && self.sent_sets {
+        if self.look_at_altered().await.map_err(unexpected)? {
             return Err(Failed::Unexpected(ALTERED.into()));
         }
         for (row, count) in std::mem::take(&mut batch.missing_deletes) {
             self.bump(&row, "delete_missing", count).await?;
         }
         self.client.simple("COMMIT").await?;
-        self.sent_sets = false;
+        self.sent_sets.clear();
         self.progress_written = Instant::now();
         self.committed = batch.end;
         self.announce(&batch);
@@ -429,12 +434,16 @@ impl<'a> Session<'a> {
     }
 
     /// Looks again at tables that may have been altered here while this transaction had no lock on
-    /// them yet; now it has. Whether any is another than was known.
+    /// them yet; now it has. Whether any is another than was known, or than sets were made for.
     async fn look_at_altered(&mut self) -> anyhow::Result<bool> {
-        match std::mem::take(&mut self.altered) {
-            altered if altered.is_empty() => Ok(false),
-            altered => self.planner.look_again(&mut self.client, &altered).await,
+        let oids = std::mem::take(&mut self.altered);
+        if oids.is_empty() {
+            return Ok(false);
         }
+        let altered = self.planner.look_again(&mut self.client, &oids).await?;
+        let mut sent = self.sent_sets.iter();
+        let outdated = sent.any(|shape| oids.contains(&shape.oid) && !self.planner.has(shape));
+        Ok(altered || outdated)
     }
 
     /// Takes in what [`Session::progress_step`] returned.

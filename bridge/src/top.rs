@@ -210,21 +210,18 @@ async fn send_pieces(
 ) -> anyhow::Result<Value> {
     let numbers: Vec<String> = ranges.iter().map(i64::to_string).collect();
     let id = id.to_string();
-    let pieces = "SELECT terrace.pieces_of($1::bigint, $2::int[])";
-    let listed = array(&numbers);
-    let pieces = client.query(pieces, &[Some(&id), Some(&listed)]).await;
-    let pieces: Vec<String> = pieces
-        .map_err(told)?
-        .into_iter()
-        .filter_map(|row| row.into_iter().next()?)
-        .collect();
-    if pieces.len() > 1 {
+    if ranges.len() > 1 {
         client.simple(SHORT_LIVED).await.map_err(told)?;
         let hold = "SELECT terrace.hold_rows($1::bigint)";
         let held = patiently(&mut client, hold, &id).await;
         held.context("hold off the table's writers")?;
         client.simple("RESET lock_timeout").await.map_err(told)?;
     }
+    let pieces = "SELECT terrace.pieces_of($1::bigint, $2::int[])";
+    let listed = array(&numbers);
+    let pieces = client.query(pieces, &[Some(&id), Some(&listed)]).await;
+    let pieces = pieces.map_err(told)?.into_iter();
+    let pieces = pieces.filter_map(|row| row.into_iter().next()?);
     let mut sent = 0;
     for piece in pieces {
         let sql = "SELECT to_json(terrace.resend_ranges($1::bigint, $2::int[], nullif($3::text[], '{}')))";

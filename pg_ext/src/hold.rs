@@ -16,9 +16,9 @@ thread_local! {
     static REGISTERED: Cell<bool> = const { Cell::new(false) };
 }
 
-const MODE: pg_sys::LOCKMODE = pg_sys::ShareLock as pg_sys::LOCKMODE;
+const MODE: pg_sys::LOCKMODE = pg_sys::ShareRowExclusiveLock as pg_sys::LOCKMODE;
 
-/// Takes SHARE on a table to the end of the session, or of a transaction of it that fails.
+/// Takes SHARE ROW EXCLUSIVE on a table to the end of the session, or of a transaction of it that fails.
 #[pg_extern]
 fn hold_for_session(table: pg_sys::Oid) {
     if !REGISTERED.replace(true) {

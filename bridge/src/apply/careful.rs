@@ -138,13 +138,7 @@ impl Session<'_> {
             self.client.simple("BEGIN").await?;
         }
         for step in self.closing_steps(&batch) {
-            match step.expect {
-                Expect::Place => {
-                    let rows = self.client.query(&step.sql, &step.texts()?).await?;
-                    rows.into_iter().for_each(|row| self.take_place(row));
-                }
-                _ => drop(self.run_step(&step).await?),
-            }
+            self.run_step(&step).await?;
         }
         self.look_at_altered().await?;
         self.client.simple("COMMIT").await?;
@@ -238,6 +232,11 @@ impl Session<'_> {
     }
 
     pub(super) async fn run_step(&mut self, step: &Step) -> anyhow::Result<u64> {
+        if step.expect == Expect::Place {
+            let rows = self.client.query(&step.sql, &step.texts()?).await?;
+            rows.into_iter().for_each(|row| self.take_place(row));
+            return Ok(1);
+        }
         Ok(self.client.execute(&step.sql, &step.texts()?).await?)
     }
 }

@@ -29,6 +29,8 @@ pub use write::{Data, Statement};
 pub struct Shape {
     /// Qualified and quoted.
     pub table: String,
+    /// Its OID here.
+    pub oid: String,
     /// In the order of the stream.
     pub columns: Vec<ShapeColumn>,
     /// Which of them are the primary key, here and at the top.
@@ -126,6 +128,11 @@ impl<'a> Fold<'a> {
             }
             _ => Err(NotFoldable),
         }
+    }
+
+    /// What the statements are made for.
+    pub fn shapes(&self) -> impl Iterator<Item = Arc<Shape>> {
+        self.tables.values().map(|table| Arc::clone(&table.shape))
     }
 
     /// Deletes, updates and inserts: tables of the top may be one and the same here, and a
@@ -392,6 +399,7 @@ mod tests {
         };
         Arc::new(Shape {
             table: "t".into(),
+            oid: "1".into(),
             columns: vec![column("id"), column("v")],
             keys: vec![0],
             whole,

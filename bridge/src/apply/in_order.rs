@@ -104,10 +104,10 @@ impl Session<'_> {
         records: &[Record],
         batch: &mut Batch,
     ) -> Result<(), Failed> {
-        if let Some(statements) = self.fold(records, batch).await? {
+        if let Some(sets) = self.fold(records, batch).await? {
             self.drain(batch).await?;
-            tracing::debug!(statements = statements.len(), "a part went set-wise");
-            self.send_sets(statements)?;
+            tracing::debug!(statements = sets.statements.len(), "a part went set-wise");
+            self.send_sets(sets)?;
             // The answers are not waited for: what comes next is folded meanwhile.
             return Ok(self.client.send_all().await?);
         }

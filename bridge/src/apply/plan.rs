@@ -5,11 +5,12 @@
 //! the local server's own types read them.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use anyhow::Context;
 use bytes::Bytes;
 
-use super::fold::{Fold, NotFoldable};
+use super::fold::{Fold, NotFoldable, Shape};
 use super::relation::{Column, Relation};
 use super::sealed::{SealedOrder, Seals, is_order};
 use super::statement::{
@@ -236,6 +237,12 @@ impl Planner {
             altered |= relation.here() != before;
         }
         Ok(altered)
+    }
+
+    /// Whether a table is known to be like this.
+    pub fn has(&self, shape: &Arc<Shape>) -> bool {
+        let mut known = self.relations.values().filter(|one| one.looked_up);
+        known.any(|relation| relation.shape.as_ref() == Some(shape))
     }
 
     /// What `payload` asks for on this server.

@@ -12,6 +12,7 @@ use super::Session;
 use super::obstacle::is_in_the_way;
 use super::plan::Planner;
 use super::skip::refused;
+use crate::client::{DbError, PgError};
 use crate::lsn::Lsn;
 use crate::pgoutput::{self, Datum, Message, Tuple};
 
@@ -41,7 +42,7 @@ impl Session<'_> {
             self.client.simple("RELEASE change").await?;
             return Ok(());
         };
-        let Some((code, message)) = refusal(&error) else {
+        let Some(refusal) = refusal(&error) else {
             return Err(error);
         };
         // Nothing of the top's is put aside before what is in its way.
@@ -67,26 +68,29 @@ impl Session<'_> {
                     Some(change.kind),
                     old.as_deref(),
                     new.as_deref(),
-                    Some(&code),
-                    Some(&message),
+                    Some(&refusal.code),
+                    Some(&refusal.message),
                 ],
             )
             .await?;
         let reason = format!(
-            "{} of table \"{}\": {message}; see terrace.quarantine",
-            change.kind, change.table
+            "{} of table \"{}\": {}; see terrace.quarantine",
+            change.kind,
+            change.table,
+            refusal.open_message()
         );
         self.shared.event_once("quarantine", &reason);
         Ok(())
     }
 }
 
-/// SQLSTATE and message, if it is for its values that a row is refused.
-fn refusal(error: &anyhow::Error) -> Option<(String, String)> {
-    let error = refused(error)?;
-    let code = error.code()?;
-    let of_values = OF_VALUES.iter().any(|class| code.starts_with(class));
-    of_values.then(|| (code.to_owned(), error.message()))
+/// What the server said, if it is for its values that a row is refused.
+fn refusal(error: &anyhow::Error) -> Option<DbError> {
+    let PgError::Db(error) = refused(error)? else {
+        return None;
+    };
+    let of_values = OF_VALUES.iter().any(|class| error.code.starts_with(class));
+    of_values.then(|| DbError::clone(error))
 }
 
 impl Planner {

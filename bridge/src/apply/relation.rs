@@ -186,9 +186,9 @@ impl Relation {
                       'timestamp'::regtype, 'timestamptz'::regtype)) \
                    AND NOT EXISTS (SELECT FROM pg_collation l \
                       WHERE l.oid = a.attcollation AND NOT l.collisdeterministic), \
-                 t.typnamespace = 'pg_catalog'::regnamespace AND t.typtype IN ('b', 'r', 'm'), \
+                 t.typnamespace = 'pg_catalog'::regnamespace AND t.typtype IN ('b', 'r', 'm') AND t.oid <> {CAST}, \
                  pg_catalog.format_type(b.oid, -1), \
-                 b.typnamespace = 'pg_catalog'::regnamespace AND b.typtype IN ('b', 'r', 'm'), \
+                 b.typnamespace = 'pg_catalog'::regnamespace AND b.typtype IN ('b', 'r', 'm') AND b.oid <> {CAST}, \
                  k.relkind \
              FROM pg_class k \
              LEFT JOIN (pg_attribute a JOIN pg_type t ON t.oid = a.atttypid \
@@ -302,11 +302,16 @@ fn shape(relation: &Relation, locals: &HashMap<String, LocalColumn>) -> Option<S
     let writable = locals.values().filter(|local| !local.generated).count();
     (is_written && keys.len() == primaries).then(|| Shape {
         table: relation.qualified(),
+        oid: relation.oid.clone(),
         whole: columns.iter().filter(|column| !column.generated).count() == writable,
         columns,
         keys,
     })
 }
+
+/// SQL: the one type of PostgreSQL's own that a cast reads in another way than its input function:
+/// '-', no table at all, is none to it.
+const CAST: &str = "'regclass'::regtype";
 
 /// The table here that holds the rows of a partition of the top, if that is not one of its name.
 pub async fn other_place(

@@ -5,6 +5,7 @@
 //! local transaction the one after the other comes to the same as all in order.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use anyhow::Context;
 use postgres_protocol::message::frontend;
 use tokio::time::sleep;
 
-use super::fold::{Data, Fold, Statement};
+use super::fold::{Data, Fold, Shape, Statement};
 use super::plan::Folded;
 use super::sealed::goes_alone;
 use super::{Batch, Expect, Failed, MAX_BYTES, MAX_TRANSACTIONS, Session};
@@ -34,7 +35,13 @@ const LOOK: Duration = Duration::from_millis(5);
 /// Whole transactions, with the watermarks between them, and the statements that have their net effect.
 pub(super) struct Pile {
     records: Vec<Record>,
-    statements: Vec<Statement>,
+    sets: Sets,
+}
+
+/// Statements, and what they are made for.
+pub(super) struct Sets {
+    pub(super) statements: Vec<Statement>,
+    shapes: Vec<Arc<Shape>>,
 }
 
 /// Whole transactions that are taken together.
@@ -62,7 +69,7 @@ fn is_worthwhile(records: &[Record]) -> bool {
 
 /// What came of folding.
 enum Attempt {
-    Folded(Vec<Statement>),
+    Folded(Sets),
     /// First these relations must be looked up.
     Unknown(BTreeSet<u32>),
     /// It is not worthwhile, or something stands in the way.
@@ -70,9 +77,9 @@ enum Attempt {
 }
 
 impl Attempt {
-    fn statements(self) -> Option<Vec<Statement>> {
+    fn sets(self) -> Option<Sets> {
         match self {
-            Attempt::Folded(statements) => Some(statements),
+            Attempt::Folded(sets) => Some(sets),
             Attempt::Unknown(_) | Attempt::Not => None,
         }
     }
@@ -85,11 +92,7 @@ impl Session<'_> {
         if self.is_plain() {
             return Ok(false);
         }
-        let Some(Pile {
-            records,
-            statements,
-        }) = self.folded_pile().await?
-        else {
+        let Some(Pile { records, sets }) = self.folded_pile().await? else {
             return Ok(false);
         };
         let mut batch = Batch::default();
@@ -101,7 +104,7 @@ impl Session<'_> {
         }
         let transactions = batch.transactions;
         self.begin()?;
-        self.send_sets(statements)?;
+        self.send_sets(sets)?;
         self.close(&batch)?;
         self.client.send_all().await?;
         // Postgres is at work meanwhile.
@@ -162,7 +165,7 @@ impl Session<'_> {
         let mut heap = Heap::default();
         self.pile(&mut heap)?;
         let folded = match heap.is_full() {
-            true => self.try_fold(&heap.records).statements(),
+            true => self.try_fold(&heap.records).sets(),
             false => None,
         };
         self.folded = self.keep_or_put_back(heap, folded);
@@ -170,18 +173,15 @@ impl Session<'_> {
     }
 
     /// What is not folded is next again, in front of what has been looked at already.
-    fn keep_or_put_back(&mut self, heap: Heap, folded: Option<Vec<Statement>>) -> Option<Pile> {
+    fn keep_or_put_back(&mut self, heap: Heap, folded: Option<Sets>) -> Option<Pile> {
         let records = heap.records;
-        let Some(statements) = folded else {
+        let Some(sets) = folded else {
             for record in records.into_iter().rev() {
                 self.ahead.push_front(record);
             }
             return None;
         };
-        Some(Pile {
-            records,
-            statements,
-        })
+        Some(Pile { records, sets })
     }
 
     /// Whole small transactions that are there and may be shown, and watermarks.
@@ -218,7 +218,7 @@ impl Session<'_> {
         &mut self,
         records: &[Record],
         batch: &mut Batch,
-    ) -> Result<Option<Vec<Statement>>, Failed> {
+    ) -> Result<Option<Sets>, Failed> {
         let mut attempt = self.try_fold(records);
         if let Attempt::Unknown(relids) = attempt {
             // The catalog must be asked, for which the pipeline must be empty.
@@ -230,7 +230,7 @@ impl Session<'_> {
             }
             attempt = self.try_fold(records);
         }
-        Ok(attempt.statements())
+        Ok(attempt.sets())
     }
 
     /// What cannot be read is left to the way in order as well, which says what it is.
@@ -255,7 +255,10 @@ impl Session<'_> {
             }
         }
         match unknown.is_empty() {
-            true => Attempt::Folded(fold.statements()),
+            true => Attempt::Folded(Sets {
+                statements: fold.statements(),
+                shapes: fold.shapes().collect(),
+            }),
             false => Attempt::Unknown(unknown),
         }
     }
@@ -265,9 +268,9 @@ impl Session<'_> {
         self.committed < self.plain_until
     }
 
-    pub(super) fn send_sets(&mut self, statements: Vec<Statement>) -> Result<(), Failed> {
-        self.sent_sets = true;
-        statements
+    pub(super) fn send_sets(&mut self, sets: Sets) -> Result<(), Failed> {
+        self.sent_sets.extend(sets.shapes);
+        sets.statements
             .into_iter()
             .try_for_each(|set| self.send_set(set))
     }

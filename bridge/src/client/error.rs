@@ -7,6 +7,10 @@ use bytes::{Buf, Bytes};
 
 use crate::wire::take_cstr;
 
+const SYNTAX_ERROR: &str = "42601";
+/// Errors that show the bytes of a text.
+const OF_BYTES: [&str; 2] = ["22021", "22P05"];
+
 /// What a server says of a failure.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DbError {
@@ -51,12 +55,18 @@ impl DbError {
         self.is_of_a_value() || self.code.starts_with("23")
     }
 
+    /// Text search has its own syntax errors; those of SQL are "at or near" something.
     fn is_of_a_value(&self) -> bool {
         self.code.starts_with("22")
+            || self.code == SYNTAX_ERROR && self.message.starts_with("syntax error in ")
     }
 
-    /// The message for everybody: one about a value quotes it, and that may have quotes itself.
-    fn open_message(&self) -> Cow<'_, str> {
+    /// The message for everybody, in the words of `lc_messages = C`: one about a value quotes it, which
+    /// may have quotes itself, or tells its bytes.
+    pub fn open_message(&self) -> Cow<'_, str> {
+        if OF_BYTES.contains(&self.code.as_str()) {
+            return "a text has characters that the encoding here has not".into();
+        }
         let quotes = || Some((self.message.find('"')?, self.message.rfind('"')?));
         match quotes().filter(|_| self.is_of_a_value()) {
             Some((first, last)) if first < last => {
@@ -225,6 +235,8 @@ mod tests {
         let shown = "invalid input syntax for type json: \"…\" [SQLSTATE 22P02]";
         assert_eq!(quoted.to_string(), shown);
         assert_eq!(quoted.hidden(), Some(quoted.message.clone()));
+        let bytes = of("22021").to_string();
+        assert!(!bytes.contains("refused"), "{bytes}");
         assert_eq!(of("22003").to_string(), "refused [SQLSTATE 22003]");
     }
 

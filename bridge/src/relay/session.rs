@@ -260,11 +260,21 @@ impl Session {
     }
 
     async fn at_top(&mut self, request: &str) -> Reply {
+        let shared = Arc::clone(&self.relay.shared);
         let asked = async {
             let request = serde_json::from_str(request)?;
-            top::ask(&self.relay.shared.config, &request).await
+            top::ask(&shared.config, &request).await
         };
-        match asked.await {
+        tokio::pin!(asked);
+        // What is done for a client that is gone holds off writers at the top.
+        let answer = tokio::select! {
+            answer = &mut asked => answer,
+            kind = self.framed.peek_kind() => match kind {
+                Err(_) | Ok(b'X') => return refuse("57014", "nobody waits for the answer"),
+                Ok(_) => asked.await,
+            }
+        };
+        match answer {
             Ok(answer) => {
                 self.row(&[("answer", Some(&answer.to_string()))], "AT_TOP");
                 Ok(())

@@ -36,8 +36,13 @@ pub fn pinned_settings() -> Vec<(String, String)> {
 pub fn reading_settings() -> Vec<(String, String)> {
     let mut settings = pinned_settings();
     settings.push(("row_security".into(), "off".into()));
+    settings.push(NAMED_WHOLE.map(str::to_owned).into());
     settings
 }
+
+/// Names of objects (regclass and the like) come with their schema: whoever reads them finds none in a
+/// path of his own.
+const NAMED_WHOLE: [&str; 2] = ["search_path", "pg_catalog, pg_temp"];
 
 /// Opens a session that a bridge answers itself; at a Postgres it is a plain one,
 /// unless `replication` is wanted.
@@ -46,10 +51,14 @@ pub async fn session(
     application: &str,
     replication: bool,
 ) -> Result<Client, PgError> {
+    let mut gucs = pinned_settings();
+    if replication {
+        gucs.push(NAMED_WHOLE.map(str::to_owned).into());
+    }
     let options = SessionOptions {
         application_name: application.to_owned(),
         replication,
-        gucs: pinned_settings(),
+        gucs,
         extensions: vec![(BRIDGE_PARAMETER.to_owned(), "1".to_owned())],
         ..Default::default()
     };

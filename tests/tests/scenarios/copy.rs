@@ -222,7 +222,7 @@ fn a_copy_misses_no_table_that_is_written_anew_and_stops_no_data() {
         tree.node("branch-1")
             .bridge
             .logged()
-            .contains("table three was written anew")
+            .contains("table public.three was written anew")
     });
     copied(&tree.node("branch-1").bridge, 2);
     tree.wait_for_equal(&["one", "two", "three"]);

@@ -15,6 +15,7 @@ mod mistakes;
 mod network;
 mod owners;
 mod partitions;
+mod pieces;
 mod refusals;
 mod regressions;
 mod rows;

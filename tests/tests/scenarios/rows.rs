@@ -32,7 +32,7 @@ fn said(output: &Output) -> String {
     String::from_utf8_lossy(&text).into_owned()
 }
 
-fn command(tree: &mut Tree, node: &str, name: &str, arguments: &[&str]) -> (bool, String) {
+pub fn command(tree: &mut Tree, node: &str, name: &str, arguments: &[&str]) -> (bool, String) {
     let output = tree.node(node).bridge.command(name, arguments);
     let output = output.expect("run the command");
     (output.status.success(), said(&output))
@@ -457,100 +457,4 @@ fn a_comparison_gives_way_to_what_waits_for_it() {
     wait_until("it is ended", || tree.top.value(told) == "t");
     tree.wait_for_equal(&["t"]);
     reader.batch_execute("COMMIT").expect_err("it was ended");
-}
-
-/// More than 32 MB, which is sent in three ranges.
-const BIG: &str = "
-    CREATE TABLE big (id int PRIMARY KEY, v text);
-    INSERT INTO big SELECT g, repeat(md5(g::text), 32) FROM generate_series(1, 50000) g;
-    ANALYZE big";
-
-#[test]
-fn a_large_table_comes_in_pieces_that_outlive_a_crash() {
-    const DOMAINS: [(&str, Option<&str>, usize); 2] =
-        [("region", None, 1), ("branch", Some("region"), 1)];
-    let mut tree = Tree::grow(STEPS, &DOMAINS);
-    tree.top.sql(BIG);
-    for node in &tree.nodes {
-        node.server
-            .sql("CREATE TABLE big (id int PRIMARY KEY, v text)");
-    }
-    // Who is not ready for the last piece has the others.
-    tree.node("branch-1").server.sql(
-        "INSERT INTO big VALUES (10, 'stray'), (60000, 'stray');
-         CREATE FUNCTION trap() RETURNS trigger LANGUAGE plpgsql AS
-             'BEGIN IF NEW.id = 49990 THEN RAISE EXCEPTION ''trapped''; END IF; RETURN NEW; END';
-         CREATE TRIGGER trap BEFORE INSERT ON big FOR EACH ROW EXECUTE FUNCTION trap();
-         ALTER TABLE big ENABLE ALWAYS TRIGGER trap",
-    );
-    let counting = count_up(&tree.top);
-    tree.top
-        .sql("SELECT terrace.add_table('big', rows => false)");
-    let everywhere = ["--table", "big", "--everywhere"];
-    let (well, text) = command(&mut tree, "branch-1", "resync", &everywhere);
-    assert!(well && text.starts_with("50000 rows"), "{text}");
-    let is_trapped =
-        "SELECT count(*) FROM terrace.lag WHERE node = 'branch-1' AND reason LIKE '%trapped%'";
-    wait_until("the last piece is refused", || {
-        tree.top.value(is_trapped) == "1"
-    });
-    let there = "SELECT count(*) > 20000 AND count(*) < 49990 AND min(v) <> 'stray' FROM big WHERE id < 49990";
-    assert_eq!(tree.node("branch-1").server.value(there), "t");
-
-    // What died goes on with the piece that it was at; what is written meanwhile comes after it.
-    tree.node("branch-1").bridge.kill9();
-    tree.top.sql(
-        "UPDATE big SET id = id + 100000 WHERE id % 1000 = 0; DELETE FROM big WHERE id = 49990",
-    );
-    tree.node("branch-1").server.sql("DROP TRIGGER trap ON big");
-    tree.node("branch-1").bridge.restart().expect("restart");
-    tree.all_is_well(counting);
-    tree.wait_for_equal(&["big"]);
-    for node in &tree.nodes {
-        assert_eq!(
-            node.server.value("SELECT count(*) FROM terrace.conflict"),
-            "0"
-        );
-    }
-}
-
-#[test]
-fn writers_of_a_table_wait_until_all_of_its_pieces_are_sent() {
-    let tree = Tree::grow(BIG, &[]);
-    let top = &tree.top;
-    top.sql("SELECT terrace.add_table('big'); CREATE TABLE other (id int PRIMARY KEY)");
-    let id = top.value("SELECT id FROM terrace.begin_resend('big')");
-    let pieces = format!("SELECT count(*) FROM terrace.pieces_of({id}, '{{0,1,2}}')");
-    assert_eq!(top.value(&pieces), "3");
-    let mut writer = top.connect();
-    let ready = "SET lock_timeout = '100ms'; INSERT INTO other VALUES (1)";
-    writer.batch_execute(ready).expect("write elsewhere");
-    let mut write = || writer.batch_execute("UPDATE big SET v = '' WHERE id = 1");
-    // It ends with the session, idle or not, and with a transaction that fails.
-    let terminate = "SELECT pg_terminate_backend(pg_backend_pid())";
-    let ends = [
-        None,
-        Some(format!("BEGIN; LOCK TABLE big IN SHARE MODE; {terminate}")),
-        Some("SELECT 1 / 0".into()),
-    ];
-    for end in ends {
-        let mut holder = top.connect();
-        let hold = format!("SELECT terrace.hold_rows({id})");
-        holder.batch_execute(&hold).expect("hold");
-        for piece in 0..2 {
-            let send = format!("SELECT terrace.resend_ranges({id}, '{{{piece}}}', NULL)");
-            holder.batch_execute(&send).expect("send");
-            assert!(explain(&write().expect_err("it waits")).contains("lock timeout"));
-        }
-        match &end {
-            None => drop(holder),
-            Some(end) => drop(holder.batch_execute(end).expect_err("it fails")),
-        }
-        wait_until("nobody is held off", || write().is_ok());
-    }
-
-    // A unique value may go from one range to another: all at once.
-    top.sql("ALTER TABLE big ADD COLUMN u int; CREATE UNIQUE INDEX ON big (u)");
-    assert_eq!(top.value(&pieces), "1");
-    assert_eq!(top.value("SELECT terrace.begin_resend('big') IS NULL"), "t");
 }

@@ -169,6 +169,13 @@ fn rows_that_are_refused_are_put_aside_when_that_is_wanted() {
     );
     let told = "SELECT count(*) > 0 FROM terrace.events WHERE kind = 'quarantine'";
     wait_until("the top is told", || tree.top.value(told) == "t");
+    // The value is for those who may read the table.
+    node.server.sql("ALTER TABLE steps ALTER n TYPE smallint");
+    tree.top.sql("INSERT INTO steps VALUES (70007)");
+    let kept = "SELECT count(*) FROM terrace.quarantine WHERE error LIKE '%\"70007\"%'";
+    wait_until("it is put aside", || node.server.value(kept) == "1");
+    let told = "SELECT count(*) FROM terrace.events WHERE reason LIKE '%\"…\" is out of range%'";
+    wait_until("the top is told", || tree.top.value(told) == "1");
     // What can be mended stalls all the same.
     node.server.sql(
         "CREATE FUNCTION broken() RETURNS trigger LANGUAGE plpgsql AS
