@@ -297,3 +297,50 @@ fn what_is_for_others_does_not_cut_a_pile_short() {
         assert!(largest >= Some(100), "{largest:?} at most went together");
     }
 }
+
+// A transaction that goes set-wise among others that go in order waits for who alters its table.
+#[test]
+fn what_is_altered_here_counts_for_what_was_sent_before() {
+    let schema = "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE z (id int PRIMARY KEY);
+                  CREATE TABLE keyless (a int); INSERT INTO keyless VALUES (1);
+                  SELECT terrace.add_table('t'), terrace.add_table('z'), terrace.add_table('keyless');
+                  INSERT INTO t SELECT g, 'v' FROM generate_series(1, 200) g";
+    let tree = Tree::grow(schema, &[("region", None, 1)]);
+    let (top, node) = (&tree.top, &tree.nodes[0]);
+    top.sql("UPDATE t SET v = 'w'; INSERT INTO z VALUES (0); UPDATE keyless SET a = 2");
+    tree.wait_for_equal(&["t", "z", "keyless"]);
+    let waits = |table: &str| {
+        let sql = format!(
+            "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = '{table}'::regclass"
+        );
+        wait_until("the apply waits", || node.server.value(&sql) == "1");
+    };
+    let first = node.server.lock("z");
+    top.sql("INSERT INTO z VALUES (1)");
+    waits("z");
+    let mut second = node.server.connect();
+    let alter =
+        "BEGIN; SET LOCAL session_replication_role = replica; ALTER TABLE t ADD COLUMN c int;
+                 ALTER TABLE t ADD COLUMN own text DEFAULT 'new'; UPDATE t SET own = 'kept'";
+    second.batch_execute(alter).expect("alter");
+    // The first is no matter for a fold, so all go in order, but for the second, which is large.
+    top.sql("UPDATE keyless SET a = 3");
+    top.sql("UPDATE t SET id = id + 1000");
+    top.sql("ALTER TABLE t ADD COLUMN c int");
+    top.sql("UPDATE t SET c = 7 WHERE id = 1001");
+    let end = top.value("SELECT pg_current_wal_lsn()");
+    let received =
+        format!("SELECT bool_and(flush_lsn >= '{end}') FROM terrace.lag WHERE level > 0");
+    wait_until("all is there", || top.value(&received) == "t");
+    let folded = |log: &str| log.matches("a part went set-wise").count();
+    let before = folded(&node.bridge.logged());
+    drop(first);
+    waits("t");
+    wait_until("it is folded", || folded(&node.bridge.logged()) > before);
+    second.batch_execute("COMMIT").expect("commit");
+    wait_until("the rows are there", || {
+        node.server.value("SELECT count(*) FROM t WHERE c = 7") == "1"
+    });
+    let kept = "SELECT count(*) FROM t WHERE own = 'kept' AND id > 1000";
+    assert_eq!(node.server.value(kept), "200");
+}
