@@ -1292,9 +1292,7 @@ CREATE FUNCTION slice_condition(of terrace.comparison, slice integer, part regcl
         'CASE WHEN terrace.give_way() THEN ' || nullif(concat_ws(' AND ',
             CASE WHEN NOT indexed THEN inside END, '(' || filter || ')'), '') || ' END'), '')
     FROM (SELECT CASE WHEN of.slices > 1 THEN
-                     concat('(', terrace.range_condition(of, lower(ranges), upper(ranges)),
-                            -- A row of a server's own, without the constraint.
-                            CASE WHEN slice = 0 THEN format(' OR %I IS NULL', of.key) END, ')') END AS inside,
+                     terrace.rows_condition(of, lower(ranges), upper(ranges)) END AS inside,
                  EXISTS (SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = part AND a.attname = of.key
                          JOIN pg_opclass o ON o.oid = i.indclass[0] JOIN pg_am m ON m.oid = o.opcmethod
                          WHERE i.indrelid = part AND i.indkey[0] = a.attnum AND i.indisvalid
@@ -1332,6 +1330,14 @@ CREATE FUNCTION range_condition(of terrace.comparison, range integer, before int
         place || ' >= ' || quote_literal(of.bounds[range]),
         place || ' < ' || quote_literal(of.bounds[coalesce(before, range + 1)])), ''), 'true')
     FROM terrace.key_expression(format('%I.%I', of.nspname, of.relname)::regclass, of.key) place
+$$;
+
+-- The same for all rows that a server may have: the first range holds those without a key, a server's
+-- own, where the constraint is missing.
+CREATE FUNCTION rows_condition(of terrace.comparison, range integer, before integer DEFAULT NULL) RETURNS text
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT concat('(', terrace.range_condition(of, range, before),
+                  CASE WHEN range = 0 AND of.key IS NOT NULL THEN format(' OR %I IS NULL', of.key) END, ')')
 $$;
 
 -- Prepares a look at a table. Settings of the function: bounds are read on every server.
@@ -1583,10 +1589,7 @@ BEGIN
     PERFORM terrace.must_be_top();
     PERFORM terrace.with_ancestors(domains);
     RETURN terrace.fill(rel, domains,
-        (SELECT string_agg(concat('(', terrace.range_condition(made, r), ')',
-                    -- A row of a server's own, without the constraint.
-                    CASE WHEN r = 0 AND made.key IS NOT NULL THEN format(' OR %I IS NULL', made.key) END), ' OR ')
-         FROM unnest(ranges) r));
+        (SELECT string_agg(terrace.rows_condition(made, r), ' OR ') FROM unnest(ranges) r));
 END $$;
 
 CREATE VIEW domains AS

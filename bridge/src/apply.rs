@@ -65,7 +65,7 @@ const WATERMARK_EVERY: Duration = Duration::from_secs(1);
 /// Why a transaction with DDL, say, is not taken with others.
 const BY_ITSELF: &str = "a transaction that is applied by itself";
 
-/// Why what was folded is folded anew.
+/// Why a batch is tried once more, with tables as they are now.
 const ALTERED: &str = "a table was altered on this server meanwhile";
 
 /// Values that are stored out of line are compressed anew here, which for wide rows is
@@ -214,7 +214,7 @@ struct Session<'a> {
     place: Option<String>,
     /// OIDs of tables here that have been altered, or may have been.
     altered: Vec<String>,
-    /// The batch after this had to be folded anew for that.
+    /// The batch after this had to be tried once more for that.
     altered_after: Option<Lsn>,
     /// When sequences were put forward, and whether there may be reason to do it again.
     sequences: (Instant, bool),
@@ -325,7 +325,7 @@ impl<'a> Session<'a> {
         let until = self.attempted.max(Lsn(self.committed.0 + 1));
         let folded = !self.sent_sets.is_empty() && problem != BY_ITSELF;
         self.leave_behind().await?;
-        // Once: a table that is altered all the time goes in order.
+        // Once: what is altered all the time goes another way.
         if problem == ALTERED && self.altered_after.replace(self.committed) != Some(self.committed)
         {
             return Ok(());
