@@ -89,6 +89,18 @@ CREATE TABLE checksum (
     PRIMARY KEY (comparison, range)
 );
 
+-- Large tables that were added, until all of their rows are sent; at the top, for itself. One that no
+-- comparison has divided yet does not flow.
+CREATE TABLE sending (
+    rel oid PRIMARY KEY,
+    domains text[],
+    columns text[],
+    filter text,
+    comparison bigint UNIQUE,
+    ranges integer[],    -- that are still to be sent
+    since xid8           -- who may have written when nobody was held off has this number or a higher one
+);
+
 -- What flows is flowing data itself, so that it is exact at each position. Of wal_level, which
 -- only the top needs, create_domain() speaks.
 SET LOCAL client_min_messages = error;
@@ -965,7 +977,8 @@ BEGIN
             USING ERRCODE = 'wrong_object_type', HINT = 'Only tables of users can be synchronised.';
     END IF;
     IF EXISTS (SELECT FROM terrace.sync_table s
-               WHERE s.nspname = class.nspname AND s.relname = class.relname) THEN
+               WHERE s.nspname = class.nspname AND s.relname = class.relname)
+       OR EXISTS (SELECT FROM terrace.sending s WHERE s.rel = add_table.rel) THEN
         RAISE EXCEPTION 'table "%" is synchronised already', rel
             USING ERRCODE = 'duplicate_object', HINT = 'Call terrace.remove_table first.';
     END IF;
@@ -999,12 +1012,30 @@ BEGIN
                       HINT = 'It is what could stand after WHERE, of columns of this table alone.';
         END;
     END IF;
+    IF rows AND terrace.is_received() AND terrace.piece_count(rel) > 1 THEN
+        PERFORM terrace.try_attach(class.nspname, class.relname, domains, columns, filter);
+        INSERT INTO terrace.sending VALUES (rel, domains, columns, filter);
+        RAISE NOTICE 'rows of table "%" are sent in pieces', rel
+            USING DETAIL = 'Once a bridge has begun with it, those who write to it wait until all are sent.',
+                  HINT = 'See column sending of terrace.tables, and terrace.events.';
+        RETURN;
+    END IF;
     INSERT INTO terrace.sync_table VALUES (class.nspname, class.relname, domains, columns, filter);
     -- A copy that begins later waits for this transaction, and has its rows from there.
     -- Without its rows it waits for "terrace-bridge resync --table".
     IF rows AND terrace.is_received() THEN
         PERFORM terrace.fill(rel);
     END IF;
+END $$;
+
+-- Nothing comes of it but the errors.
+CREATE FUNCTION try_attach(nspname text, relname text, domains text[], columns text[], filter text) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET client_min_messages = warning AS $$
+BEGIN
+    INSERT INTO terrace.sync_table VALUES (nspname, relname, domains, columns, filter);
+    RAISE EXCEPTION USING ERRCODE = 'TR000';
+EXCEPTION WHEN SQLSTATE 'TR000' THEN
+    NULL;
 END $$;
 
 CREATE FUNCTION say_left_out(rel regclass) RETURNS void
@@ -1044,13 +1075,19 @@ BEGIN
     RETURN added;
 END $$;
 
+-- Who sends its rows, piece by piece, ends with the piece that he is at.
 CREATE FUNCTION remove_table(rel regclass) RETURNS void
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    waited boolean;
 BEGIN
     PERFORM terrace.must_be_top();
+    PERFORM pg_advisory_xact_lock('terrace.sending'::regclass::oid::integer, rel::oid::integer);
+    DELETE FROM terrace.sending s WHERE s.rel = remove_table.rel;
+    waited := FOUND;
     DELETE FROM terrace.sync_table s USING pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.oid = rel AND s.nspname = n.nspname AND s.relname = c.relname;
-    IF NOT FOUND THEN
+    IF NOT (FOUND OR waited) THEN
         RAISE EXCEPTION 'table "%" is not synchronised', rel
             USING ERRCODE = 'undefined_object', HINT = 'See terrace.tables.';
     END IF;
@@ -1540,15 +1577,23 @@ CREATE FUNCTION goes_in_pieces(rel regclass, key text) RETURNS boolean
                        WHERE (i.indisunique OR i.indisexclusion) AND NOT i.indisprimary)
 $$;
 
--- Ranges of a table that is to be sent in pieces, of 16 MB or the thousandth part; NULL if it goes at once.
+-- In how many ranges a table is sent, of 16 MB or the thousandth part; 1 if it goes at once.
+CREATE FUNCTION piece_count(rel regclass) RETURNS integer
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT CASE WHEN terrace.goes_in_pieces(rel, terrace.key_of(rel)) AND ranges > 1
+                THEN least(ranges, 1000) ELSE 1 END::integer
+    FROM (SELECT sum(pg_table_size(part)) / (16 << 20) AS ranges FROM terrace.parts_of(rel) part) found
+$$;
+
+-- Divides a table that is to be sent in pieces; NULL if it goes at once.
 CREATE FUNCTION begin_resend(rel regclass) RETURNS comparison
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
 DECLARE
-    ranges bigint := (SELECT sum(pg_table_size(part)) / (16 << 20) FROM terrace.parts_of(rel) part);
+    ranges integer := terrace.piece_count(rel);
 BEGIN
     PERFORM terrace.must_be_top();
-    IF ranges > 1 AND NOT terrace.line_of(rel) IS NULL AND terrace.goes_in_pieces(rel, terrace.key_of(rel)) THEN
-        RETURN terrace.begin_comparison(rel, least(ranges, 1000)::integer);
+    IF ranges > 1 AND NOT terrace.line_of(rel) IS NULL THEN
+        RETURN terrace.begin_comparison(rel, ranges);
     END IF;
     RETURN NULL;
 END $$;
@@ -1561,7 +1606,7 @@ DECLARE
 BEGIN
     IF terrace.goes_in_pieces(terrace.compared_table(made), made.key) THEN
         RETURN QUERY SELECT ARRAY[r] FROM unnest(ranges) r;
-    ELSE
+    ELSIF ranges <> '{}' THEN
         RETURN NEXT ranges;
     END IF;
 END $$;
@@ -1570,16 +1615,20 @@ END $$;
 -- that are sent by several transactions are of one state, and no row goes from one to the other meanwhile.
 CREATE FUNCTION hold_rows(comparison bigint) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    rel regclass := terrace.compared_table(terrace.comparison_of(comparison));
 BEGIN
     PERFORM terrace.must_be_top();
+    PERFORM terrace.hold_table(terrace.compared_table(terrace.comparison_of(comparison)));
+END $$;
+
+CREATE FUNCTION hold_table(rel regclass) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
     -- SHARE would let somebody make a unique index meanwhile.
     EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', rel);
     PERFORM terrace.hold_for_session(part) FROM terrace.stored_parts_of(rel) part;
 END $$;
 
--- Rows of ranges that differ, once more.
+-- Rows of some ranges, once more or for the first time.
 CREATE FUNCTION resend_ranges(comparison bigint, ranges integer[], domains text[]) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -1588,8 +1637,90 @@ DECLARE
 BEGIN
     PERFORM terrace.must_be_top();
     PERFORM terrace.with_ancestors(domains);
+    IF NOT pg_try_advisory_xact_lock_shared('terrace.sending'::regclass::oid::integer, rel::oid::integer) THEN
+        RAISE EXCEPTION 'table "%" is being removed', rel USING ERRCODE = 'object_in_use';
+    END IF;
+    UPDATE terrace.sending s SET since = pg_snapshot_xmin(pg_current_snapshot()),
+        ranges = ARRAY(SELECT unnest(s.ranges) EXCEPT SELECT unnest(resend_ranges.ranges) ORDER BY 1)
+    WHERE s.comparison = made.id AND resend_ranges.domains IS NULL;
     RETURN terrace.fill(rel, domains,
         (SELECT string_agg(terrace.rows_condition(made, r), ' OR ') FROM unnest(ranges) r));
+END $$;
+
+-- Whether rows of a table that was added are to be sent, and nobody does.
+CREATE FUNCTION rows_wait() RETURNS boolean
+    LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT EXISTS (SELECT FROM terrace.sending)
+       AND NOT EXISTS (SELECT FROM pg_locks l JOIN pg_database d ON d.oid = l.database
+                       WHERE d.datname = current_database() AND l.locktype = 'advisory'
+                         AND l.classid = 'terrace.sending'::regclass AND l.objid = 0 AND l.granted)
+$$;
+
+-- Takes a table of which rows are to be sent, and holds its writers off till the session ends: ranges to send
+-- of it, "comparison" NULL if there is none. From this transaction on the table flows. Where a session before
+-- was cut off, what may have been written since goes again: a row may have come from a range that was not
+-- sent, so that nothing was found below to change.
+CREATE FUNCTION begin_sending(OUT comparison bigint, OUT ranges integer[])
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    taken terrace.sending;
+    made terrace.comparison;
+    written integer[];
+BEGIN
+    PERFORM terrace.must_be_top();
+    IF NOT pg_try_advisory_lock('terrace.sending'::regclass::oid::integer, 0) THEN
+        RETURN;
+    END IF;
+    DELETE FROM terrace.sending s WHERE NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = s.rel);
+    SELECT * INTO taken FROM terrace.sending ORDER BY since NULLS LAST, rel LIMIT 1 FOR UPDATE;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
+    PERFORM terrace.hold_table(taken.rel);
+    IF taken.comparison IS NULL THEN
+        INSERT INTO terrace.sync_table
+        SELECT n.nspname, c.relname, taken.domains, taken.columns, taken.filter
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = taken.rel;
+    END IF;
+    made := terrace.still_divided(taken.rel, taken.comparison);
+    IF made IS NULL THEN
+        made := terrace.begin_comparison(taken.rel, terrace.piece_count(taken.rel));
+        ranges := ARRAY(SELECT generate_series(0, cardinality(made.bounds)));
+    ELSE
+        EXECUTE format('SELECT ARRAY(SELECT width_bucket(%s, %L::%s[]) FROM %s WHERE age(xmin) <= age($1)
+                                     UNION SELECT unnest($2) ORDER BY 1)',
+                       terrace.key_expression(taken.rel, made.key), made.bounds, made.key_type,
+                       taken.rel::regclass) USING taken.since::xid, taken.ranges INTO ranges;
+    END IF;
+    comparison := made.id;
+    UPDATE terrace.sending s SET comparison = made.id, ranges = begin_sending.ranges,
+        since = pg_snapshot_xmin(pg_current_snapshot()) WHERE s.rel = taken.rel;
+END $$;
+
+-- The ranges that a table was divided into, NULL if it has another name or key by now.
+CREATE FUNCTION still_divided(rel oid, comparison bigint) RETURNS comparison
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT made FROM terrace.comparison made
+    JOIN pg_namespace n ON n.nspname = made.nspname
+    JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = made.relname
+    WHERE made.id = still_divided.comparison AND c.oid = still_divided.rel
+      AND made.key = terrace.key_of(c.oid) AND made.key_type = terrace.key_type(c.oid, made.key)
+$$;
+
+-- After all rows of a table are sent: whoever has replayed the position that is told has them all.
+CREATE FUNCTION end_sending(comparison bigint) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    done oid;
+BEGIN
+    DELETE FROM terrace.sending s WHERE s.comparison = end_sending.comparison AND s.ranges = '{}'
+    RETURNING s.rel INTO done;
+    IF FOUND THEN
+        INSERT INTO terrace.event ("id", "time", node, domain, kind, reason)
+        VALUES (format('sent-%s-%s', (SELECT system_identifier FROM pg_control_system()), comparison),
+                clock_timestamp(), 'top', 'top', 'sent',
+                format('all rows of table "%s" are sent, up to %s', done::regclass, pg_current_wal_insert_lsn()));
+    END IF;
 END $$;
 
 CREATE VIEW domains AS
@@ -1661,10 +1792,21 @@ CREATE VIEW tables AS
                                WHEN 'f' THEN 'full' WHEN 'i' THEN 'index' END AS replica_identity,
            -- The last value that each has drawn, or that it was put forward to.
            (SELECT pg_catalog.jsonb_object_agg(o.attname, pg_catalog.pg_sequence_last_value(o.seqrelid))
-            FROM owned_sequence o WHERE o.nspname = s.nspname AND o.relname = s.relname) AS sequences
-    FROM sync_table s
+            FROM owned_sequence o WHERE o.nspname = s.nspname AND o.relname = s.relname) AS sequences,
+           -- At the top, of rows that were there when it was added.
+           CASE WHEN made.id IS NOT NULL THEN pg_catalog.format(
+                    '%s of %s pieces left', pg_catalog.cardinality(w.ranges), pg_catalog.cardinality(made.bounds) + 1)
+                WHEN w.rel IS NOT NULL THEN 'not begun' END AS sending
+    FROM (SELECT * FROM sync_table
+          UNION ALL
+          SELECT n.nspname, c.relname, w.domains, w.columns, w.filter
+          FROM sending w JOIN pg_catalog.pg_class c ON c.oid = w.rel
+          JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+          WHERE w.comparison IS NULL) s
     LEFT JOIN pg_catalog.pg_namespace n ON n.nspname = s.nspname
-    LEFT JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = s.relname;
+    LEFT JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = s.relname
+    LEFT JOIN sending w ON w.rel = c.oid
+    LEFT JOIN comparison made ON made.id = w.comparison;
 
 -- ----- status ----------------------------------------------------------------
 
@@ -1984,7 +2126,8 @@ GRANT EXECUTE ON FUNCTION arm_now(), gather_sends(), give_way(), refuse_guarded(
     top_lsn(), is_top(), shown(jsonb), wait_for(pg_lsn, text, interval) TO PUBLIC;
 GRANT EXECUTE ON FUNCTION report(jsonb), guard_session(), resend(regclass, text[]),
     begin_comparison(regclass, integer), begin_slice(bigint, integer), hold_compared(bigint), finish_slice(bigint, integer),
-    begin_resend(regclass), pieces_of(bigint, integer[]), hold_rows(bigint), resend_ranges(bigint, integer[], text[]), range_condition(comparison, integer, integer),
+    begin_resend(regclass), pieces_of(bigint, integer[]), hold_rows(bigint), resend_ranges(bigint, integer[], text[]),
+    rows_wait(), begin_sending(), end_sending(bigint), range_condition(comparison, integer, integer),
     key_expression(regclass, text) TO terrace_reader;
 GRANT SELECT ON domain, sync_table, sync_schema, partition, checksum, domains, tables, node_status, lag, topology, event,
     events, delivery, conflicts, own_checksum, own_comparisons, comparisons, progress TO PUBLIC;

@@ -1,4 +1,4 @@
-//! From commit at the top to visible on level 2, at a low rate.
+//! From commit at the top to visible on a slave of each level, at a low and at a high rate.
 //!
 //! All processes share one clock. A row counts from the moment when its
 //! commit was acknowledged to the writer, until a session on the server shows
@@ -14,21 +14,19 @@ use anyhow::{Context, Result, ensure};
 use terrace_tests::Server;
 
 use crate::report::{Better, Figure, Report};
-use crate::side::{Which, drain, mark};
+use crate::side::{Side, Which, drain, mark};
 use crate::workload::{Plan, Workload, rotated};
 use crate::world::{Shape, Stage, World};
 
 pub struct Latency;
 
 /// Rows per second.
-const RATE: u64 = 50;
+const RATES: [u64; 2] = [50, 500];
 /// Between an answer and the next question.
 const PAUSE: Duration = Duration::from_micros(500);
-/// Servers of the last level that are watched: its slaves.
-const WATCHED: usize = 2;
+/// Servers of each level; the last one, a slave, is watched.
+const WIDTH: usize = 3;
 const LIMIT: Duration = Duration::from_secs(60);
-/// Not counted, at the start of each turn.
-const WARM_UP: usize = RATE as usize / 2;
 
 /// A side and how it is set.
 #[derive(Clone, Copy)]
@@ -70,63 +68,111 @@ impl Workload for Latency {
     }
 
     fn about(&self) -> &'static str {
-        "commit to visible on slaves of level 2, top -> 3 -> 3, 50 rows/s"
+        "commit to visible on a slave of each level, top -> 3 -> 3"
     }
 
     fn run(&self, stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
         let shape = Shape {
-            region: 3,
-            branch: 3,
+            region: WIDTH,
+            branch: WIDTH,
         };
         let world = stage.world(shape, plan)?;
         let (rounds, seconds) = plan.latency;
-        let mut p50: [Vec<f64>; 4] = Default::default();
-        let mut p99: [Vec<f64>; 4] = Default::default();
-        for round in 0..rounds {
-            for i in rotated(&[0, 1, 2, 3], round) {
-                let result = turn(world, MODES[i], seconds);
-                let sorted = world.explain(result)?;
-                p50[i].push(percentile(&sorted, 50));
-                p99[i].push(percentile(&sorted, 99));
-                println!(
-                    "    {}: p50 {:.1} ms, p99 {:.1} ms, max {:.1} ms, {} samples",
-                    MODES[i].name(),
-                    percentile(&sorted, 50),
-                    percentile(&sorted, 99),
-                    percentile(&sorted, 100),
-                    sorted.len()
-                );
-            }
-        }
-        for (what, values) in [("p50", p50), ("p99", p99)] {
-            let [ordered, off, at_once, on] = values;
-            for (workload, terrace) in [
-                ("latency: in order", &ordered),
-                ("latency: at once", &at_once),
-            ] {
-                for (against, native) in [
-                    ("native, sync commit off", &off),
-                    ("native, sync commit on", &on),
-                ] {
-                    report.add(Figure {
-                        workload: workload.into(),
-                        what,
-                        unit: "ms",
-                        better: Better::Lower,
-                        against,
-                        terrace: terrace.clone(),
-                        baseline: native.clone(),
-                        paired: false,
-                    });
+        for (rate, seconds) in RATES.into_iter().zip(seconds) {
+            let load = Load { rate, seconds };
+            let mut all: [Samples; 4] = Default::default();
+            for round in 0..rounds {
+                for i in rotated(&[0, 1, 2, 3], round) {
+                    let result = turn(world, MODES[i], load);
+                    let levels = world.explain(result)?;
+                    tell(MODES[i], load, &levels);
+                    all[i].add(&levels);
                 }
             }
+            figures(report, rate, &all);
         }
         Ok(())
     }
 }
 
-/// One measurement with only one side running; latencies in ms, sorted.
-fn turn(world: &mut World, mode: Mode, seconds: u64) -> Result<Vec<f64>> {
+/// What is written at the top.
+#[derive(Clone, Copy)]
+struct Load {
+    /// Rows per second, each a transaction.
+    rate: u64,
+    seconds: u64,
+}
+
+impl Load {
+    /// Rows at the start of a turn that are not counted.
+    fn warm_up(self) -> usize {
+        self.rate as usize / 2
+    }
+}
+
+/// Latencies of one turn in ms, sorted, of each level.
+type Levels = [Vec<f64>; 2];
+
+/// What is told of a level.
+const PERCENTILES: [usize; 2] = [50, 99];
+
+/// Percentiles of one way, round by round: of each level, those of [`PERCENTILES`].
+#[derive(Default)]
+struct Samples([[Vec<f64>; 2]; 2]);
+
+impl Samples {
+    fn add(&mut self, levels: &Levels) {
+        for (own, sorted) in self.0.iter_mut().zip(levels) {
+            for (values, percent) in own.iter_mut().zip(PERCENTILES) {
+                values.push(percentile(sorted, percent));
+            }
+        }
+    }
+}
+
+fn tell(mode: Mode, load: Load, levels: &Levels) {
+    let mut line = format!("    {}/s, {}:", load.rate, mode.name());
+    for (level, sorted) in (1..).zip(levels) {
+        line += &format!(
+            "  level {level}: p50 {:.1} ms, p99 {:.1} ms, max {:.1} ms",
+            percentile(sorted, 50),
+            percentile(sorted, 99),
+            percentile(sorted, 100)
+        );
+    }
+    println!("{line}");
+}
+
+fn figures(report: &mut Report, rate: u64, all: &[Samples; 4]) {
+    let [ordered, off, at_once, on] = all;
+    for (way, terrace) in [("in order", ordered), ("at once", at_once)] {
+        for (against, native) in [
+            ("native, sync commit off", off),
+            ("native, sync commit on", on),
+        ] {
+            for (what, level, percent) in [
+                ("level 1, p50", 0, 0),
+                ("level 1, p99", 0, 1),
+                ("level 2, p50", 1, 0),
+                ("level 2, p99", 1, 1),
+            ] {
+                report.add(Figure {
+                    workload: format!("latency: {way}, {rate}/s"),
+                    what,
+                    unit: "ms",
+                    better: Better::Lower,
+                    against,
+                    terrace: terrace.0[level][percent].clone(),
+                    baseline: native.0[level][percent].clone(),
+                    paired: false,
+                });
+            }
+        }
+    }
+}
+
+/// One measurement with only one side running.
+fn turn(world: &mut World, mode: Mode, load: Load) -> Result<Levels> {
     let files = match mode {
         Mode::TerraceAtOnce => {
             let lines = "[apply]\nwait_for_upstream = false";
@@ -147,12 +193,12 @@ fn turn(world: &mut World, mode: Mode, seconds: u64) -> Result<Vec<f64>> {
     let side = world.side(mode.which());
     drain(side, top, marker, |_| ())?;
     let result = {
-        let side = match mode.which() {
-            Which::Terrace => world.terrace.tree.nodes.iter().map(|n| &n.server).collect(),
-            Which::Native => crate::side::Side::servers(&world.native),
+        let servers = match mode.which() {
+            Which::Terrace => world.terrace.servers(),
+            Which::Native => world.native.servers(),
         };
-        let watched: Vec<&Server> = side.into_iter().rev().take(WATCHED).collect();
-        measure(world.top(), &watched, seconds)
+        let slaves = [servers[WIDTH - 1], servers[2 * WIDTH - 1]];
+        measure(world.top(), slaves, load)
     };
     world.side(mode.which()).pause()?;
     if let Some(files) = files {
@@ -162,37 +208,34 @@ fn turn(world: &mut World, mode: Mode, seconds: u64) -> Result<Vec<f64>> {
 }
 
 /// Writes at the top, watches the servers, and compares the times.
-fn measure(top: &Server, watched: &[&Server], seconds: u64) -> Result<Vec<f64>> {
+fn measure(top: &Server, watched: [&Server; 2], load: Load) -> Result<Levels> {
     let mut writer = top.connect();
     let last: i64 = writer
         .query_one("SELECT coalesce(max(id), 0) FROM bench_tick", &[])?
         .get(0);
-    let count = usize::try_from(seconds * RATE)? + WARM_UP;
+    let count = usize::try_from(load.seconds * load.rate)? + load.warm_up();
     let end = last + i64::try_from(count)?;
     let insert = writer.prepare("INSERT INTO bench_tick VALUES ($1)")?;
     std::thread::scope(|scope| {
-        let watchers: Vec<_> = watched
-            .iter()
-            .map(|server| scope.spawn(move || watch(server, last, end)))
-            .collect();
+        let watchers = watched.map(|server| scope.spawn(move || watch(server, last, end)));
         let mut committed = Vec::with_capacity(count);
         let start = Instant::now();
         for (id, i) in (last + 1..=end).zip(0u32..) {
-            let due = start + Duration::from_secs(1) / u32::try_from(RATE)? * i;
+            let due = start + Duration::from_secs(1) / u32::try_from(load.rate)? * i;
             sleep(due.saturating_duration_since(Instant::now()));
             writer.execute(&insert, &[&id])?;
             committed.push(Instant::now());
         }
-        let mut latencies = Vec::new();
-        for watcher in watchers {
+        let mut levels = Levels::default();
+        for (sorted, watcher) in levels.iter_mut().zip(watchers) {
             let shown = watcher.join().ok().context("a watcher panicked")??;
-            let both = shown.iter().zip(&committed).skip(WARM_UP);
-            latencies.extend(both.map(|(shown, committed)| {
+            let both = shown.iter().zip(&committed).skip(load.warm_up());
+            sorted.extend(both.map(|(shown, committed)| {
                 shown.saturating_duration_since(*committed).as_secs_f64() * 1000.0
             }));
+            sorted.sort_by(f64::total_cmp);
         }
-        latencies.sort_by(f64::total_cmp);
-        Ok(latencies)
+        Ok(levels)
     })
 }
 

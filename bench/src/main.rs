@@ -99,7 +99,7 @@ fn is_meant(word: &str, name: &str) -> bool {
 fn bench(plan: &Plan, wanted: &[String]) -> Result<bool> {
     let start = Instant::now();
     let directory = results()?;
-    let mut report = Report::new(plan);
+    let mut report = Report::new(plan, wanted);
     let mut stage = Stage::default();
     for workload in workloads() {
         let is_wanted = |name: &String| is_meant(name, workload.name());

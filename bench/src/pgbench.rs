@@ -41,6 +41,16 @@ pub const HOT: Script = Script {
     table: "bench_hot",
 };
 
+/// One row of many.
+pub const TINY: Script = Script {
+    name: "tiny",
+    text: Some(
+        "\\set id random(1, 200000)\nUPDATE pgbench_accounts SET abalance = abalance + 1 WHERE aid = :id;\n",
+    ),
+    share: 2.0,
+    table: "pgbench_accounts",
+};
+
 /// 16 KiB that do not compress, so they are stored out of line.
 pub const WIDE: Script = Script {
     name: "wide rows",

@@ -33,8 +33,17 @@ pub fn cpu_seconds(pid: i32) -> f64 {
 
 /// A size in `/proc/PID/status`, in MiB.
 pub fn memory_mib(pid: i32, key: &str) -> Option<f64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find(|line| line.starts_with(key))?;
+    size_mib(&format!("/proc/{pid}/status"), key)
+}
+
+/// Memory of this machine, in GiB.
+pub fn machine_gib() -> Option<f64> {
+    size_mib("/proc/meminfo", "MemTotal:").map(|mib| (mib / 1024.0).round())
+}
+
+fn size_mib(file: &str, key: &str) -> Option<f64> {
+    let text = fs::read_to_string(file).ok()?;
+    let line = text.lines().find(|line| line.starts_with(key))?;
     let kib: f64 = line.split_ascii_whitespace().nth(1)?.parse().ok()?;
     Some(kib / 1024.0)
 }

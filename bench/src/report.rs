@@ -1,10 +1,13 @@
 //! Figures, and how they are shown.
 
+use std::ffi::OsStr;
 use std::fmt::Write;
+use std::process::Command;
 
 use serde_json::{Value, json};
 use terrace_tests::server::program;
 
+use crate::proc;
 use crate::workload::Plan;
 
 /// Which way is better.
@@ -50,15 +53,24 @@ impl Figure {
 
 /// All figures of a run, and what went wrong.
 pub struct Report {
-    quick: bool,
+    /// What was typed.
+    command: String,
     pub figures: Vec<Figure>,
     failures: Vec<(String, String)>,
 }
 
 impl Report {
-    pub fn new(plan: &Plan) -> Report {
+    /// Of a run of the workloads named in `wanted`, or of all if there is none.
+    pub fn new(plan: &Plan, wanted: &[String]) -> Report {
+        let mut command = "make bench".to_owned();
+        if plan.quick {
+            command += " QUICK=1";
+        }
+        if !wanted.is_empty() {
+            let _ = write!(command, " ONLY=\"{}\"", wanted.join(" "));
+        }
         Report {
-            quick: plan.quick,
+            command,
             figures: Vec::new(),
             failures: Vec::new(),
         }
@@ -114,9 +126,11 @@ impl Report {
             .map(|(workload, error)| json!({ "workload": workload, "error": error }))
             .collect();
         json!({
-            "quick": self.quick,
-            "postgres": postgres_version(),
+            "command": self.command,
+            "date": said_by("date", &["-u", "+%F"]),
+            "postgres": said_by(program("postgres"), &["--version"]),
             "cores": std::thread::available_parallelism().map_or(0, usize::from),
+            "memory_gib": proc::machine_gib(),
             "figures": figures,
             "failures": failures,
         })
@@ -145,11 +159,10 @@ fn series(values: &[f64]) -> Value {
     json!({ "median": median(values), "spread_percent": spread(values), "rounds": values })
 }
 
-fn postgres_version() -> Option<String> {
-    let output = std::process::Command::new(program("postgres"))
-        .arg("--version")
-        .output();
-    let text = String::from_utf8(output.ok()?.stdout).ok()?;
+/// What a program prints.
+fn said_by(program: impl AsRef<OsStr>, arguments: &[&str]) -> Option<String> {
+    let output = Command::new(program).args(arguments).output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
     Some(text.trim().into())
 }
 

@@ -28,12 +28,12 @@ pub struct Plan {
     pub hop_rounds: [usize; 2],
     /// Rounds of the other scripts.
     pub script_rounds: usize,
-    /// Rounds of the tree.
-    pub tree_rounds: usize,
+    /// Rounds of the tree, likewise.
+    pub tree_rounds: [usize; 2],
     /// Transactions of the pgbench backlog, one hop and tree.
     pub backlog: [u64; 2],
-    /// Rounds and seconds of each latency measurement.
-    pub latency: (usize, u64),
+    /// Rounds of each latency measurement, and seconds of one at the low and at the high rate.
+    pub latency: (usize, [u64; 2]),
     /// Rows of 1 KiB in the large transaction, and what it passes through.
     pub large_rows: u64,
     pub large_shape: Shape,
@@ -65,9 +65,9 @@ impl Plan {
                 scale: 2,
                 hop_rounds: [2, 0],
                 script_rounds: 2,
-                tree_rounds: 2,
+                tree_rounds: [2, 0],
                 backlog: [20_000, 10_000],
-                latency: (1, 2),
+                latency: (1, [2, 1]),
                 large_rows: 100 << 10,
                 large_shape: Shape {
                     region: 1,
@@ -90,9 +90,9 @@ impl Plan {
                 scale: 10,
                 hop_rounds: [5, 2],
                 script_rounds: 5,
-                tree_rounds: 5,
-                backlog: [100_000, 40_000],
-                latency: (3, 20),
+                tree_rounds: [5, 2],
+                backlog: [300_000, 120_000],
+                latency: (3, [20, 8]),
                 large_rows: 1 << 20,
                 large_shape: Shape {
                     region: 3,

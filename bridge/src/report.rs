@@ -9,6 +9,7 @@ use anyhow::Context;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::Mutex;
+use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -16,6 +17,7 @@ use crate::client::{Client, PgError, SessionOptions};
 use crate::clock::timestamp;
 use crate::conninfo::ConnInfo;
 use crate::status::Shared;
+use crate::top::send_added;
 
 /// Shortest time between two reports.
 const AT_MOST: Duration = Duration::from_millis(200);
@@ -127,11 +129,15 @@ async fn connect(info: &ConnInfo, shared: &Shared) -> Result<Client, PgError> {
     Client::connect(info, &options).await
 }
 
-/// Reports until `cancel`.
+/// Rows of added tables are begun with no sooner after the last time.
+const SEND_AGAIN: Duration = Duration::from_secs(5);
+
+/// Reports until `cancel`, and sends rows that the top has for all.
 pub async fn run(shared: Arc<Shared>, cancel: CancellationToken) -> anyhow::Result<()> {
     let local_info = ConnInfo::parse(&shared.config.database.url)?;
     let (mut local, mut upward) = (Link::default(), Link::default());
     let mut below = Below::default();
+    let mut sender = Sender::default();
     let mut patience = AT_MOST;
     loop {
         let moved = async {
@@ -147,12 +153,40 @@ pub async fn run(shared: Arc<Shared>, cancel: CancellationToken) -> anyhow::Resu
         report_here(&shared, &local_info, &mut local, &mut below).await;
         // A bridge of the top has the top beside it, and nobody above.
         if let (Some(upstream), Some(_)) = (shared.upstream(), &shared.config.parent) {
-            report_up(&shared, &upstream, &mut upward, &mut below).await;
+            if report_up(&shared, &upstream, &mut upward, &mut below).await {
+                sender.send(&shared, &upstream);
+            }
         }
         tokio::select! {
             () = cancel.cancelled() => return Ok(()),
             () = sleep(AT_MOST) => {}
         }
+    }
+}
+
+/// Sends rows of tables that were added at the top ([`crate::top::send_added`]), one at a time. What it does
+/// ends with it.
+#[derive(Default)]
+struct Sender {
+    task: JoinSet<()>,
+    next: Option<Instant>,
+}
+
+impl Sender {
+    fn send(&mut self, shared: &Arc<Shared>, top: &ConnInfo) {
+        while self.task.try_join_next().is_some() {}
+        let now = Instant::now();
+        if !self.task.is_empty() || self.next.is_some_and(|next| now < next) {
+            return;
+        }
+        self.next = Some(now + SEND_AGAIN);
+        let (shared, top) = (shared.clone(), top.clone());
+        self.task.spawn(async move {
+            let name = format!("terrace rows {}", shared.config.node.name);
+            if let Err(error) = send_added(&top, &name).await {
+                tracing::warn!("send rows of a table that was added: {error:#}; it is tried again");
+            }
+        });
     }
 }
 
@@ -274,7 +308,13 @@ fn forget_domain(shared: &Shared, domain: &str) {
     }
 }
 
-async fn report_up(shared: &Arc<Shared>, info: &ConnInfo, link: &mut Link, below: &mut Below) {
+/// Tells the upstream. True if that is the top, and has rows to send.
+async fn report_up(
+    shared: &Arc<Shared>,
+    info: &ConnInfo,
+    link: &mut Link,
+    below: &mut Below,
+) -> bool {
     if !link.is_open_to(info) {
         // Another upstream may know none of them; it leaves out what it knows.
         below.told = 0;
@@ -285,18 +325,18 @@ async fn report_up(shared: &Arc<Shared>, info: &ConnInfo, link: &mut Link, below
     let mut nodes = vec![own];
     nodes.append(&mut below.nodes);
     let report = json!({ "nodes": nodes, "events": below.events }).to_string();
-    match link
-        .call(info, shared, "SELECT terrace.report($1)", &[Some(&report)])
-        .await
-    {
-        Ok(_) => {
+    let sql = "SELECT terrace.rows_wait(), terrace.report($1)";
+    match link.call(info, shared, sql, &[Some(&report)]).await {
+        Ok(rows_wait) => {
             let last = below.events.last().and_then(|event| event["seq"].as_i64());
             below.told = last.unwrap_or(below.told);
             shared.set_report_problem(None);
+            return rows_wait.as_deref() == Some("t");
         }
         Err(error) if matches!(error.code(), Some("42710" | "42704" | "42501" | "42883")) => {
             shared.set_report_problem(Some(format!("report to {}: {error}", info.endpoint())));
         }
         Err(error) => tracing::debug!("report to {}: {error}", info.endpoint()),
     }
+    false
 }

@@ -35,6 +35,10 @@ const LONG: &str = "SET LOCAL lock_timeout = '2s'";
 
 /// A session that holds writers off must not outlive its client, which may be cut off in silence.
 const SHORT_LIVED: &str = "SET idle_session_timeout = '1min'; SET lock_timeout = '2s'";
+/// The same of one that nobody waits for: it asks for a lock now and then.
+const UNHURRIED: &str = "SET idle_session_timeout = '1min'; SET lock_timeout = '900ms'";
+/// Where rows are sent, others may have written before the lock was had.
+const READS_COMMITTED: &str = "SET default_transaction_isolation = 'read committed'";
 
 /// A question or a wish.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -132,7 +136,8 @@ async fn ask_server(
 async fn at_top(mut client: Client, info: &ConnInfo, request: &Request) -> anyhow::Result<Value> {
     let (sql, parameters): (&str, Vec<String>) = match request {
         Request::Tables => (
-            "SELECT coalesce(json_agg(\"table\" ORDER BY \"table\"), '[]') FROM terrace.tables",
+            "SELECT coalesce(json_agg(name ORDER BY name), '[]') \
+             FROM terrace.sync_table, format('%I.%I', nspname, relname) name",
             vec![],
         ),
         Request::Compare { table } => return prepare(client, table).await,
@@ -144,6 +149,7 @@ async fn at_top(mut client: Client, info: &ConnInfo, request: &Request) -> anyho
             return results(client, *id, nodes, *slices).await;
         }
         Request::Resend { table, domains } => {
+            client.simple(READS_COMMITTED).await.map_err(told)?;
             let prepared = "SELECT json_build_object('id', id, 'ranges', \
                      (SELECT json_agg(r) FROM generate_series(0, cardinality(bounds)) r))::text \
                  FROM terrace.begin_resend($1::regclass) WHERE id IS NOT NULL";
@@ -161,7 +167,10 @@ async fn at_top(mut client: Client, info: &ConnInfo, request: &Request) -> anyho
             id,
             ranges,
             domains,
-        } => return send_pieces(client, *id, ranges, domains).await,
+        } => {
+            client.simple(READS_COMMITTED).await.map_err(told)?;
+            return send_pieces(client, *id, ranges, domains).await;
+        }
     };
     answer(&mut client, sql, &parameters).await
 }
@@ -208,15 +217,26 @@ async fn send_pieces(
     ranges: &[i64],
     domains: &[String],
 ) -> anyhow::Result<Value> {
-    let numbers: Vec<String> = ranges.iter().map(i64::to_string).collect();
-    let id = id.to_string();
     if ranges.len() > 1 {
         client.simple(SHORT_LIVED).await.map_err(told)?;
         let hold = "SELECT terrace.hold_rows($1::bigint)";
-        let held = patiently(&mut client, hold, &id).await;
+        let held = patiently(&mut client, hold, &id.to_string()).await;
         held.context("hold off the table's writers")?;
         client.simple("RESET lock_timeout").await.map_err(told)?;
     }
+    let sent = send_held(&mut client, id, ranges, domains).await?;
+    Ok(sent.into())
+}
+
+/// The same in a session that holds writers off, if that is needed.
+async fn send_held(
+    client: &mut Client,
+    id: i64,
+    ranges: &[i64],
+    domains: &[String],
+) -> anyhow::Result<u64> {
+    let numbers: Vec<String> = ranges.iter().map(i64::to_string).collect();
+    let id = id.to_string();
     let pieces = "SELECT terrace.pieces_of($1::bigint, $2::int[])";
     let listed = array(&numbers);
     let pieces = client.query(pieces, &[Some(&id), Some(&listed)]).await;
@@ -226,10 +246,33 @@ async fn send_pieces(
     for piece in pieces {
         let sql = "SELECT to_json(terrace.resend_ranges($1::bigint, $2::int[], nullif($3::text[], '{}')))";
         let values = [id.clone(), piece, array(domains)];
-        let rows: u64 = serde_json::from_value(answer(&mut client, sql, &values).await?)?;
+        let rows: u64 = serde_json::from_value(answer(client, sql, &values).await?)?;
         sent += rows;
     }
-    Ok(sent.into())
+    Ok(sent)
+}
+
+/// Sends what is left of the rows of a table that was added, at `info`, the top, unless somebody
+/// does. A table that others hold is left for another time.
+pub async fn send_added(info: &ConnInfo, application: &str) -> anyhow::Result<()> {
+    let mut client = session(info, application, false).await?;
+    client.simple(UNHURRIED).await?;
+    client.simple(READS_COMMITTED).await?;
+    let begin = "SELECT json_build_object('id', comparison, 'ranges', ranges)::text \
+         FROM terrace.begin_sending() WHERE comparison IS NOT NULL";
+    let begun = match client.query(begin, &[]).await {
+        Err(error) if error.code() == Some(LOCK_NOT_AVAILABLE) => return Ok(()),
+        begun => begun.map_err(told)?,
+    };
+    let Some(text) = first(&begun) else {
+        return Ok(());
+    };
+    let Ranges { id, ranges } = serde_json::from_str(text)?;
+    client.simple("RESET lock_timeout").await?;
+    send_held(&mut client, id, &ranges, &[]).await?;
+    let end = "SELECT terrace.end_sending($1::bigint)";
+    client.query(end, &[Some(&id.to_string())]).await?;
+    Ok(())
 }
 
 /// Looks again and again in one session, which costs the top far less than one each.

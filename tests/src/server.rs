@@ -501,6 +501,11 @@ impl Server {
         Ok(())
     }
 
+    /// What is said to a statement that is refused.
+    pub fn refusal(&self, sql: &str) -> String {
+        explain(&self.connect().batch_execute(sql).expect_err(sql))
+    }
+
     /// First field of the first row, as text; NULL is the empty string.
     pub fn value(&self, sql: &str) -> String {
         let rows = self.rows(sql);

@@ -294,10 +294,6 @@ fn notices(top: &Server, sql: &str) -> String {
     heard.clone()
 }
 
-fn refusal(top: &Server, sql: &str) -> String {
-    explain(&top.connect().batch_execute(sql).expect_err(sql))
-}
-
 // One report with an infinite time made terrace.lag fail on every server above, for ever.
 #[test]
 fn a_report_that_cannot_be_shown_is_refused() {
@@ -437,7 +433,7 @@ fn what_is_added_can_be_updated() {
         "SELECT terrace.add_table('keyless', columns => '{a}')",
         "SELECT terrace.add_table('inner_key', columns => '{a, b}', filter => 'b > 0')",
     ] {
-        let said = refusal(&top, sql);
+        let said = top.refusal(sql);
         assert!(said.contains("replica identity"), "{sql}: {said}");
     }
     top.sql(
@@ -448,7 +444,7 @@ fn what_is_added_can_be_updated() {
     );
     // What has told the rows may go later.
     let dropped = "ALTER TABLE pair DROP CONSTRAINT pair_pkey";
-    assert!(refusal(&top, dropped).contains("replica identity"));
+    assert!(top.refusal(dropped).contains("replica identity"));
     top.sql("ALTER TABLE pair DROP CONSTRAINT pair_pkey, ADD PRIMARY KEY (a, id)");
     top.sql("INSERT INTO pair VALUES (1, 1, 1); UPDATE pair SET b = 2; DELETE FROM pair");
     let said = notices(&top, "ALTER TABLE seen REPLICA IDENTITY NOTHING");
@@ -558,15 +554,15 @@ fn a_report_speaks_for_what_is_below_alone() {
     top.sql(&report("region-2", "region", "{}"));
     top.sql(&report("branch-1", "branch", "{}"));
     for domain in ["other", "top"] {
-        let said = refusal(&top, &report("ghost", domain, "{}"));
+        let said = top.refusal(&report("ghost", domain, "{}"));
         assert!(said.contains("is not below this server"), "{said}");
     }
     let long = format!("{{\"reason\": \"{}\"}}", "x".repeat(2_000_000));
-    let said = refusal(&top, &report("branch-2", "branch", &long));
+    let said = top.refusal(&report("branch-2", "branch", &long));
     assert!(said.contains("longer than 1 MB"), "{said}");
 
     top.sql("SELECT terrace.forget_node('branch-1')");
-    let said = refusal(&top, "SELECT terrace.forget_node('branch-1')");
+    let said = top.refusal("SELECT terrace.forget_node('branch-1')");
     assert!(said.contains("has not reported"), "{said}");
     let known = "SELECT string_agg(node, ' ' ORDER BY node) FROM terrace.node_status";
     assert_eq!(top.value(known), "region-1 region-2");

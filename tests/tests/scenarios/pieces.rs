@@ -130,3 +130,127 @@ fn what_is_sent_for_a_command_that_was_cut_off_ends() {
     );
     drop(locked);
 }
+
+/// Stops whoever sends `big`, with one piece left.
+const TRAP: &str = "
+    CREATE FUNCTION trap() RETURNS trigger LANGUAGE plpgsql AS
+        'BEGIN RAISE EXCEPTION ''trapped''; END';
+    CREATE TRIGGER trap BEFORE UPDATE ON terrace.sending FOR EACH ROW
+        WHEN (NEW.ranges = '{}') EXECUTE FUNCTION trap()";
+const SENDING: &str = "SELECT sending FROM terrace.tables WHERE \"table\" = 'public.big'";
+
+#[test]
+fn a_large_table_that_is_added_comes_in_pieces_whoever_dies() {
+    const DOMAINS: [(&str, Option<&str>, usize); 2] =
+        [("region", None, 2), ("branch", Some("region"), 1)];
+    let mut tree = Tree::grow(STEPS, &DOMAINS);
+    let create = "CREATE TABLE big (id int PRIMARY KEY, v text);
+        ALTER TABLE big ALTER v SET STORAGE EXTERNAL";
+    for server in tree.nodes.iter().map(|node| &node.server) {
+        server.sql(create);
+    }
+    // Rows out of line are not told again when their key changes.
+    let fill =
+        "INSERT INTO big SELECT g, repeat(md5(g::text), CASE g % 100 WHEN 0 THEN 300 ELSE 30 END)
+                    FROM generate_series(1, 40000) g;
+                ANALYZE big";
+    tree.top.sql(&format!("{create}; {fill}; {TRAP}"));
+    let counting = count_up(&tree.top);
+    tree.top.sql("SELECT terrace.add_table('big')");
+    wait_until("one piece is left", || {
+        tree.top.value(SENDING).starts_with("1 of")
+    });
+    let sender =
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'terrace rows%'";
+    wait_until("the sender is stopped", || tree.top.value(sender) == "0");
+    let log = tree.node("region-1").bridge.logged() + &tree.node("region-2").bridge.logged();
+    assert!(log.contains("trapped"), "{log}");
+
+    // Nobody holds off writers now. A row of the piece that is left comes to those that are sent.
+    tree.top.sql(
+        "UPDATE big SET id = -id WHERE id IN (39900, 40000);
+         UPDATE big SET v = 'new' WHERE id = 39999; DELETE FROM big WHERE id = 39998;
+         UPDATE big SET id = id + 100000 WHERE id IN (5, 100); INSERT INTO big VALUES (40001, 'later')",
+    );
+    let master = tree.settled_master("region");
+    tree.node(&master).bridge.kill9();
+    tree.top.sql("DROP TRIGGER trap ON terrace.sending");
+    wait_until("all is sent", || tree.top.value(SENDING).is_empty());
+    tree.node(&master).bridge.restart().expect("restart");
+    let end = tree.top.value(
+        "SELECT substring(reason FROM 'all rows of table \"public.big\" are sent, up to (.*)') FROM terrace.events
+         WHERE kind = 'sent'",
+    );
+    let arrived = format!("SELECT terrace.wait_for('{end}', timeout => '60s')");
+    assert_eq!(tree.top.value(&arrived), "t");
+    for node in &tree.nodes {
+        let rows = node.server.value("SELECT count(*) FROM big");
+        assert_eq!(rows, "40000", "{}", node.server.name);
+        // What was changed when nobody was held off was not there yet.
+        let kinds = "WITH gone AS (DELETE FROM terrace.conflict RETURNING kind)
+                     SELECT string_agg(DISTINCT kind, ' ' ORDER BY kind) FROM gone";
+        assert_eq!(node.server.value(kinds), "delete_missing update_missing");
+    }
+    tree.all_is_well(counting);
+    tree.wait_for_equal(&["big"]);
+}
+
+#[test]
+fn a_large_table_waits_for_a_bridge_and_ends_when_it_is_removed() {
+    let mut tree = Tree::grow(STEPS, &[("region", None, 1)]);
+    tree.node("region-1").bridge.stop();
+    tree.top.sql(BIG);
+    tree.top
+        .sql("CREATE TABLE half (id int PRIMARY KEY, v text); INSERT INTO half TABLE big");
+    // What is wrong with it is said at once, and it is there only once.
+    for (add, wanted) in [
+        ("filter => 'v > ''1'''", "outside its replica identity"),
+        ("columns => '{v}'", "not listed"),
+        ("domains => '{nowhere}'", "does not exist"),
+    ] {
+        let error = tree
+            .top
+            .refusal(&format!("SELECT terrace.add_table('half', {add})"));
+        assert!(error.contains(wanted), "{error}");
+    }
+    tree.top
+        .sql("SELECT terrace.add_table('big'), terrace.add_table('half', filter => 'id % 2 = 0')");
+    let again = tree.top.refusal("SELECT terrace.add_table('big')");
+    assert!(again.contains("synchronised already"), "{again}");
+    assert_eq!(tree.top.value(SENDING), "not begun");
+    // Nothing of it flows yet; one that is removed or dropped never does.
+    tree.top.sql("UPDATE big SET v = 'x' WHERE id = 1");
+    tree.top.sql("SELECT terrace.remove_table('half')");
+    let gone = tree.top.refusal("SELECT terrace.remove_table('half')");
+    assert!(gone.contains("not synchronised"), "{gone}");
+    tree.top
+        .sql("SELECT terrace.add_table('half'); DROP TABLE half");
+    let region = &mut tree.node("region-1");
+    region
+        .server
+        .sql("CREATE TABLE big (id int PRIMARY KEY, v text)");
+    region.bridge.restart().expect("restart");
+    wait_until("all is sent", || {
+        tree.top.value("SELECT count(*) FROM terrace.sending") == "0"
+    });
+    tree.wait_for_equal(&["big"]);
+    let conflicts = "SELECT count(*) FROM terrace.conflict";
+    assert_eq!(tree.node("region-1").server.value(conflicts), "0");
+
+    // Each piece takes a while: not all are waited for.
+    tree.top.sql("SELECT terrace.remove_table('big')");
+    tree.top.sql(
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS
+             'BEGIN PERFORM pg_sleep(2); RETURN NEW; END';
+         CREATE TRIGGER slow BEFORE UPDATE ON terrace.sending FOR EACH ROW
+             WHEN (NEW.ranges <> OLD.ranges) EXECUTE FUNCTION slow();
+         SELECT terrace.add_table('big')",
+    );
+    wait_until("the first piece is sent", || {
+        tree.top.value(SENDING).starts_with("2 of")
+    });
+    tree.top.sql("SELECT terrace.remove_table('big')");
+    let sent = "SELECT count(*) FROM terrace.events WHERE kind = 'sent'";
+    assert_eq!(tree.top.value(sent), "1");
+    tree.top.sql("UPDATE big SET v = 'y' WHERE id = 1");
+}
