@@ -1109,21 +1109,22 @@ END $$;
 
 -- Sends the rows of a table and of its partitions that the condition holds for to the servers
 -- below, where they take the place of what is there. Writers of the table wait until this
--- transaction ends.
-CREATE FUNCTION fill(rel regclass, domains text[] DEFAULT NULL, condition text DEFAULT 'true') RETURNS bigint
+-- transaction ends. Rows that "later" holds for are sent by others after it.
+CREATE FUNCTION fill(rel regclass, domains text[] DEFAULT NULL, condition text DEFAULT 'true', later text DEFAULT NULL)
+    RETURNS bigint
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     part regclass;
     count bigint := 0;
 BEGIN
     FOR part IN SELECT terrace.stored_parts_of(rel) LOOP
-        count := count + terrace.fill_part(part, condition, domains);
+        count := count + terrace.fill_part(part, condition, domains, later);
     END LOOP;
     RETURN count;
 END $$;
 
 -- Settings of the function: values stand in the stream in the form of every server.
-CREATE FUNCTION fill_part(part regclass, condition text, domains text[]) RETURNS bigint
+CREATE FUNCTION fill_part(part regclass, condition text, domains text[], later text) RETURNS bigint
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET datestyle = 'ISO'
     SET intervalstyle = 'postgres' SET timezone = 'UTC' SET extra_float_digits = 3
     SET bytea_output = 'hex' SET xmloption = 'content' SET lc_monetary = 'C' SET terrace.as_owners = on AS $$
@@ -1144,8 +1145,8 @@ BEGIN
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = part;
     names := terrace.columns_of(part, setting.columns);
     RETURN terrace.send_rows(
-        format('"table":%s,"columns":%s,"domains":%s', json_build_array(class.nspname, class.relname),
-               to_json(names), coalesce(to_json(domains)::text, 'null')),
+        format('"table":%s,"columns":%s,"domains":%s,"later":%s', json_build_array(class.nspname, class.relname),
+               to_json(names), coalesce(to_json(domains)::text, 'null'), coalesce(to_json(later)::text, 'null')),
         to_json(condition)::text,
         format('SELECT to_json(ARRAY[%s]::text[])::text FROM ONLY %s WHERE (%s) AND (%s)',
                (SELECT string_agg(terrace.text_of(name), ', ') FROM unnest(names) name), part,
@@ -1569,12 +1570,10 @@ CREATE VIEW own_comparisons AS
     WHERE own.slices > 0;
 
 -- Whether rows of a table may be sent range by range, each a transaction of its own: all of a range are
--- found by the key, and none takes a value that belongs to one of another range.
+-- found by the key.
 CREATE FUNCTION goes_in_pieces(rel regclass, key text) RETURNS boolean
     LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT EXISTS (SELECT FROM pg_attribute WHERE attrelid = rel AND attname = key AND attcollation = 0)
-       AND NOT EXISTS (SELECT FROM pg_index i JOIN terrace.parts_of(rel) part ON i.indrelid = part
-                       WHERE (i.indisunique OR i.indisexclusion) AND NOT i.indisprimary)
 $$;
 
 -- In how many ranges a table is sent, of 16 MB or the thousandth part; 1 if it goes at once.
@@ -1623,13 +1622,13 @@ END $$;
 CREATE FUNCTION hold_table(rel regclass) RETURNS void
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    -- SHARE would let somebody make a unique index meanwhile.
+    -- SHARE would let somebody else send rows of it as well.
     EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', rel);
     PERFORM terrace.hold_for_session(part) FROM terrace.stored_parts_of(rel) part;
 END $$;
 
--- Rows of some ranges, once more or for the first time.
-CREATE FUNCTION resend_ranges(comparison bigint, ranges integer[], domains text[]) RETURNS bigint
+-- Rows of some ranges, once more or for the first time; those of "later" follow while writers are held off.
+CREATE FUNCTION resend_ranges(comparison bigint, ranges integer[], later integer[], domains text[]) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     made terrace.comparison := terrace.comparison_of(comparison);
@@ -1643,9 +1642,17 @@ BEGIN
     UPDATE terrace.sending s SET since = pg_snapshot_xmin(pg_current_snapshot()),
         ranges = ARRAY(SELECT unnest(s.ranges) EXCEPT SELECT unnest(resend_ranges.ranges) ORDER BY 1)
     WHERE s.comparison = made.id AND resend_ranges.domains IS NULL;
-    RETURN terrace.fill(rel, domains,
-        (SELECT string_agg(terrace.rows_condition(made, r), ' OR ') FROM unnest(ranges) r));
+    RETURN terrace.fill(rel, domains, terrace.ranges_condition(made, ranges), terrace.ranges_condition(made, later));
 END $$;
+
+-- NULL if there are none. Those next to each other are one.
+CREATE FUNCTION ranges_condition(of terrace.comparison, ranges integer[]) RETURNS text
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT string_agg(terrace.rows_condition(of, first, before), ' OR ')
+    FROM (SELECT min(r) AS first, max(r) + 1 AS before
+          FROM (SELECT r, r - row_number() OVER (ORDER BY r) AS island FROM unnest(ranges) r) numbered
+          GROUP BY island) runs
+$$;
 
 -- Whether rows of a table that was added are to be sent, and nobody does.
 CREATE FUNCTION rows_wait() RETURNS boolean
@@ -2126,7 +2133,7 @@ GRANT EXECUTE ON FUNCTION arm_now(), gather_sends(), give_way(), refuse_guarded(
     top_lsn(), is_top(), shown(jsonb), wait_for(pg_lsn, text, interval) TO PUBLIC;
 GRANT EXECUTE ON FUNCTION report(jsonb), guard_session(), resend(regclass, text[]),
     begin_comparison(regclass, integer), begin_slice(bigint, integer), hold_compared(bigint), finish_slice(bigint, integer),
-    begin_resend(regclass), pieces_of(bigint, integer[]), hold_rows(bigint), resend_ranges(bigint, integer[], text[]),
+    begin_resend(regclass), pieces_of(bigint, integer[]), hold_rows(bigint), resend_ranges(bigint, integer[], integer[], text[]),
     rows_wait(), begin_sending(), end_sending(bigint), range_condition(comparison, integer, integer),
     key_expression(regclass, text) TO terrace_reader;
 GRANT SELECT ON domain, sync_table, sync_schema, partition, checksum, domains, tables, node_status, lag, topology, event,

@@ -22,6 +22,7 @@ mod plan;
 mod quarantine;
 mod relation;
 mod room;
+mod rows;
 mod sealed;
 mod sequences;
 mod setwise;

@@ -152,10 +152,10 @@ pub async fn run(shared: Arc<Shared>, cancel: CancellationToken) -> anyhow::Resu
         };
         report_here(&shared, &local_info, &mut local, &mut below).await;
         // A bridge of the top has the top beside it, and nobody above.
-        if let (Some(upstream), Some(_)) = (shared.upstream(), &shared.config.parent) {
-            if report_up(&shared, &upstream, &mut upward, &mut below).await {
-                sender.send(&shared, &upstream);
-            }
+        if let (Some(upstream), Some(_)) = (shared.upstream(), &shared.config.parent)
+            && report_up(&shared, &upstream, &mut upward, &mut below).await
+        {
+            sender.send(&shared, &upstream);
         }
         tokio::select! {
             () = cancel.cancelled() => return Ok(()),

@@ -235,17 +235,16 @@ async fn send_held(
     ranges: &[i64],
     domains: &[String],
 ) -> anyhow::Result<u64> {
-    let numbers: Vec<String> = ranges.iter().map(i64::to_string).collect();
     let id = id.to_string();
-    let pieces = "SELECT terrace.pieces_of($1::bigint, $2::int[])";
-    let listed = array(&numbers);
-    let pieces = client.query(pieces, &[Some(&id), Some(&listed)]).await;
-    let pieces = pieces.map_err(told)?.into_iter();
-    let pieces = pieces.filter_map(|row| row.into_iter().next()?);
-    let mut sent = 0;
+    let cut =
+        "SELECT coalesce(json_agg(p), '[]')::text FROM terrace.pieces_of($1::bigint, $2::int[]) p";
+    let values = [id.clone(), array(ranges)];
+    let pieces: Vec<Vec<i64>> = serde_json::from_value(answer(client, cut, &values).await?)?;
+    let (mut sent, mut later) = (0, ranges);
     for piece in pieces {
-        let sql = "SELECT to_json(terrace.resend_ranges($1::bigint, $2::int[], nullif($3::text[], '{}')))";
-        let values = [id.clone(), piece, array(domains)];
+        later = &later[piece.len()..];
+        let sql = "SELECT to_json(terrace.resend_ranges($1::bigint, $2::int[], $3::int[], nullif($4::text[], '{}')))";
+        let values = [id.clone(), array(&piece), array(later), array(domains)];
         let rows: u64 = serde_json::from_value(answer(client, sql, &values).await?)?;
         sent += rows;
     }
@@ -315,10 +314,13 @@ fn told(error: PgError) -> anyhow::Error {
 }
 
 /// An array literal.
-fn array(elements: &[String]) -> String {
+fn array<T: ToString>(elements: &[T]) -> String {
     let quoted: Vec<String> = elements
         .iter()
-        .map(|text| format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\"")))
+        .map(|element| {
+            let text = element.to_string();
+            format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""))
+        })
         .collect();
     format!("{{{}}}", quoted.join(","))
 }

@@ -1,4 +1,4 @@
-//! Messages that are obeyed: DDL, and rows that take the place of what is here.
+//! Messages that are obeyed: DDL, and rows that take the place of what is here ([`super::rows`]).
 //!
 //! Guarantee: anybody at the top may write a message, but obeyed is only one that a row of
 //! `terrace.seal`, before it in the same transaction, announces by its SHA-256; nobody but
@@ -14,8 +14,8 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use super::Session;
-use super::relation::{Input, other_place};
-use crate::client::{quote_ident, quote_table};
+use super::rows::Rows;
+use crate::client::quote_ident;
 use crate::pgoutput::{Datum, Tuple};
 use crate::record::{Kind, Record};
 
@@ -62,19 +62,6 @@ impl Ddl {
     fn shown(&self) -> &str {
         &self.sql[..self.sql.floor_char_boundary(SHOWN)]
     }
-}
-
-/// Content of a `terrace.rows` message (`pg_ext/src/fill.rs`), but for the rows.
-#[derive(Debug, Deserialize)]
-pub struct Rows {
-    table: (String, String),
-    columns: Vec<String>,
-    /// Condition of the rows that make way first.
-    clear: Option<String>,
-    /// For these alone.
-    domains: Option<Vec<String>>,
-    #[serde(skip)]
-    message: Bytes,
 }
 
 /// Whether a message of this prefix is obeyed when it is sealed.
@@ -143,9 +130,7 @@ impl Seals {
         Ok(Some(if prefix == DDL_PREFIX {
             SealedOrder::Ddl(serde_json::from_slice(&content).with_context(what)?)
         } else {
-            let mut rows: Rows = serde_json::from_slice(&content).with_context(what)?;
-            rows.message = content;
-            SealedOrder::Rows(rows)
+            SealedOrder::Rows(Rows::read(content).with_context(what)?)
         }))
     }
 }
@@ -376,85 +361,6 @@ impl Session<'_> {
             Err(error) if ddl.index.is_none() && error.code() == Some("42704") => Ok(()),
             ran => Ok(ran.map(drop)?),
         }
-    }
-
-    async fn take_rows(&mut self, rows: &Rows) -> anyhow::Result<()> {
-        let (namespace, name) = &rows.table;
-        let domain = &self.shared.config.node.domain;
-        if rows
-            .domains
-            .as_ref()
-            .is_some_and(|domains| !domains.contains(domain))
-        {
-            return Ok(());
-        }
-        self.planner.refresh_routing(&mut self.client).await?;
-        if !self.planner.is_routed(namespace, name) {
-            return Ok(());
-        }
-        let elsewhere = other_place(&mut self.client, namespace, name).await?;
-        let own = || quote_table(namespace, name);
-        let table = elsewhere.clone().unwrap_or_else(own);
-        let known = self
-            .client
-            .query(
-                "SELECT a.attname, pg_catalog.format_type(a.atttypid, -1), c.relkind = 'r' \
-                 FROM pg_catalog.pg_class c \
-                 LEFT JOIN pg_catalog.pg_attribute a \
-                   ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped \
-                 WHERE c.oid = pg_catalog.to_regclass($1)",
-                &[Some(&table)],
-            )
-            .await?;
-        let empty = rows.message.ends_with(b"\"rows\":[]}");
-        if known.is_empty() && empty {
-            return Ok(());
-        }
-        let Some(plain) = known.first().map(|row| row[2].as_deref() == Some("t")) else {
-            bail!(
-                "table \"{namespace}.{name}\" does not exist on this server; create it here with \
-                 the columns that it has at the top"
-            );
-        };
-        if let Some(condition) = &rows.clear {
-            if elsewhere.is_some() {
-                let sql = "SELECT terrace.clear_partition($1, $2, $3)";
-                let which = [Some(namespace.as_str()), Some(name), Some(condition)];
-                self.client.query(sql, &which).await?;
-            } else {
-                let only = if plain { "ONLY " } else { "" };
-                let sql = format!("DELETE FROM {only}{table} WHERE {condition}");
-                self.client.simple(&sql).await?;
-            }
-        }
-        if empty {
-            return Ok(());
-        }
-        let (mut names, mut values) = (Vec::new(), Vec::new());
-        for (place, column) in rows.columns.iter().enumerate() {
-            let found = known.iter().find(|row| row[0].as_ref() == Some(column));
-            let Some(Some(kind)) = found.map(|row| &row[1]) else {
-                bail!("table \"{namespace}.{name}\" has no column \"{column}\" on this server");
-            };
-            names.push(quote_ident(column));
-            let input = Input {
-                type_name: kind.clone(),
-                plain: false,
-            };
-            values.push(input.read(&format!("r ->> {place}")));
-        }
-        let sql = format!(
-            "INSERT INTO {table}{} SELECT {} \
-             FROM pg_catalog.json_array_elements($1::pg_catalog.json -> 'rows') r",
-            match names.is_empty() {
-                true => String::new(),
-                false => format!(" ({}) OVERRIDING SYSTEM VALUE", names.join(", ")),
-            },
-            values.join(", ")
-        );
-        let message = std::str::from_utf8(&rows.message)?;
-        self.client.execute(&sql, &[Some(message)]).await?;
-        Ok(())
     }
 }
 
