@@ -561,6 +561,7 @@ $$;
 CREATE FUNCTION is_received() RETURNS boolean
     LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT EXISTS (SELECT FROM terrace.status s WHERE s.domain <> 'top')
+        OR EXISTS (SELECT FROM terrace.known_node)
         OR EXISTS (SELECT FROM pg_replication_slots WHERE slot_name LIKE 'terrace%')
 $$;
 
@@ -936,6 +937,7 @@ BEGIN
     END IF;
     DELETE FROM terrace.domain d WHERE d.name = drop_domain.name;
     DELETE FROM terrace.status s WHERE s.domain = drop_domain.name;
+    DELETE FROM terrace.known_node k WHERE k.domain = drop_domain.name;
     IF EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = 'terrace_' || name) THEN
         RAISE NOTICE 'replication slot "terrace_%" goes on keeping WAL', name
             USING HINT = format('Stop the bridges of the domain, then SELECT pg_drop_replication_slot(%L).',
@@ -946,9 +948,13 @@ END $$;
 -- A server that is gone for good is shown no more; one that reports is there again.
 CREATE FUNCTION forget_node(node text) RETURNS void
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    known boolean;
 BEGIN
+    DELETE FROM terrace.known_node k WHERE k.node = forget_node.node;
+    known := FOUND;
     DELETE FROM terrace.status s WHERE s.node = forget_node.node AND NOT s.self;
-    IF NOT FOUND THEN
+    IF NOT (FOUND OR known) THEN
         RAISE EXCEPTION 'node "%" has not reported to this server', node
             USING ERRCODE = 'undefined_object', HINT = 'See terrace.lag.';
     END IF;
@@ -1827,6 +1833,12 @@ CREATE UNLOGGED TABLE status (
     report jsonb NOT NULL
 );
 
+-- At the top, who has ever told of itself: what a crash leaves of status.
+CREATE TABLE known_node (
+    node text PRIMARY KEY,
+    domain text NOT NULL
+);
+
 CREATE TABLE event (
     seq bigint GENERATED ALWAYS AS IDENTITY UNIQUE,
     id text PRIMARY KEY,
@@ -1875,6 +1887,11 @@ BEGIN
            OR coalesce((s.report ->> 'seq')::bigint, 0) < (EXCLUDED.report ->> 'seq')::bigint
            OR s.report -> 'run' IS DISTINCT FROM EXCLUDED.report -> 'run'
               AND s.reply_time < clock_timestamp() - interval '5 s';
+        IF terrace.is_top() AND n ->> 'domain' <> 'top'
+           AND NOT EXISTS (SELECT FROM terrace.known_node k WHERE k.node = n ->> 'node' AND k.domain = n ->> 'domain') THEN
+            INSERT INTO terrace.known_node AS k VALUES (n ->> 'node', n ->> 'domain')
+            ON CONFLICT (node) DO UPDATE SET domain = EXCLUDED.domain;
+        END IF;
     END LOOP;
     FOR e IN SELECT jsonb_array_elements(report -> 'events') LOOP
         -- One that is wrong would come again with every report, and keep the others away.
@@ -2049,6 +2066,11 @@ CREATE VIEW lag AS
     FROM top WHERE here AND NOT EXISTS (
         -- A bridge of the top tells by itself; one of another domain is copying to this server.
         SELECT FROM status WHERE domain = 'top' OR self AND reply_time > now() - interval '5 s')
+    UNION ALL
+    SELECT k.domain, d.level, k.node, NULL, 'down', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+           'no report since the PostgreSQL of the top crashed'
+    FROM known_node k LEFT JOIN domains d ON d.name = k.domain
+    WHERE NOT EXISTS (SELECT FROM status s WHERE s.node = k.node)
     ORDER BY 2, 1, 4, 3;
 
 CREATE VIEW topology AS

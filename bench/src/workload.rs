@@ -89,7 +89,7 @@ impl Plan {
                 quick,
                 scale: 10,
                 hop_rounds: [5, 2],
-                script_rounds: 5,
+                script_rounds: 4,
                 tree_rounds: [5, 2],
                 backlog: [300_000, 120_000],
                 latency: (3, [20, 8]),

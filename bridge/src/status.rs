@@ -29,6 +29,9 @@ use crate::matching::{Dispute, Standing, Windows};
 use crate::queue::{Queue, QueueError};
 use crate::rate::RateMeter;
 
+/// So long those below wait for a transaction that cannot be applied.
+const STUCK_AFTER: Duration = Duration::from_secs(2);
+
 #[derive(Default)]
 struct Inner {
     role: Role,
@@ -302,6 +305,14 @@ impl Shared {
         if inner.stuck.map(|(known, _)| known) != end {
             inner.stuck = end.map(|end| (end, false));
         }
+    }
+
+    /// Whether a transaction cannot be applied, and that for a while: who only waits for an answer
+    /// from above will be through with it soon.
+    pub fn is_stuck(&self) -> bool {
+        let inner = self.inner();
+        let failing = inner.apply_failing_since.map(|since| since.elapsed());
+        inner.stuck.is_some() && failing.is_some_and(|elapsed| elapsed > STUCK_AFTER)
     }
 
     /// Orders that the transaction that cannot be applied is left out, if it ends here.

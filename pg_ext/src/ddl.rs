@@ -13,6 +13,7 @@
 //! ([`see_ddl`]) loads it and refuses the one statement that came too early: nothing is
 //! left out in silence.
 
+mod drop;
 mod statement;
 
 use std::cell::{Cell, RefCell};
@@ -23,7 +24,7 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::pg_sys::{self, NodeTag, ObjectType, ProcessUtilityContext};
 use pgrx::prelude::*;
 
-use crate::{as_owner, guard, put_json, write_sealed};
+use crate::{as_owner, guard, put_json, run_bytes, write_sealed};
 
 /// Prefix of the message that carries a statement.
 const PREFIX: &str = "terrace.ddl";
@@ -161,8 +162,9 @@ fn replicate_ddl(sql: Option<&str>) {
 /// the session is a superuser's. For others than superusers it is a restricted operation, as
 /// REFRESH MATERIALIZED VIEW is one: nothing can be put off to the commit, when the session is
 /// the superuser's again (deferred triggers, cursors that outlive the transaction).
+/// Both are in the encoding of the database, whatever that is.
 #[pg_extern]
-fn run_as(role: &str, sql: &str) {
+fn run_as(role: &[u8], sql: &[u8]) {
     let Ok(name) = CString::new(role) else {
         pgrx::error!("terrace: no role name");
     };
@@ -177,9 +179,7 @@ fn run_as(role: &str, sql: &str) {
         }
         pg_sys::SetUserIdAndSecContext(role, local);
     }
-    if let Err(error) = Spi::run(sql) {
-        pgrx::error!("terrace: {error}");
-    }
+    run_bytes(sql);
     // SAFETY: as above.
     unsafe { pg_sys::SetUserIdAndSecContext(user, context) };
 }
@@ -314,7 +314,7 @@ impl Ddl {
                     let drop = &*node.cast::<pg_sys::DropStmt>();
                     if drop.concurrent {
                         ddl.when = When::Outside;
-                    } else if let Some(sql) = statement::drop_of_several(drop, &ddl.about) {
+                    } else if let Some(sql) = drop::of_several(drop, &ddl.about) {
                         ddl.sql = sql;
                     }
                 }

@@ -306,6 +306,17 @@ fn log_message(content: &str) {
     }
 }
 
+/// Runs SQL that is in the encoding of the database, which need not be UTF8.
+pub(crate) fn run_bytes(sql: &[u8]) {
+    let Ok(sql) = CString::new(sql) else {
+        pgrx::error!("terrace: a statement has a zero byte");
+    };
+    let run = Spi::connect_mut(|client| client.update(sql.as_c_str(), None, &[]).map(drop));
+    if let Err(error) = run {
+        pgrx::error!("terrace: {error}");
+    }
+}
+
 pub(crate) fn put_json(out: &mut String, text: &str) {
     out.push('"');
     for char in text.chars() {

@@ -297,6 +297,12 @@ pub unsafe fn finds_nothing(node: *mut pg_sys::Node, tag: NodeTag) -> bool {
             }
             _ => false,
         };
+        if tag == NodeTag::T_DropStmt
+            && !super::drop::is_relation((*node.cast::<pg_sys::DropStmt>()).removeType)
+        {
+            let drop = &*node.cast::<pg_sys::DropStmt>();
+            return missing_ok && super::drop::found(drop).is_empty();
+        }
         missing_ok && !changed(node, tag).is_empty() && about(node, tag).is_empty()
     }
 }
@@ -344,7 +350,7 @@ unsafe fn schema_of(relation: pg_sys::Oid) -> String {
     }
 }
 
-fn quoted(name: &str) -> String {
+pub fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
@@ -364,29 +370,6 @@ pub unsafe fn index_name(index: &pg_sys::IndexStmt) -> Option<String> {
             )
         })
     }
-}
-
-/// A DROP of several relations, such that a server which never had some of those that are here,
-/// `about`, drops the others, and nothing that is not here.
-pub fn drop_of_several(drop: &pg_sys::DropStmt, about: &[Name]) -> Option<String> {
-    let kind = match drop.removeType {
-        ObjectType::OBJECT_TABLE => "TABLE",
-        ObjectType::OBJECT_VIEW => "VIEW",
-        ObjectType::OBJECT_MATVIEW => "MATERIALIZED VIEW",
-        ObjectType::OBJECT_SEQUENCE => "SEQUENCE",
-        ObjectType::OBJECT_INDEX => "INDEX",
-        _ => return None,
-    };
-    let name = |(schema, name): &Name| format!("{}.{}", quoted(schema), quoted(name));
-    let names: Vec<String> = about.iter().map(name).collect();
-    let behavior = match drop.behavior {
-        pg_sys::DropBehavior::DROP_CASCADE => " CASCADE",
-        _ => "",
-    };
-    // SAFETY: a list of the parser.
-    let several = unsafe { elements::<pg_sys::Node>(drop.objects) }.len() > 1;
-    (several && !names.is_empty())
-        .then(|| format!("DROP {kind} IF EXISTS {}{behavior}", names.join(", ")))
 }
 
 /// Of an ALTER TABLE that detaches a partition without holding others up: one that does it at
@@ -449,6 +432,7 @@ pub unsafe fn fills(alter: &pg_sys::AlterTableStmt) -> Option<pg_sys::Oid> {
                     let converts = subtype == AlterTableType::AT_AlterColumnType;
                     let mut texts = tree.split('"').skip(1).step_by(2).map(str::to_lowercase);
                     OWN.iter().any(|word| tree.contains(word))
+                        || is_of_money(alter.relation, command)
                         || converts && tree.contains("{TYPECAST")
                         || converts && is_cast_by_a_user(alter.relation, command)
                         || texts.any(|text| MOMENTS.iter().any(|word| text.contains(word)))
@@ -457,6 +441,32 @@ pub unsafe fn fills(alter: &pg_sys::AlterTableStmt) -> Option<pg_sys::Oid> {
             });
         let table = fills.then(|| look_up(alter.relation))?;
         (table != pg_sys::InvalidOid).then_some(table)
+    }
+}
+
+/// Whether a column is or was of a type that is written by `lc_monetary`, which is each server's own.
+unsafe fn is_of_money(
+    table: *const pg_sys::RangeVar,
+    command: *const pg_sys::AlterTableCmd,
+) -> bool {
+    const MONEY: [pg_sys::Oid; 2] = [pg_sys::MONEYOID, pg_sys::MONEYARRAYOID];
+    // SAFETY: a command that adds a column or gives one another type; look-ups find nothing where
+    // there is nothing.
+    unsafe {
+        let column = (*command).def.cast::<pg_sys::ColumnDef>();
+        if (*column).type_ != NodeTag::T_ColumnDef {
+            return false;
+        }
+        let new = pg_sys::LookupTypeNameOid(std::ptr::null_mut(), (*column).typeName, true);
+        let table = look_up(table);
+        let old = match table == pg_sys::InvalidOid || (*command).name.is_null() {
+            true => pg_sys::InvalidOid,
+            false => pg_sys::get_atttype(table, pg_sys::get_attnum(table, (*command).name)),
+        };
+        [new, old]
+            .into_iter()
+            .filter(|found| *found != pg_sys::InvalidOid)
+            .any(|found| MONEY.contains(&pg_sys::getBaseType(found)))
     }
 }
 

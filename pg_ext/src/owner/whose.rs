@@ -9,6 +9,7 @@ use pgrx::pg_sys::{self, NodeTag, Oid};
 use pgrx::prelude::*;
 
 use crate::guard::changed_tables;
+use crate::run_bytes;
 
 // catalog/pg_inherits.h; not in pgrx's bindings.
 unsafe extern "C-unwind" {
@@ -334,21 +335,20 @@ unsafe fn fire_with_statement(table: Oid) {
             b'p' => with_heirs(table),
             _ => vec![table],
         };
-        let names: Vec<String> = heirs.into_iter().flat_map(|heir| put_off(heir)).collect();
+        let names: Vec<_> = heirs.into_iter().flat_map(|heir| put_off(heir)).collect();
         drop(relation);
-        if !names.is_empty()
-            && let Err(error) = Spi::run(&format!("SET CONSTRAINTS {} IMMEDIATE", names.join(", ")))
-        {
-            pgrx::error!("terrace: {error}");
+        if !names.is_empty() {
+            let listed = names.join(&b", "[..]);
+            run_bytes(&[b"SET CONSTRAINTS ", &listed[..], b" IMMEDIATE"].concat());
         }
     }
 }
 
-/// Names of the table's constraint triggers that would wait for the commit.
+/// Names of the table's constraint triggers that would wait for the commit, as SQL has them.
 ///
 /// # Safety
 /// The table is locked.
-unsafe fn put_off(table: Oid) -> Vec<String> {
+unsafe fn put_off(table: Oid) -> Vec<Vec<u8>> {
     // SAFETY: as said; names are copied.
     unsafe {
         let Some(relation) = open(table) else {
@@ -358,7 +358,7 @@ unsafe fn put_off(table: Oid) -> Vec<String> {
         let schema = pg_sys::get_namespace_name((*relation.rd_rel).relnamespace);
         let name = |trigger: &pg_sys::Trigger| {
             let name = pg_sys::quote_qualified_identifier(schema, trigger.tgname);
-            CStr::from_ptr(name).to_string_lossy().into_owned()
+            CStr::from_ptr(name).to_bytes().to_vec()
         };
         triggers(&relation).iter().filter(waits).map(name).collect()
     }

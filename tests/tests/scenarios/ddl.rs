@@ -358,9 +358,20 @@ fn what_needs_something_that_is_not_below_is_left_out() {
     let tree = tree_with_ddl(&schema);
     // What did nothing at the top does nothing to a table that a server has for itself.
     for node in &tree.nodes {
-        let own = "SET terrace.ddl = off; CREATE TABLE import_tmp AS SELECT 1 AS a, 2 AS b";
+        let own = "SET terrace.ddl = off; CREATE TABLE import_tmp AS SELECT 1 AS a, 2 AS b;
+            CREATE FUNCTION own(int) RETURNS int LANGUAGE sql AS 'SELECT 7'; CREATE TYPE owned AS ENUM ('own');
+            CREATE SCHEMA its_own; CREATE FUNCTION fires() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+            CREATE TRIGGER own BEFORE INSERT ON steps FOR EACH ROW EXECUTE FUNCTION fires()";
         node.server.sql(own);
     }
+    tree.top.sql(
+        "CREATE FUNCTION briefly(int) RETURNS int LANGUAGE sql AS 'SELECT 1'; CREATE TYPE brief_type AS ENUM ();
+         CREATE SCHEMA brief_schema; DROP FUNCTION IF EXISTS own(int); DROP FUNCTION IF EXISTS own(int), briefly;
+         DROP FUNCTION IF EXISTS briefly(int); DROP TYPE IF EXISTS brief_type, owned CASCADE; DROP TYPE IF EXISTS owned;
+         DROP SCHEMA IF EXISTS its_own; DROP SCHEMA IF EXISTS its_own, brief_schema; DROP TRIGGER IF EXISTS own ON steps;
+         DROP TRIGGER IF EXISTS own ON nowhere.steps; DROP FUNCTION IF EXISTS own(nowhere.type);
+         DROP CAST IF EXISTS (steps AS int); DROP OPERATOR IF EXISTS + (steps, steps)",
+    );
     tree.top.sql(
         "CREATE TABLE short_lived (); DROP TABLE IF EXISTS import_tmp;
          ALTER TABLE IF EXISTS import_tmp DROP COLUMN b; ALTER TABLE IF EXISTS import_tmp RENAME b TO c;
@@ -383,6 +394,15 @@ fn what_needs_something_that_is_not_below_is_left_out() {
     for node in &tree.nodes {
         let own = "SELECT a + b || ' ' || (to_regclass('short_lived') IS NULL) FROM import_tmp";
         assert_eq!(node.server.value(own), "3 true");
+        let own = "SELECT concat_ws(' ', own(1), 'own'::owned, to_regnamespace('its_own'), to_regproc('briefly'),
+                       to_regtype('brief_type'), to_regnamespace('brief_schema'), tgname)
+                   FROM pg_trigger WHERE tgrelid = 'steps'::regclass AND tgname = 'own'";
+        assert_eq!(
+            node.server.value(own),
+            "7 own its_own own",
+            "{}",
+            node.server.name
+        );
     }
     let left_out = "SELECT count(*) FROM terrace.events WHERE kind = 'left_out' AND reason LIKE '%needs what is not here%'";
     wait_until("all is told", || {

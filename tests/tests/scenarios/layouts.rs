@@ -1,8 +1,10 @@
 //! Tables that look different below than at the top, or are changed in ways that few are:
 //! by the copy, in order and piled up, on two levels.
 
-use terrace_tests::load::Background;
+use terrace_tests::load::{Background, STEPS};
 use terrace_tests::{Server, Tree, wait_until};
+
+use super::stalls::wait_stalled;
 
 const ONE: [(&str, Option<&str>, usize); 1] = [("region", None, 1)];
 const CHAIN: [(&str, Option<&str>, usize); 2] =
@@ -503,4 +505,60 @@ fn what_is_rolled_back_in_part_leaves_nothing() {
     let tree = flows(schema, ["", ""], changes, &["t", "trace"]);
     let gone = "SELECT count(*) FILTER (WHERE v LIKE '%gone%') || ' ' || (count(*) > 7000) FROM t";
     assert_eq!(tree.nodes[1].server.value(gone), "0 true");
+}
+
+// PostgreSQL turns the text of each value into the encoding of the database.
+#[test]
+fn a_database_below_may_have_another_encoding() {
+    let schema = "CREATE TABLE word (id int PRIMARY KEY, w text);
+        INSERT INTO word VALUES (1, 'né'); SELECT terrace.add_table('word');";
+    let mut tree = Tree::plant(&format!("{STEPS} {schema}")).expect("boot the top");
+    tree.boot(&[("region", None, 1), ("branch", Some("region"), 1)])
+        .expect("boot the servers");
+    for node in &mut tree.nodes {
+        node.server.sql(
+            "UPDATE pg_database SET encoding = pg_char_to_encoding('LATIN1'), datcollate = 'C', datctype = 'C'
+             WHERE datname = 'app'",
+        );
+        node.server.restart().expect("restart");
+    }
+    tree.start_bridges().expect("start the bridges");
+    tree.wait_streaming();
+    let wanted = "é à ü ñ";
+    tree.top
+        .sql(&format!("INSERT INTO word VALUES (2, '{wanted}')"));
+    tree.wait_for_equal(&["steps"]);
+    // Many of them, which go set-wise, while the apply waits.
+    let fill =
+        "INSERT INTO word SELECT 10 + g, repeat('ö', g % 50) FROM generate_series(1, 5000) g;
+        UPDATE word SET w = w || 'ß' WHERE id % 3 = 0; DELETE FROM word WHERE id % 7 = 0";
+    tree.top.sql(fill);
+    tree.top
+        .sql("SELECT terrace.replicate_ddl('CREATE TABLE \"Größe\" (\"Länge\" int PRIMARY KEY)')");
+    tree.top
+        .sql("SELECT terrace.add_table('\"Größe\"'); INSERT INTO \"Größe\" VALUES (1)");
+    let rows =
+        "SELECT md5(string_agg(id || convert_to(w, 'UTF8')::text, ',' ORDER BY id)) FROM word";
+    let sizes = "SELECT sum(\"Länge\") FROM \"Größe\"";
+    for node in &tree.nodes {
+        let server = &node.server;
+        assert_eq!(server.value("SHOW server_encoding"), "LATIN1");
+        wait_until("its rows are the top's", || {
+            server.value("SELECT to_regclass('\"Größe\"') IS NOT NULL") == "t"
+                && server.value(rows) == tree.top.value(rows)
+                && server.value(sizes) == "1"
+        });
+    }
+    let compared = tree.nodes[1]
+        .bridge
+        .command("compare", &["--table", "word"]);
+    let compared = compared.expect("compare");
+    let said = String::from_utf8_lossy(&compared.stdout).into_owned();
+    assert!(compared.status.success(), "{said}");
+
+    // A character that it cannot hold is a row that does not fit.
+    tree.top.sql("INSERT INTO word VALUES (3, '5 €')");
+    for node in &tree.nodes {
+        wait_stalled(node, &["public.word", "encoding"]);
+    }
 }

@@ -259,3 +259,70 @@ fn a_database_that_does_not_let_the_relays_clients_in_is_told_of() {
     }
     tree.wait_streaming();
 }
+
+// Each server has its own constraints; the levels below go by the stream alone.
+#[test]
+fn who_leaves_something_out_keeps_it_from_nobody_below() {
+    const TWO: [(&str, Option<&str>, usize); 2] =
+        [("region", None, 1), ("branch", Some("region"), 1)];
+    let mut tree = Tree::grow(STEPS, &TWO);
+    let rows = "SELECT string_agg(n::text, ' ' ORDER BY n) FROM steps";
+    let picky = "ALTER TABLE steps ADD CONSTRAINT picky CHECK (n % 100 <> 50)";
+    tree.node("region-1").server.sql(picky);
+    tree.top.sql("INSERT INTO steps VALUES (50), (51)");
+    tree.top.sql("INSERT INTO steps VALUES (60)");
+    wait_stalled(tree.node("region-1"), &["picky"]);
+    let below = tree.node("branch-1");
+    wait_until("those below go on", || {
+        below.server.value(rows) == "50 51 60"
+    });
+    let reason = "SELECT substring(reason FROM 'ends at ([0-9A-F/]+)') FROM terrace.lag
+                  WHERE node = 'region-1'";
+    let region = tree.node("region-1");
+    let lsn = region.server.value(reason);
+    let skipped = region.bridge.command("skip", &["--lsn", &lsn]);
+    assert!(skipped.expect("run skip").status.success());
+    wait_until("it goes on", || region.server.value(rows) == "60");
+
+    // The same where rows are put aside one by one.
+    region.bridge.stop();
+    let config = region.bridge.config();
+    let text =
+        fs::read_to_string(&config).expect("read") + "\n[apply]\non_error = \"quarantine\"\n";
+    fs::write(&config, text).expect("write");
+    region.bridge.restart().expect("start");
+    tree.top.sql("INSERT INTO steps VALUES (150), (151)");
+    tree.top.sql("UPDATE steps SET n = 250 WHERE n = 151");
+    let below = tree.node("branch-1");
+    wait_until("those below have all", || {
+        below.server.value(rows) == "50 51 60 150 250"
+    });
+    let region = tree.node("region-1");
+    wait_until("it has the rest", || region.server.value(rows) == "60 151");
+    let aside = "SELECT string_agg(new ->> 'n', ' ' ORDER BY lsn) FROM terrace.quarantine";
+    assert_eq!(region.server.value(aside), "150 250");
+    let elsewhere = tree
+        .node("branch-1")
+        .server
+        .value("SELECT count(*) FROM terrace.quarantine");
+    assert_eq!(elsewhere, "0");
+
+    // What is wrong is found, and sent again when it can be taken.
+    let region = tree.node("region-1");
+    region.server.sql("ALTER TABLE steps DROP CONSTRAINT picky");
+    let compared = region
+        .bridge
+        .command("compare", &["--table", "steps"])
+        .expect("compare");
+    let said = String::from_utf8_lossy(&compared.stdout).into_owned();
+    assert!(
+        compared.status.code() == Some(1) && said.contains("region-1"),
+        "{said}"
+    );
+    let sent = region
+        .bridge
+        .command("resync", &["--table", "steps"])
+        .expect("resync");
+    assert!(sent.status.success());
+    tree.wait_for_equal(&["steps"]);
+}

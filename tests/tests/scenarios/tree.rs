@@ -270,3 +270,25 @@ fn a_tree_that_nobody_writes_to_tells_of_itself_once_a_second() {
     }
     assert!((3..=9).contains(&count), "{count} reports in 5 s");
 }
+
+#[test]
+fn who_was_gone_when_the_top_crashed_is_shown_all_the_same() {
+    let mut tree = Tree::grow(STEPS, &[("region", None, 1)]);
+    let shown =
+        "SELECT state || ' ' || level || ' ' || reason FROM terrace.lag WHERE node = 'region-1'";
+    for _ in 0..2 {
+        tree.nodes[0].bridge.stop();
+        tree.top.kill9();
+        tree.top.restart().expect("start the top");
+        let wanted = "down 1 no report since the PostgreSQL of the top crashed";
+        assert_eq!(tree.top.value(shown), wanted);
+        tree.nodes[0].bridge.restart().expect("start");
+        tree.wait_streaming();
+    }
+    // Once forgotten it is shown no more.
+    tree.nodes[0].bridge.stop();
+    tree.top.kill9();
+    tree.top.restart().expect("start the top");
+    tree.top.sql("SELECT terrace.forget_node('region-1')");
+    assert_eq!(tree.top.value(shown), "");
+}
