@@ -98,8 +98,14 @@ CREATE TABLE sending (
     filter text,
     comparison bigint UNIQUE,
     ranges integer[],    -- that are still to be sent
-    since xid8           -- who may have written when nobody was held off has this number or a higher one
+    since xid8,          -- who may have written when nobody was held off has this number or a higher one
+    next_try timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    tries integer NOT NULL DEFAULT 0,
+    problem text         -- what kept it from being sent the last time
 );
+
+-- Who sends has it locked.
+CREATE TABLE sender ();
 
 -- What flows is flowing data itself, so that it is exact at each position. Of wal_level, which
 -- only the top needs, create_domain() speaks.
@@ -1018,7 +1024,8 @@ BEGIN
                       HINT = 'It is what could stand after WHERE, of columns of this table alone.';
         END;
     END IF;
-    IF rows AND terrace.is_received() AND terrace.piece_count(rel) > 1 THEN
+    IF rows AND terrace.is_received() AND terrace.piece_count(rel) > 1
+       AND current_setting('server_encoding') = 'UTF8' THEN
         PERFORM terrace.try_attach(class.nspname, class.relname, domains, columns, filter);
         INSERT INTO terrace.sending VALUES (rel, domains, columns, filter);
         RAISE NOTICE 'rows of table "%" are sent in pieces', rel
@@ -1072,6 +1079,7 @@ BEGIN
                  AND NOT c.relispartition
                  AND NOT EXISTS (SELECT FROM terrace.sync_table s
                                  WHERE s.nspname = n.nspname AND s.relname = c.relname)
+                 AND NOT EXISTS (SELECT FROM terrace.sending s WHERE s.rel = c.oid)
     LOOP
         PERFORM terrace.add_table(rel);
         added := added + 1;
@@ -1576,10 +1584,14 @@ CREATE VIEW own_comparisons AS
     WHERE own.slices > 0;
 
 -- Whether rows of a table may be sent range by range, each a transaction of its own: all of a range are
--- found by the key.
+-- found by the key, and what a row is in the way of, in a range that comes later, by columns that are equal.
 CREATE FUNCTION goes_in_pieces(rel regclass, key text) RETURNS boolean
     LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT EXISTS (SELECT FROM pg_attribute WHERE attrelid = rel AND attname = key AND attcollation = 0)
+       AND NOT EXISTS (SELECT FROM pg_index i JOIN terrace.parts_of(rel) part ON i.indrelid = part
+                       WHERE i.indisexclusion
+                          OR i.indisunique AND (i.indpred IS NOT NULL OR i.indexprs IS NOT NULL
+                                                OR i.indnullsnotdistinct OR NOT i.indimmediate))
 $$;
 
 -- In how many ranges a table is sent, of 16 MB or the thousandth part; 1 if it goes at once.
@@ -1587,7 +1599,7 @@ CREATE FUNCTION piece_count(rel regclass) RETURNS integer
     LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT CASE WHEN terrace.goes_in_pieces(rel, terrace.key_of(rel)) AND ranges > 1
                 THEN least(ranges, 1000) ELSE 1 END::integer
-    FROM (SELECT sum(pg_table_size(part)) / (16 << 20) AS ranges FROM terrace.parts_of(rel) part) found
+    FROM (SELECT sum(pg_table_size(part))::bigint / (16 << 20) AS ranges FROM terrace.parts_of(rel) part) found
 $$;
 
 -- Divides a table that is to be sent in pieces; NULL if it goes at once.
@@ -1647,7 +1659,7 @@ BEGIN
     END IF;
     UPDATE terrace.sending s SET since = pg_snapshot_xmin(pg_current_snapshot()),
         ranges = ARRAY(SELECT unnest(s.ranges) EXCEPT SELECT unnest(resend_ranges.ranges) ORDER BY 1)
-    WHERE s.comparison = made.id AND resend_ranges.domains IS NULL;
+    WHERE s.comparison = made.id AND resend_ranges.domains IS NULL AND terrace.sender() = pg_backend_pid();
     RETURN terrace.fill(rel, domains, terrace.ranges_condition(made, ranges), terrace.ranges_condition(made, later));
 END $$;
 
@@ -1660,32 +1672,59 @@ CREATE FUNCTION ranges_condition(of terrace.comparison, ranges integer[]) RETURN
           GROUP BY island) runs
 $$;
 
--- Whether rows of a table that was added are to be sent, and nobody does.
-CREATE FUNCTION rows_wait() RETURNS boolean
-    LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-    SELECT EXISTS (SELECT FROM terrace.sending)
-       AND NOT EXISTS (SELECT FROM pg_locks l JOIN pg_database d ON d.oid = l.database
-                       WHERE d.datname = current_database() AND l.locktype = 'advisory'
-                         AND l.classid = 'terrace.sending'::regclass AND l.objid = 0 AND l.granted)
+-- The session that sends rows of added tables.
+CREATE FUNCTION sender() RETURNS integer
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT l.pid FROM pg_locks l JOIN pg_database d ON d.oid = l.database
+    WHERE d.datname = current_database() AND l.locktype = 'relation' AND l.relation = 'terrace.sender'::regclass
+      AND l.mode = 'ShareRowExclusiveLock' AND l.granted
 $$;
 
--- Takes a table of which rows are to be sent, and holds its writers off till the session ends: ranges to send
--- of it, "comparison" NULL if there is none. From this transaction on the table flows. Where a session before
--- was cut off, what may have been written since goes again: a row may have come from a range that was not
+-- Whether rows of a table that was added are to be sent now, and nobody does.
+CREATE FUNCTION rows_wait() RETURNS boolean
+    LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN EXISTS (SELECT FROM terrace.sending WHERE next_try <= clock_timestamp()) AND terrace.sender() IS NULL;
+END $$;
+
+-- Makes this session the sender, to its end, and takes a table; it is tried again after a while, a longer
+-- one each time, as those who write to a table wait behind who waits for its lock.
+CREATE FUNCTION next_sending() RETURNS oid
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    taken oid;
+BEGIN
+    PERFORM terrace.must_be_top();
+    PERFORM terrace.hold_for_session('terrace.sender'::regclass);
+    DELETE FROM terrace.sending s WHERE NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = s.rel);
+    SELECT rel INTO taken FROM terrace.sending WHERE next_try <= clock_timestamp() ORDER BY next_try LIMIT 1 FOR UPDATE;
+    UPDATE terrace.sending s SET tries = s.tries + 1,
+        next_try = clock_timestamp() + least(5 * 2 ^ least(s.tries, 4), 60) * interval '1 s' WHERE s.rel = taken;
+    RETURN taken;
+END $$;
+
+-- What kept a table from being sent; the lock of the sender went with the transaction that failed.
+CREATE FUNCTION note_unsent(rel oid, problem text) RETURNS void
+    LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    UPDATE terrace.sending s SET problem = left(note_unsent.problem, 1000)
+    WHERE s.rel = note_unsent.rel
+$$;
+
+-- Begins with a table, and holds its writers off till the session ends: ranges to send of it,
+-- "comparison" NULL if there are none. From this transaction on the table flows. Where a session
+-- before was cut off, what may have been written since goes again: a row may have come from a range that was not
 -- sent, so that nothing was found below to change.
-CREATE FUNCTION begin_sending(OUT comparison bigint, OUT ranges integer[])
+CREATE FUNCTION begin_sending(rel oid, OUT comparison bigint, OUT ranges integer[])
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     taken terrace.sending;
     made terrace.comparison;
-    written integer[];
 BEGIN
     PERFORM terrace.must_be_top();
-    IF NOT pg_try_advisory_lock('terrace.sending'::regclass::oid::integer, 0) THEN
-        RETURN;
+    IF terrace.sender() IS DISTINCT FROM pg_backend_pid() THEN
+        RAISE EXCEPTION 'this session does not send rows' USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;
-    DELETE FROM terrace.sending s WHERE NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = s.rel);
-    SELECT * INTO taken FROM terrace.sending ORDER BY since NULLS LAST, rel LIMIT 1 FOR UPDATE;
+    SELECT * INTO taken FROM terrace.sending s WHERE s.rel = begin_sending.rel FOR UPDATE;
     IF NOT FOUND THEN
         RETURN;
     END IF;
@@ -1700,14 +1739,27 @@ BEGIN
         made := terrace.begin_comparison(taken.rel, terrace.piece_count(taken.rel));
         ranges := ARRAY(SELECT generate_series(0, cardinality(made.bounds)));
     ELSE
-        EXECUTE format('SELECT ARRAY(SELECT width_bucket(%s, %L::%s[]) FROM %s WHERE age(xmin) <= age($1)
-                                     UNION SELECT unnest($2) ORDER BY 1)',
-                       terrace.key_expression(taken.rel, made.key), made.bounds, made.key_type,
-                       taken.rel::regclass) USING taken.since::xid, taken.ranges INTO ranges;
+        ranges := ARRAY(SELECT terrace.written_since(made, taken.rel, taken.since)
+                        UNION SELECT unnest(taken.ranges) ORDER BY 1);
     END IF;
     comparison := made.id;
-    UPDATE terrace.sending s SET comparison = made.id, ranges = begin_sending.ranges,
+    UPDATE terrace.sending s SET comparison = made.id, ranges = begin_sending.ranges, problem = NULL,
         since = pg_snapshot_xmin(pg_current_snapshot()) WHERE s.rel = taken.rel;
+END $$;
+
+-- Ranges in which rows were written by transactions of this number and higher ones. What indexes
+-- compute is their owner's code.
+CREATE FUNCTION written_since(made terrace.comparison, rel regclass, since xid8) RETURNS SETOF integer
+    LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET datestyle = 'ISO'
+    SET intervalstyle = 'postgres' SET timezone = 'UTC' SET terrace.as_owners = on AS $$
+DECLARE
+    part regclass;
+BEGIN
+    FOR part IN SELECT terrace.stored_parts_of(rel) LOOP
+        RETURN QUERY EXECUTE format(
+            'SELECT DISTINCT width_bucket(%s, %L::%s[]) FROM ONLY %s WHERE age(xmin) <= age($1)',
+            terrace.key_expression(rel, made.key), made.bounds, made.key_type, part) USING since::xid;
+    END LOOP;
 END $$;
 
 -- The ranges that a table was divided into, NULL if it has another name or key by now.
@@ -1724,15 +1776,20 @@ $$;
 CREATE FUNCTION end_sending(comparison bigint) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    done oid;
+    done regclass := (SELECT s.rel FROM terrace.sending s WHERE s.comparison = end_sending.comparison AND s.ranges = '{}');
 BEGIN
-    DELETE FROM terrace.sending s WHERE s.comparison = end_sending.comparison AND s.ranges = '{}'
-    RETURNING s.rel INTO done;
+    -- Who removes the table waits for this session.
+    IF terrace.sender() IS DISTINCT FROM pg_backend_pid()
+       OR NOT pg_try_advisory_xact_lock_shared('terrace.sending'::regclass::oid::integer, done::oid::integer) THEN
+        RETURN;
+    END IF;
+    DELETE FROM terrace.sending s WHERE s.rel = done;
     IF FOUND THEN
         INSERT INTO terrace.event ("id", "time", node, domain, kind, reason)
         VALUES (format('sent-%s-%s', (SELECT system_identifier FROM pg_control_system()), comparison),
                 clock_timestamp(), 'top', 'top', 'sent',
-                format('all rows of table "%s" are sent, up to %s', done::regclass, pg_current_wal_insert_lsn()));
+                format('all rows of table "%s" are sent, up to %s', done, pg_current_wal_insert_lsn()))
+        ON CONFLICT DO NOTHING;
     END IF;
 END $$;
 
@@ -1807,9 +1864,11 @@ CREATE VIEW tables AS
            (SELECT pg_catalog.jsonb_object_agg(o.attname, pg_catalog.pg_sequence_last_value(o.seqrelid))
             FROM owned_sequence o WHERE o.nspname = s.nspname AND o.relname = s.relname) AS sequences,
            -- At the top, of rows that were there when it was added.
-           CASE WHEN made.id IS NOT NULL THEN pg_catalog.format(
-                    '%s of %s pieces left', pg_catalog.cardinality(w.ranges), pg_catalog.cardinality(made.bounds) + 1)
-                WHEN w.rel IS NOT NULL THEN 'not begun' END AS sending
+           CASE WHEN w.rel IS NOT NULL THEN pg_catalog.concat_ws(': ',
+                    CASE WHEN made.id IS NULL THEN 'not begun'
+                         ELSE pg_catalog.format('%s of %s pieces left', pg_catalog.cardinality(w.ranges),
+                                                pg_catalog.cardinality(made.bounds) + 1) END,
+                    w.problem) END AS sending
     FROM (SELECT * FROM sync_table
           UNION ALL
           SELECT n.nspname, c.relname, w.domains, w.columns, w.filter
@@ -1887,7 +1946,8 @@ BEGIN
            OR coalesce((s.report ->> 'seq')::bigint, 0) < (EXCLUDED.report ->> 'seq')::bigint
            OR s.report -> 'run' IS DISTINCT FROM EXCLUDED.report -> 'run'
               AND s.reply_time < clock_timestamp() - interval '5 s';
-        IF terrace.is_top() AND n ->> 'domain' <> 'top'
+        -- A server that has not copied yet has nobody above either, but speaks for itself.
+        IF terrace.is_top() AND NOT terrace.is_own_report(n) AND n ->> 'domain' <> 'top'
            AND NOT EXISTS (SELECT FROM terrace.known_node k WHERE k.node = n ->> 'node' AND k.domain = n ->> 'domain') THEN
             INSERT INTO terrace.known_node AS k VALUES (n ->> 'node', n ->> 'domain')
             ON CONFLICT (node) DO UPDATE SET domain = EXCLUDED.domain;
@@ -1994,6 +2054,7 @@ CREATE FUNCTION to_report(after bigint) RETURNS jsonb
     LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     RETURN jsonb_build_object(
+        'rows_wait', terrace.rows_wait(),
         'paths', (SELECT jsonb_object_agg(name, path) FROM terrace.domains),
         'conflicts', (SELECT jsonb_agg(jsonb_build_object('table', relation, 'kind', kind,
                           'count', count, 'last_seen', last_seen, 'last_key', last_key)) FROM terrace.conflict),
@@ -2156,7 +2217,7 @@ GRANT EXECUTE ON FUNCTION arm_now(), gather_sends(), give_way(), refuse_guarded(
 GRANT EXECUTE ON FUNCTION report(jsonb), guard_session(), resend(regclass, text[]),
     begin_comparison(regclass, integer), begin_slice(bigint, integer), hold_compared(bigint), finish_slice(bigint, integer),
     begin_resend(regclass), pieces_of(bigint, integer[]), hold_rows(bigint), resend_ranges(bigint, integer[], integer[], text[]),
-    rows_wait(), begin_sending(), end_sending(bigint), range_condition(comparison, integer, integer),
+    rows_wait(), next_sending(), note_unsent(oid, text), begin_sending(oid), end_sending(bigint), range_condition(comparison, integer, integer),
     key_expression(regclass, text) TO terrace_reader;
 GRANT SELECT ON domain, sync_table, sync_schema, partition, checksum, domains, tables, node_status, lag, topology, event,
     events, delivery, conflicts, own_checksum, own_comparisons, comparisons, progress TO PUBLIC;

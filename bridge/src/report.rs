@@ -129,9 +129,6 @@ async fn connect(info: &ConnInfo, shared: &Shared) -> Result<Client, PgError> {
     Client::connect(info, &options).await
 }
 
-/// Rows of added tables are begun with no sooner after the last time.
-const SEND_AGAIN: Duration = Duration::from_secs(5);
-
 /// Reports until `cancel`, and sends rows that the top has for all.
 pub async fn run(shared: Arc<Shared>, cancel: CancellationToken) -> anyhow::Result<()> {
     let local_info = ConnInfo::parse(&shared.config.database.url)?;
@@ -151,6 +148,9 @@ pub async fn run(shared: Arc<Shared>, cancel: CancellationToken) -> anyhow::Resu
             () = sleep(AT_LEAST - AT_MOST) => AT_LEAST,
         };
         report_here(&shared, &local_info, &mut local, &mut below).await;
+        if below.rows_wait {
+            sender.send(&shared, &local_info);
+        }
         // A bridge of the top has the top beside it, and nobody above.
         if let (Some(upstream), Some(_)) = (shared.upstream(), &shared.config.parent)
             && report_up(&shared, &upstream, &mut upward, &mut below).await
@@ -169,23 +169,21 @@ pub async fn run(shared: Arc<Shared>, cancel: CancellationToken) -> anyhow::Resu
 #[derive(Default)]
 struct Sender {
     task: JoinSet<()>,
-    next: Option<Instant>,
 }
 
 impl Sender {
     fn send(&mut self, shared: &Arc<Shared>, top: &ConnInfo) {
         while self.task.try_join_next().is_some() {}
-        let now = Instant::now();
-        if !self.task.is_empty() || self.next.is_some_and(|next| now < next) {
+        if !self.task.is_empty() {
             return;
         }
-        self.next = Some(now + SEND_AGAIN);
         let (shared, top) = (shared.clone(), top.clone());
         self.task.spawn(async move {
             let name = format!("terrace rows {}", shared.config.node.name);
             if let Err(error) = send_added(&top, &name).await {
-                tracing::warn!("send rows of a table that was added: {error:#}; it is tried again");
+                tracing::warn!("send rows of a table that was added: {error:#}");
             }
+            sleep(AT_LEAST).await;
         });
     }
 }
@@ -234,6 +232,8 @@ impl Link {
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Below {
+    /// This is the top, and has rows to send.
+    rows_wait: bool,
     /// The domains with those above each, as this server's data has them.
     paths: Option<BTreeMap<String, Vec<String>>>,
     conflicts: Value,

@@ -32,6 +32,26 @@ use crate::rate::RateMeter;
 /// So long those below wait for a transaction that cannot be applied.
 const STUCK_AFTER: Duration = Duration::from_secs(2);
 
+/// A transaction that does not go on.
+#[derive(Clone, Copy)]
+struct Stuck {
+    end: Lsn,
+    /// It is to be left out.
+    ordered: bool,
+    /// Since when the database refuses it; otherwise it waits for an answer from above.
+    refused: Option<Instant>,
+}
+
+impl Stuck {
+    fn at(end: Lsn) -> Stuck {
+        Stuck {
+            end,
+            ordered: false,
+            refused: None,
+        }
+    }
+}
+
 #[derive(Default)]
 struct Inner {
     role: Role,
@@ -73,8 +93,7 @@ struct Inner {
     matching: Matching,
     /// How often each kind of event has happened.
     happened: BTreeMap<String, u64>,
-    /// End of the transaction that cannot be applied, and whether it is to be left out.
-    stuck: Option<(Lsn, bool)>,
+    stuck: Option<Stuck>,
     /// The queue has come to its limit, as the database takes nothing from it.
     full: bool,
     /// A segment of the queue that cannot be read, and why.
@@ -298,32 +317,39 @@ impl Shared {
         inner.matching.outvoted.is_some() && inner.diverged.is_none()
     }
 
-    /// Notes which transaction cannot be applied.
+    /// Notes which transaction does not go on for now.
     pub fn set_stuck(&self, end: Option<Lsn>) {
         let mut inner = self.inner();
         // An order for it stands.
-        if inner.stuck.map(|(known, _)| known) != end {
-            inner.stuck = end.map(|end| (end, false));
+        if inner.stuck.map(|stuck| stuck.end) != end {
+            inner.stuck = end.map(Stuck::at);
         }
     }
 
-    /// Whether a transaction cannot be applied, and that for a while: who only waits for an answer
-    /// from above will be through with it soon.
+    /// Notes that the database refuses it.
+    pub fn set_refused(&self, end: Lsn) {
+        self.set_stuck(Some(end));
+        if let Some(stuck) = &mut self.inner().stuck {
+            stuck.refused.get_or_insert_with(Instant::now);
+        }
+    }
+
+    /// Whether a transaction has been refused for so long that nobody below is to wait for it.
     pub fn is_stuck(&self) -> bool {
-        let inner = self.inner();
-        let failing = inner.apply_failing_since.map(|since| since.elapsed());
-        inner.stuck.is_some() && failing.is_some_and(|elapsed| elapsed > STUCK_AFTER)
+        let refused = self.inner().stuck.and_then(|stuck| stuck.refused);
+        refused.is_some_and(|since| since.elapsed() > STUCK_AFTER)
     }
 
     /// Orders that the transaction that cannot be applied is left out, if it ends here.
     pub fn order_skip(&self, lsn: Lsn) -> Result<(), String> {
         match &mut self.inner().stuck {
-            Some((end, ordered)) if *end == lsn => {
-                *ordered = true;
+            Some(stuck) if stuck.end == lsn => {
+                stuck.ordered = true;
                 Ok(())
             }
-            Some((end, _)) => Err(format!(
-                "the transaction that cannot be applied here ends at {end}, not at {lsn}"
+            Some(stuck) => Err(format!(
+                "the transaction that cannot be applied here ends at {}, not at {lsn}",
+                stuck.end
             )),
             None => Err("nothing stands in the way here: no transaction is to be left out".into()),
         }
@@ -331,8 +357,8 @@ impl Shared {
 
     /// End of the transaction that is to be left out.
     pub fn skip(&self) -> Option<Lsn> {
-        let (end, ordered) = self.inner().stuck?;
-        ordered.then_some(end)
+        let stuck = self.inner().stuck?;
+        stuck.ordered.then_some(stuck.end)
     }
 
     /// Notes that the queue has come to its limit, or that it has room again.
@@ -422,7 +448,7 @@ impl Shared {
             if problem.is_none()
                 && inner
                     .stuck
-                    .is_some_and(|(end, _)| end <= *self.replayed.borrow())
+                    .is_some_and(|stuck| stuck.end <= *self.replayed.borrow())
             {
                 inner.stuck = None;
             }

@@ -35,8 +35,8 @@ const LONG: &str = "SET LOCAL lock_timeout = '2s'";
 
 /// A session that holds writers off must not outlive its client, which may be cut off in silence.
 const SHORT_LIVED: &str = "SET idle_session_timeout = '1min'; SET lock_timeout = '2s'";
-/// The same of one that nobody waits for: it asks for a lock now and then.
-const UNHURRIED: &str = "SET idle_session_timeout = '1min'; SET lock_timeout = '900ms'";
+/// The same of one that nobody waits for: writers wait behind it for the lock.
+const UNHURRIED: &str = "SET idle_session_timeout = '1min'; SET lock_timeout = '200ms'";
 /// Where rows are sent, others may have written before the lock was had.
 const READS_COMMITTED: &str = "SET default_transaction_isolation = 'read committed'";
 
@@ -149,6 +149,7 @@ async fn at_top(mut client: Client, info: &ConnInfo, request: &Request) -> anyho
             return results(client, *id, nodes, *slices).await;
         }
         Request::Resend { table, domains } => {
+            client.lift_transaction_limit().await?;
             client.simple(READS_COMMITTED).await.map_err(told)?;
             let prepared = "SELECT json_build_object('id', id, 'ranges', \
                      (SELECT json_agg(r) FROM generate_series(0, cardinality(bounds)) r))::text \
@@ -168,6 +169,7 @@ async fn at_top(mut client: Client, info: &ConnInfo, request: &Request) -> anyho
             ranges,
             domains,
         } => {
+            client.lift_transaction_limit().await?;
             client.simple(READS_COMMITTED).await.map_err(told)?;
             return send_pieces(client, *id, ranges, domains).await;
         }
@@ -176,9 +178,12 @@ async fn at_top(mut client: Client, info: &ConnInfo, request: &Request) -> anyho
 }
 
 async fn answer(client: &mut Client, sql: &str, parameters: &[String]) -> anyhow::Result<Value> {
+    asked(client, sql, parameters).await.map_err(told_of)
+}
+
+async fn asked(client: &mut Client, sql: &str, parameters: &[String]) -> anyhow::Result<Value> {
     let parameters: Vec<Option<&str>> = parameters.iter().map(|text| Some(text.as_str())).collect();
-    let rows = client.query(sql, &parameters).await.map_err(told)?;
-    value(&rows)
+    value(&client.query(sql, &parameters).await?)
 }
 
 fn value(rows: &[Row]) -> anyhow::Result<Value> {
@@ -224,8 +229,8 @@ async fn send_pieces(
         held.context("hold off the table's writers")?;
         client.simple("RESET lock_timeout").await.map_err(told)?;
     }
-    let sent = send_held(&mut client, id, ranges, domains).await?;
-    Ok(sent.into())
+    let sent = send_held(&mut client, id, ranges, domains).await;
+    Ok(sent.map_err(told_of)?.into())
 }
 
 /// The same in a session that holds writers off, if that is needed.
@@ -239,36 +244,57 @@ async fn send_held(
     let cut =
         "SELECT coalesce(json_agg(p), '[]')::text FROM terrace.pieces_of($1::bigint, $2::int[]) p";
     let values = [id.clone(), array(ranges)];
-    let pieces: Vec<Vec<i64>> = serde_json::from_value(answer(client, cut, &values).await?)?;
+    let pieces: Vec<Vec<i64>> = serde_json::from_value(asked(client, cut, &values).await?)?;
     let (mut sent, mut later) = (0, ranges);
     for piece in pieces {
         later = &later[piece.len()..];
         let sql = "SELECT to_json(terrace.resend_ranges($1::bigint, $2::int[], $3::int[], nullif($4::text[], '{}')))";
         let values = [id.clone(), array(&piece), array(later), array(domains)];
-        let rows: u64 = serde_json::from_value(answer(client, sql, &values).await?)?;
+        let rows: u64 = serde_json::from_value(asked(client, sql, &values).await?)?;
         sent += rows;
     }
     Ok(sent)
 }
 
 /// Sends what is left of the rows of a table that was added, at `info`, the top, unless somebody
-/// does. A table that others hold is left for another time.
+/// does. What keeps a table from being sent is noted there, and others come first for a while.
 pub async fn send_added(info: &ConnInfo, application: &str) -> anyhow::Result<()> {
     let mut client = session(info, application, false).await?;
+    if client.extension_accepted(BRIDGE_PARAMETER) {
+        // The bridge of the top does it itself.
+        return Ok(());
+    }
+    client.lift_transaction_limit().await?;
     client.simple(UNHURRIED).await?;
     client.simple(READS_COMMITTED).await?;
-    let begin = "SELECT json_build_object('id', comparison, 'ranges', ranges)::text \
-         FROM terrace.begin_sending() WHERE comparison IS NOT NULL";
-    let begun = match client.query(begin, &[]).await {
+    let next = client.query("SELECT terrace.next_sending()", &[]).await;
+    let table = match next {
+        // Somebody sends.
         Err(error) if error.code() == Some(LOCK_NOT_AVAILABLE) => return Ok(()),
-        begun => begun.map_err(told)?,
+        next => match first(&next?) {
+            Some(table) => table.to_owned(),
+            None => return Ok(()),
+        },
     };
+    let Err(error) = send_table(&mut client, &table).await else {
+        return Ok(());
+    };
+    let note = "SELECT terrace.note_unsent($1::oid, $2)";
+    let problem = format!("{error:#}");
+    client.query(note, &[Some(&table), Some(&problem)]).await?;
+    Err(error)
+}
+
+async fn send_table(client: &mut Client, table: &str) -> anyhow::Result<()> {
+    let begin = "SELECT json_build_object('id', comparison, 'ranges', ranges)::text \
+         FROM terrace.begin_sending($1::oid) WHERE comparison IS NOT NULL";
+    let begun = client.query(begin, &[Some(table)]).await?;
     let Some(text) = first(&begun) else {
         return Ok(());
     };
     let Ranges { id, ranges } = serde_json::from_str(text)?;
     client.simple("RESET lock_timeout").await?;
-    send_held(&mut client, id, &ranges, &[]).await?;
+    send_held(client, id, &ranges, &[]).await?;
     let end = "SELECT terrace.end_sending($1::bigint)";
     client.query(end, &[Some(&id.to_string())]).await?;
     Ok(())
@@ -311,6 +337,10 @@ fn told(error: PgError) -> anyhow::Error {
         }
         _ => anyhow::anyhow!(error.advice()),
     }
+}
+
+fn told_of(error: anyhow::Error) -> anyhow::Error {
+    error.downcast::<PgError>().map_or_else(|other| other, told)
 }
 
 /// An array literal.

@@ -20,7 +20,7 @@ use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 
 use pgrx::guc::{GucContext, GucFlags, GucRegistry, GucSetting};
-use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::pg_sys::panic::{CaughtError, ErrorReport};
 use pgrx::pg_sys::{self, NodeTag, ObjectType, ProcessUtilityContext};
 use pgrx::prelude::*;
 
@@ -129,13 +129,22 @@ fn replicate_ddl(sql: Option<&str>) {
     if let Err(error) = Spi::run("SELECT terrace.must_be_top()") {
         pgrx::error!("terrace: {error}");
     }
-    // SAFETY: the text lives through the call; an error in it is raised as PostgreSQL does.
-    let statements = unsafe {
+    // SAFETY: the text lives through the call.
+    let parse = || unsafe {
         statement::elements::<pg_sys::RawStmt>(pg_sys::raw_parser(
             text.as_ptr(),
             pg_sys::RawParseMode::RAW_PARSE_DEFAULT,
         ))
     };
+    let statements = PgTryBuilder::new(parse)
+        .catch_when(PgSqlErrorCode::ERRCODE_SYNTAX_ERROR, |caught| {
+            if let CaughtError::PostgresError(error) = &caught {
+                let code = PgSqlErrorCode::ERRCODE_SYNTAX_ERROR;
+                raise(code, error.message().into(), one);
+            }
+            caught.rethrow()
+        })
+        .execute();
     let [statement] = statements[..] else {
         let found = format!(
             "terrace.replicate_ddl takes one statement, not {}",
@@ -143,8 +152,21 @@ fn replicate_ddl(sql: Option<&str>) {
         );
         return refuse(found, one);
     };
+    let run = || {
+        if let Err(error) = Spi::run(sql.unwrap_or_default()) {
+            pgrx::error!("terrace: {error}");
+        }
+    };
     // SAFETY: the parser made the list, and a statement in each of its nodes.
-    let Some(ddl) = (unsafe { Ddl::of((*statement).stmt, text.to_bytes()) }) else {
+    let (nothing, ddl) = unsafe {
+        let node = (*statement).stmt;
+        let nothing = statement::finds_nothing(node, (*node).type_);
+        (nothing, Ddl::of(node, text.to_bytes()))
+    };
+    if nothing {
+        return run();
+    }
+    let Some(ddl) = ddl else {
         return refuse(
             "this statement cannot be replicated as DDL".into(),
             "Rows travel by themselves; roles, databases, publications, grants and temporary \
@@ -152,9 +174,7 @@ fn replicate_ddl(sql: Option<&str>) {
         );
     };
     let told = begin(ddl);
-    if let Err(error) = Spi::run(sql.unwrap_or_default()) {
-        pgrx::error!("terrace: {error}");
-    }
+    run();
     end(told);
 }
 

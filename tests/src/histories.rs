@@ -31,7 +31,13 @@ const TYPES: &str = "
     CREATE TYPE mood AS ENUM ('sad', 'ok', 'happy');
     CREATE DOMAIN short AS varchar(7);
     CREATE TYPE pair AS (a int, b text);
-    CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';";
+    CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+    CREATE TABLE said (n bigint GENERATED ALWAYS AS IDENTITY, name text, what text, old jsonb, new jsonb);
+    CREATE FUNCTION says() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        INSERT INTO said (name, what, old, new)
+        VALUES (TG_ARGV[0], TG_OP, to_jsonb(OLD) - 'local', to_jsonb(NEW) - 'local');
+        RETURN NULL;
+    END $$;";
 
 /// A column that is no key, by the name of its type, and values of it: `$` stands for a number.
 const COLUMNS: [(&str, &[&str]); 17] = [
@@ -84,6 +90,8 @@ enum Key {
     Text,
     /// Equal keys are written in two ways.
     Numeric,
+    /// A key that may be violated for a while, which tells no rows apart.
+    Deferred,
     /// Identified by an index that is no primary key.
     Index,
     /// A primary key, and REPLICA IDENTITY FULL.
@@ -99,6 +107,7 @@ enum Obstacle {
     Deferred,
     Partial,
     Exclusion,
+    DeferredExclusion,
 }
 
 /// A random table.
@@ -109,6 +118,8 @@ struct Table {
     generated: bool,
     identity: bool,
     partitioned: bool,
+    /// Below, a trigger that is enabled for replicas says what it sees.
+    says: bool,
     /// Indexes into [`COLUMNS`]; they are called `c0`, `c1` and so on.
     columns: Vec<usize>,
 }
@@ -125,6 +136,7 @@ impl Table {
             Key::Text,
             Key::Numeric,
             Key::Index,
+            Key::Deferred,
             Key::Full,
             Key::None,
         ];
@@ -133,6 +145,7 @@ impl Table {
             Obstacle::Deferred,
             Obstacle::Partial,
             Obstacle::Exclusion,
+            Obstacle::DeferredExclusion,
         ];
         let key = *random.of(&keys);
         let obstacle = match random.one_in(4) {
@@ -147,7 +160,10 @@ impl Table {
             generated: random.one_in(4),
             identity: random.one_in(6),
             // A unique constraint would need the key in it.
-            partitioned: obstacle == Obstacle::Nothing && key != Key::None && random.one_in(6),
+            partitioned: obstacle == Obstacle::Nothing
+                && !matches!(key, Key::None | Key::Deferred)
+                && random.one_in(6),
+            says: random.one_in(8),
             columns: (0..count).map(|_| random.below(COLUMNS.len())).collect(),
         }
     }
@@ -162,7 +178,7 @@ impl Table {
     /// An expression for the key number `n`.
     fn key_value(&self, n: usize) -> String {
         match self.key {
-            Key::Int | Key::Index | Key::Full | Key::None => n.to_string(),
+            Key::Int | Key::Index | Key::Deferred | Key::Full | Key::None => n.to_string(),
             Key::Pair => format!("'k{}', {}", n % 3, n / 3),
             Key::Uuid => format!("md5('{n}')::uuid"),
             Key::Numeric if n.is_multiple_of(2) => format!("{}.0", n / 2),
@@ -184,7 +200,7 @@ impl Table {
             Key::Text => vec!["k text NOT NULL".into()],
             Key::Numeric => vec!["k numeric NOT NULL".into()],
             Key::None => vec!["k int".into()],
-            Key::Int | Key::Index | Key::Full => vec!["k int NOT NULL".into()],
+            Key::Int | Key::Index | Key::Deferred | Key::Full => vec!["k int NOT NULL".into()],
         };
         for (index, column) in self.columns.iter().enumerate() {
             parts.push(format!("c{index} {}", COLUMNS[*column].0));
@@ -208,12 +224,19 @@ impl Table {
             }
         }
         if !matches!(self.key, Key::Index | Key::None) {
-            parts.push(format!("PRIMARY KEY ({})", self.key_columns()));
+            let deferred = match self.key {
+                Key::Deferred => " DEFERRABLE INITIALLY DEFERRED",
+                _ => "",
+            };
+            parts.push(format!("PRIMARY KEY ({}){deferred}", self.key_columns()));
         }
         parts.extend(match self.obstacle {
             Obstacle::Unique => Some("UNIQUE (u)".to_owned()),
             Obstacle::Deferred => Some("UNIQUE (u) DEFERRABLE INITIALLY DEFERRED".to_owned()),
             Obstacle::Exclusion => Some("EXCLUDE USING gist (u WITH =)".to_owned()),
+            Obstacle::DeferredExclusion => {
+                Some("EXCLUDE USING gist (u WITH =) DEFERRABLE INITIALLY DEFERRED".to_owned())
+            }
             Obstacle::Nothing | Obstacle::Partial => None,
         });
         let by = match self.partitioned {
@@ -290,6 +313,15 @@ impl Table {
         names
     }
 
+    /// PostgreSQL takes no constraint that may be violated for a while for a conflict.
+    fn is_deferred(&self) -> bool {
+        self.key == Key::Deferred
+            || matches!(
+                self.obstacle,
+                Obstacle::Deferred | Obstacle::DeferredExclusion
+            )
+    }
+
     fn statement(&self, random: &mut Random) -> String {
         let name = &self.name;
         let (key, other) = (random.below(KEYS), random.below(KEYS));
@@ -299,9 +331,10 @@ impl Table {
         let written = self.written();
         match random.below(16) {
             0..=2 => {
-                let on_conflict = match (self.key, self.obstacle, random.below(3)) {
-                    (Key::None, ..) | (_, Obstacle::Deferred, _) => String::new(),
-                    (_, _, 0) => " ON CONFLICT DO NOTHING".to_owned(),
+                let on_conflict = match (self.key, random.below(3)) {
+                    _ if self.is_deferred() => String::new(),
+                    (Key::None, _) => String::new(),
+                    (_, 0) => " ON CONFLICT DO NOTHING".to_owned(),
                     (..) => format!(
                         " ON CONFLICT ({}) DO UPDATE SET c{column} = EXCLUDED.c{column}, u = EXCLUDED.u",
                         self.key_columns()
@@ -316,11 +349,7 @@ impl Table {
                     .map(|key| format!("({})", self.row(random, key)))
                     .collect();
                 let (rows, target) = (rows.join(", "), " ON CONFLICT DO NOTHING");
-                let target = if self.obstacle == Obstacle::Deferred {
-                    ""
-                } else {
-                    target
-                };
+                let target = if self.is_deferred() { "" } else { target };
                 format!("INSERT INTO {name} ({written}) VALUES {rows}{target}")
             }
             4 | 5 => format!("UPDATE {name} SET c{column} = {value} WHERE {is_key}"),
@@ -437,18 +466,28 @@ impl History {
     fn must_be_everywhere(&self, tree: &Tree) {
         let digest = self.table.digest();
         let wanted = tree.top.value(&digest);
-        for node in &tree.nodes {
-            let found = node.server.value(&digest);
-            assert_eq!(
-                found,
-                wanted,
-                "{} after history {}:\n{}\n{}",
-                node.server.name,
-                self.seed,
-                self.table.create(None),
-                self.transactions.join("\n")
-            );
+        let [one, other] = [0, 1].map(|node| &tree.nodes[node].server);
+        for server in [one, other] {
+            self.must_be(server, server.value(&digest), &wanted);
         }
+        let said = format!(
+            "SELECT count(*) || ' ' || coalesce(md5(string_agg(concat(what, old, new), E'\\n' ORDER BY n)), '') \
+             FROM said WHERE name = '{}'",
+            self.table.name
+        );
+        self.must_be(one, one.value(&said), &other.value(&said));
+    }
+
+    fn must_be(&self, server: &Server, found: String, wanted: &str) {
+        assert_eq!(
+            found,
+            wanted,
+            "{} after history {}:\n{}\n{}",
+            server.name,
+            self.seed,
+            self.table.create(None),
+            self.transactions.join("\n")
+        );
     }
 }
 
@@ -530,6 +569,14 @@ fn make_tables(tree: &Tree, histories: &mut [(History, Random)]) {
         everywhere += &table.create(None);
         for (node, sql) in tree.nodes.iter().zip(&mut below) {
             *sql += &table.create(random.one_in(2).then_some(random));
+            if table.says {
+                let name = &table.name;
+                let _ = write!(
+                    sql,
+                    "CREATE TRIGGER says AFTER INSERT OR UPDATE OR DELETE ON {name} FOR EACH ROW \
+                     EXECUTE FUNCTION says('{name}'); ALTER TABLE {name} ENABLE ALWAYS TRIGGER says;"
+                );
+            }
             if node.server.name.starts_with("in_order") {
                 let name = &table.name;
                 let _ = write!(

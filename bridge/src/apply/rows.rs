@@ -8,7 +8,8 @@
 //! unique has gone from one range to another since this server had it. A row that has it here is of a range
 //! that comes later, or the top would have the value twice; so it may go now, and comes again with that
 //! range if it is one of the top's. Nothing else is removed: where a constraint of this server alone holds
-//! apart what the top has both, it is refused, as it is in the stream.
+//! apart what the top has both, it is refused, as it is in the stream. A table at the top with a constraint
+//! of which no equality of columns tells what is in the way goes at once (`terrace.goes_in_pieces`).
 
 use anyhow::bail;
 use bytes::Bytes;
@@ -19,8 +20,8 @@ use super::relation::{IS_UNIQUE, Input, other_place};
 use super::skip::refused;
 use crate::client::{PgError, quote_ident, quote_table};
 
-/// unique_violation and exclusion_violation.
-const IN_THE_WAY: [&str; 2] = ["23505", "23P01"];
+/// A value is there already.
+const UNIQUE_VIOLATION: &str = "23505";
 
 /// Content of a `terrace.rows` message (`pg_ext/src/fill.rs`), but for the rows.
 #[derive(Debug, Deserialize)]
@@ -55,7 +56,7 @@ struct Place {
     table: String,
     /// As it is to be named where rows of others that inherit from it are not meant.
     only: String,
-    /// Its columns, of those that come: the name and the value in row `r`.
+    /// Its columns, of those that come: the name and the value in one of [`ROWS`].
     columns: Vec<(String, String)>,
 }
 
@@ -75,7 +76,8 @@ impl Place {
 }
 
 /// SQL: the rows of a message.
-const ROWS: &str = "pg_catalog.json_array_elements($1::pg_catalog.json -> 'rows') r";
+const ROWS: &str =
+    "pg_catalog.json_array_elements($1::pg_catalog.json -> 'rows') AS sent (terrace_row)";
 
 impl Session<'_> {
     pub(super) async fn take_rows(&mut self, rows: &Rows) -> anyhow::Result<()> {
@@ -112,8 +114,9 @@ impl Session<'_> {
             return Ok(());
         }
         match &rows.later {
-            Some(later) => self.insert_with_room(rows, &place, later).await,
-            None => self.insert_rows(rows, &place).await,
+            // Another table here has rows of others too, with values that need not be unique there.
+            Some(later) if !is_elsewhere => self.insert_with_room(rows, &place, later).await,
+            _ => self.with_rows(rows, &place.insert()).await,
         }
     }
 
@@ -160,14 +163,10 @@ impl Session<'_> {
                 type_name: kind.clone(),
                 plain: false,
             };
-            let value = input.read(&format!("r ->> {number}"));
+            let value = input.read(&format!("sent.terrace_row ->> {number}"));
             place.columns.push((quote_ident(column), value));
         }
         Ok(Some(place))
-    }
-
-    async fn insert_rows(&mut self, rows: &Rows, place: &Place) -> anyhow::Result<()> {
-        self.with_rows(rows, &place.insert()).await
     }
 
     /// Runs a statement that reads [`ROWS`].
@@ -177,46 +176,43 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Of the rows that come again later those make way that have what must be unique, and all of
-    /// them where no index tells which these are.
+    /// Of the rows that come again later those make way that have what must be unique.
     async fn insert_with_room(
         &mut self,
         rows: &Rows,
         place: &Place,
         later: &str,
     ) -> anyhow::Result<()> {
-        for attempt in 0.. {
-            self.client.simple("SAVEPOINT terrace_rows").await?;
-            let Err(error) = self.insert_rows(rows, place).await else {
-                break;
-            };
-            let code = refused(&error).and_then(PgError::code);
-            if attempt == 2 || !code.is_some_and(|code| IN_THE_WAY.contains(&code)) {
+        let insert = place.insert();
+        let kept_apart = self.same_values(place).await?;
+        if kept_apart.is_empty() {
+            return self.with_rows(rows, &insert).await;
+        }
+        self.client.simple("SAVEPOINT terrace_rows").await?;
+        if let Err(error) = self.with_rows(rows, &insert).await {
+            if refused(&error).and_then(PgError::code) != Some(UNIQUE_VIOLATION) {
                 return Err(error);
             }
-            let back = "ROLLBACK TO SAVEPOINT terrace_rows; RELEASE SAVEPOINT terrace_rows";
+            let back = "ROLLBACK TO SAVEPOINT terrace_rows";
             self.client.simple(back).await?;
-            if attempt == 0 {
-                for same in self.same_values(place).await? {
-                    let sql = format!(
-                        "DELETE FROM {} AS own WHERE ({later}) AND EXISTS (SELECT FROM {ROWS} WHERE {same})",
-                        place.only
-                    );
-                    self.with_rows(rows, &sql).await?;
-                }
-            } else {
-                let sql = format!("DELETE FROM {} WHERE {later}", place.only);
-                self.client.simple(&sql).await?;
+            for same in kept_apart {
+                let sql = format!(
+                    "DELETE FROM {} AS own WHERE ({later}) AND EXISTS (SELECT FROM {ROWS} WHERE {same})",
+                    place.only
+                );
+                self.with_rows(rows, &sql).await?;
             }
+            self.with_rows(rows, &insert).await?;
         }
         self.client.simple("RELEASE SAVEPOINT terrace_rows").await?;
         Ok(())
     }
 
-    /// For each index that keeps values apart, the condition that row `own` has those of `r`.
+    /// For each index but that of the key that keeps values apart, the condition that row `own` has
+    /// those of the one that is sent.
     async fn same_values(&mut self, place: &Place) -> anyhow::Result<Vec<String>> {
         let sql = format!(
-            "SELECT pg_catalog.json_agg(pg_catalog.json_build_array(pg_catalog.quote_ident(a.attname), \
+            "SELECT pg_catalog.json_agg(pg_catalog.json_build_array(a.attname, \
                  pg_catalog.format('OPERATOR(%I.%s)', n.nspname, o.oprname)))::text \
              FROM pg_catalog.pg_index i \
              CROSS JOIN ROWS FROM (pg_catalog.unnest(i.indkey), pg_catalog.unnest(i.indclass)) k (attnum, class) \
@@ -226,7 +222,7 @@ impl Session<'_> {
                AND m.amoplefttype = c.opcintype AND m.amoprighttype = c.opcintype \
              JOIN pg_catalog.pg_operator o ON o.oid = m.amopopr \
              JOIN pg_catalog.pg_namespace n ON n.oid = o.oprnamespace \
-             WHERE i.indrelid = pg_catalog.to_regclass($1) AND {IS_UNIQUE} \
+             WHERE i.indrelid = pg_catalog.to_regclass($1) AND {IS_UNIQUE} AND NOT i.indisprimary \
              GROUP BY i.indexrelid"
         );
         let indexes = self.client.query(&sql, &[Some(&place.table)]).await?;
@@ -234,7 +230,8 @@ impl Session<'_> {
         for columns in indexes.iter().filter_map(|row| row[0].as_deref()) {
             let columns: Vec<(String, String)> = serde_json::from_str(columns)?;
             let same = columns.iter().map(|(name, operator)| {
-                let (_, value) = place.columns.iter().find(|(own, _)| own == name)?;
+                let name = quote_ident(name);
+                let (_, value) = place.columns.iter().find(|(own, _)| *own == name)?;
                 Some(format!("own.{name} {operator} {value}"))
             });
             // What does not come from above, nothing here can be in the way of.

@@ -27,7 +27,7 @@ impl Session<'_> {
             return error;
         };
         let end = commit.lsn;
-        self.shared.set_stuck(Some(end));
+        self.shared.set_refused(end);
         error.context(format!(
             "the transaction that ends at {end} cannot be applied"
         ))

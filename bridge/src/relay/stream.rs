@@ -191,11 +191,15 @@ impl Sender<'_> {
     }
 
     /// How far those below may show what they have. A transaction that only this server cannot apply
-    /// holds none of them back.
+    /// holds none of them back from what may be shown here.
     fn shown(&self) -> Lsn {
         let shared = &self.relay.shared;
         match shared.is_stuck() {
-            true => self.start.queue.end(),
+            true => self
+                .start
+                .queue
+                .end()
+                .min(*shared.upstream_replayed.borrow()),
             false => *shared.replayed.borrow(),
         }
     }

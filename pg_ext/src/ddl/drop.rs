@@ -26,7 +26,6 @@ fn other_kind(kind: ObjectType::Type) -> Option<&'static str> {
         ObjectType::OBJECT_FUNCTION => "FUNCTION",
         ObjectType::OBJECT_PROCEDURE => "PROCEDURE",
         ObjectType::OBJECT_ROUTINE => "ROUTINE",
-        ObjectType::OBJECT_AGGREGATE => "AGGREGATE",
         ObjectType::OBJECT_TYPE => "TYPE",
         ObjectType::OBJECT_DOMAIN => "DOMAIN",
         ObjectType::OBJECT_SCHEMA => "SCHEMA",

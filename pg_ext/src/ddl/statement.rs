@@ -432,7 +432,8 @@ pub unsafe fn fills(alter: &pg_sys::AlterTableStmt) -> Option<pg_sys::Oid> {
                     let converts = subtype == AlterTableType::AT_AlterColumnType;
                     let mut texts = tree.split('"').skip(1).step_by(2).map(str::to_lowercase);
                     OWN.iter().any(|word| tree.contains(word))
-                        || is_of_money(alter.relation, command)
+                        || (converts || tree.contains(":contype DEFAULT"))
+                            && is_of_money(alter.relation, command)
                         || converts && tree.contains("{TYPECAST")
                         || converts && is_cast_by_a_user(alter.relation, command)
                         || texts.any(|text| MOMENTS.iter().any(|word| text.contains(word)))

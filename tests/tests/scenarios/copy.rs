@@ -147,6 +147,23 @@ fn a_top_bridge_relays_for_the_top() {
         "t"
     );
 
+    // It sends the rows of a large table itself.
+    for server in [&top, &below[0], &below[1]] {
+        server.sql("CREATE TABLE big (id int PRIMARY KEY, v text)");
+    }
+    top.sql(
+        "INSERT INTO big SELECT g, repeat(md5(g::text), 32) FROM generate_series(1, 40000) g;
+         SELECT terrace.add_table('big')",
+    );
+    let wanted = top.checksum("big").expect("checksum");
+    for server in &below {
+        wait_until("it has the rows", || {
+            server.checksum("big").is_ok_and(|sum| sum == wanted)
+        });
+    }
+    let sent = "SELECT count(*) FROM terrace.events WHERE kind = 'sent'";
+    wait_until("that is told", || top.value(sent) == "1");
+
     // What is in its queue is served without its Postgres too.
     let state = || below[0].value("SELECT state FROM terrace.node_status WHERE self");
     top_bridge.stop();

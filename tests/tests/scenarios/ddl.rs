@@ -370,7 +370,8 @@ fn what_needs_something_that_is_not_below_is_left_out() {
          DROP FUNCTION IF EXISTS briefly(int); DROP TYPE IF EXISTS brief_type, owned CASCADE; DROP TYPE IF EXISTS owned;
          DROP SCHEMA IF EXISTS its_own; DROP SCHEMA IF EXISTS its_own, brief_schema; DROP TRIGGER IF EXISTS own ON steps;
          DROP TRIGGER IF EXISTS own ON nowhere.steps; DROP FUNCTION IF EXISTS own(nowhere.type);
-         DROP CAST IF EXISTS (steps AS int); DROP OPERATOR IF EXISTS + (steps, steps)",
+         DROP CAST IF EXISTS (steps AS int); DROP OPERATOR IF EXISTS + (steps, steps);
+         SELECT terrace.replicate_ddl('DROP TABLE IF EXISTS import_tmp')",
     );
     tree.top.sql(
         "CREATE TABLE short_lived (); DROP TABLE IF EXISTS import_tmp;

@@ -169,6 +169,11 @@ fn what_cannot_be_synchronised_is_refused_with_a_hint() {
             "takes one statement, not 2",
         ),
         ("replicate_ddl('')", "22023", "takes one statement, not 0"),
+        (
+            "replicate_ddl('CREATE TABEL a ()')",
+            "42601",
+            "syntax error",
+        ),
         ("replicate_ddl(NULL)", "22023", "takes one statement"),
         (
             "replicate_ddl('INSERT INTO t VALUES (1)')",
