@@ -104,9 +104,10 @@ struct Load {
 }
 
 impl Load {
-    /// Rows at the start of a turn that are not counted.
+    /// Rows at the start of a turn that are not counted: in the first two seconds everybody has just been
+    /// started.
     fn warm_up(self) -> usize {
-        self.rate as usize / 2
+        self.rate as usize * 2
     }
 }
 

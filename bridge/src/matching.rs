@@ -30,7 +30,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use tokio::time::sleep;
@@ -49,7 +49,7 @@ const KEPT: u64 = 8;
 /// Pause between two looks at what is new.
 const EVERY: Duration = Duration::from_secs(1);
 /// Bytes of records that are read before others are listened to.
-const SLICE_BYTES: usize = 32 << 20;
+const SLICE_BYTES: usize = 4 << 20;
 
 /// Hashes of whole windows by the windows' starts.
 pub type Windows = BTreeMap<Lsn, u64>;
@@ -218,6 +218,10 @@ pub fn compare(
     (worst, equal)
 }
 
+/// While there is more to hash it rests so many times as long as it has worked: all servers do it at once when a
+/// site starts, and data comes first.
+const RESTS: u32 = 3;
+
 /// The own queue, as far as it has been hashed.
 struct Walk {
     reader: Reader,
@@ -265,6 +269,7 @@ pub async fn run(
             () = cancel.cancelled() => return Ok(()),
         }
         let source = queue.clone();
+        let began = Instant::now();
         let step = tokio::task::spawn_blocking(move || {
             let mut walk = walk.map_or_else(|| Walk::start(&source), Ok)?;
             let more = walk.read_on()?;
@@ -285,7 +290,7 @@ pub async fn run(
                 continue;
             }
         };
-        pause = if more { Duration::ZERO } else { EVERY };
+        pause = if more { RESTS * began.elapsed() } else { EVERY };
         let identity = queue.identity();
         let others = observer.windows(&identity);
         let members = shared.config.peers.len() + 1;
