@@ -117,7 +117,7 @@ test-pg-%: $(PG_ROOT)/%/.ok
 audit:
 	cargo deny check licenses bans sources
 
-# Terrace and native subscriptions side by side. QUICK=1 for the short form; ONLY="drain tree" for
+# Terrace and native subscriptions side by side. QUICK=1 for the short form, without failovers; ONLY="drain tree" for
 # some of: drain, tree, latency, memory, tag, fanout, copy, compare, failover (or one of
 # failover-deaths, failover-silences, failover-rejoin). Results in target/bench/. The extension is
 # installed as for use, and pglogical to be measured beside.

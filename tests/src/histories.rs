@@ -34,7 +34,7 @@ const TYPES: &str = "
     CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
     CREATE TABLE said (n bigint GENERATED ALWAYS AS IDENTITY, name text, what text, old jsonb, new jsonb);
     CREATE FUNCTION says() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-        INSERT INTO said (name, what, old, new)
+        INSERT INTO public.said (name, what, old, new)
         VALUES (TG_ARGV[0], TG_OP, to_jsonb(OLD) - 'local', to_jsonb(NEW) - 'local');
         RETURN NULL;
     END $$;";
@@ -163,7 +163,7 @@ impl Table {
             partitioned: obstacle == Obstacle::Nothing
                 && !matches!(key, Key::None | Key::Deferred)
                 && random.one_in(6),
-            says: random.one_in(8),
+            says: random.one_in(12),
             columns: (0..count).map(|_| random.below(COLUMNS.len())).collect(),
         }
     }
