@@ -284,7 +284,10 @@ impl Queue {
             let replaces = next.start == segment.start && !Arc::ptr_eq(next, segment);
             next.start > segment.start || replaces
         };
-        lock(&self.inner.segments).iter().find(follows).cloned()
+        let segments = lock(&self.inner.segments);
+        // Whoever follows asks each time there is nothing to read, and there may be a thousand of them.
+        let at = segments.partition_point(|other| other.start < segment.start);
+        segments[at..].iter().find(follows).cloned()
     }
 
     fn active(&self) -> Arc<Segment> {

@@ -71,6 +71,42 @@ fn an_interrupted_copy_starts_again() {
     tree.wait_for_equal(&["heavy", "light"]);
 }
 
+#[test]
+fn a_copy_runs_in_parallel_tells_how_far_it_is_and_makes_indexes_last() {
+    let schema = "CREATE TABLE heavy (id int PRIMARY KEY, txt text); CREATE INDEX by_txt ON heavy (md5(txt));
+         INSERT INTO heavy SELECT i, repeat(md5(i::text), 20) FROM generate_series(1, 300000) i;
+         SELECT terrace.add_table('heavy');";
+    let mut tree = Tree::plant(schema).expect("boot the top");
+    tree.boot(&[("region", None, 1)]).expect("boot the servers");
+    tree.start_bridges().expect("start the bridges");
+    let (top, node) = (&tree.top, &tree.nodes[0]);
+    let is_copied = "SELECT count(*) FROM terrace.progress";
+    let (mut told, mut shown, mut most, mut bare) = (false, false, 0, false);
+    wait_until("all is copied", || {
+        let reason = "SELECT count(*) FROM terrace.lag
+            WHERE state = 'copying' AND reason ~ '^[0-9]+ of about [0-9]+ bytes copied$'";
+        if node.server.value(reason) == "1" {
+            told = true;
+            let status = node.bridge.command("status", &[]).expect("run status");
+            shown |= String::from_utf8_lossy(&status.stdout).contains("bytes copied");
+        }
+        let copying = "SELECT count(*) FROM pg_stat_progress_copy WHERE tuples_processed > 0";
+        most = top.value(copying).parse().unwrap_or(0).max(most);
+        let without =
+            "SELECT count(*) > 0 FROM pg_stat_progress_copy p WHERE p.tuples_processed > 0
+            AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = p.relid)";
+        bare |= node.server.value(without) == "t";
+        node.server.value(is_copied) == "1"
+    });
+    assert!(told, "terrace.lag tells how far it is");
+    assert!(shown, "so does the command");
+    assert!(most > 1, "{most} sessions at once");
+    assert!(bare, "rows come before indexes");
+    tree.wait_for_equal(&["heavy"]);
+    let made = "SELECT count(*) FROM pg_index WHERE indrelid = 'heavy'::regclass AND indisvalid";
+    assert_eq!(tree.nodes[0].server.value(made), "2");
+}
+
 // It had to be made by hand before anything was copied, by a site with nobody there.
 #[test]
 fn a_table_that_is_new_at_the_top_is_made_when_all_is_copied_anew() {

@@ -292,3 +292,24 @@ fn who_was_gone_when_the_top_crashed_is_shown_all_the_same() {
     tree.top.sql("SELECT terrace.forget_node('region-1')");
     assert_eq!(tree.top.value(shown), "");
 }
+
+#[test]
+fn who_does_not_wait_for_the_server_above_shows_what_has_come() {
+    const TWO: [(&str, Option<&str>, usize); 2] =
+        [("region", None, 1), ("branch", Some("region"), 1)];
+    for (settings, waits) in [("", true), ("[apply]\nwait_for_upstream = false", false)] {
+        let tree = Tree::grow_with(settings, STEPS, &TWO);
+        let [above, below] = [&tree.nodes[0].server, &tree.nodes[1].server];
+        let locked = above.lock("steps");
+        tree.top.sql("INSERT INTO steps VALUES (1)");
+        let shown = || below.value("SELECT count(*) FROM steps") == "1";
+        if waits {
+            std::thread::sleep(Duration::from_secs(2));
+            assert!(!shown(), "it is not shown above");
+        } else {
+            wait_until("it is shown", shown);
+        }
+        drop(locked);
+        tree.wait_for_equal(&["steps"]);
+    }
+}
