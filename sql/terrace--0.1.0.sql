@@ -1697,7 +1697,8 @@ BEGIN
     PERFORM terrace.must_be_top();
     PERFORM terrace.hold_for_session('terrace.sender'::regclass);
     DELETE FROM terrace.sending s WHERE NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = s.rel);
-    SELECT rel INTO taken FROM terrace.sending WHERE next_try <= clock_timestamp() ORDER BY next_try LIMIT 1 FOR UPDATE;
+    SELECT rel INTO taken FROM terrace.sending WHERE next_try <= clock_timestamp() ORDER BY next_try LIMIT 1
+    FOR UPDATE SKIP LOCKED;
     UPDATE terrace.sending s SET tries = s.tries + 1,
         next_try = clock_timestamp() + least(5 * 2 ^ least(s.tries, 4), 60) * interval '1 s' WHERE s.rel = taken;
     RETURN taken;

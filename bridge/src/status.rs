@@ -336,7 +336,9 @@ impl Shared {
 
     /// Whether a transaction has been refused for so long that nobody below is to wait for it.
     pub fn is_stuck(&self) -> bool {
-        let refused = self.inner().stuck.and_then(|stuck| stuck.refused);
+        let stuck = self.inner().stuck;
+        let stuck = stuck.filter(|stuck| stuck.end > *self.replayed.borrow());
+        let refused = stuck.and_then(|stuck| stuck.refused);
         refused.is_some_and(|since| since.elapsed() > STUCK_AFTER)
     }
 

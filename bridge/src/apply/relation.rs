@@ -163,7 +163,7 @@ impl Relation {
         self.oid = watched.unwrap_or_default();
         let sql = format!(
             "SELECT a.attname, a.attgenerated <> '', \
-                 EXISTS (SELECT FROM pg_index i WHERE i.indrelid = a.attrelid AND i.indisprimary \
+                 EXISTS (SELECT FROM pg_index i WHERE i.indrelid = a.attrelid AND i.indisprimary AND i.indimmediate \
                          AND a.attnum = ANY ({KEY})), \
                  EXISTS (SELECT FROM pg_opclass o JOIN pg_am m ON m.oid = o.opcmethod \
                          WHERE m.amname = 'btree' AND o.opcdefault \
@@ -176,7 +176,7 @@ impl Relation {
                  (SELECT c.relkind = 'r' AND NOT c.relhasrules AND NOT EXISTS \
                       (SELECT FROM pg_trigger g WHERE g.tgrelid = c.oid AND g.tgenabled IN ('R', 'A')) \
                     AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid \
-                      AND (i.indisunique OR i.indisexclusion) AND NOT i.indisprimary) \
+                      AND (i.indisunique OR i.indisexclusion) AND NOT (i.indisprimary AND i.indimmediate)) \
                   FROM pg_class c WHERE c.oid = a.attrelid), \
                  a.attidentity = 'a', \
                  k.relkind = 'r', \
