@@ -445,29 +445,38 @@ pub unsafe fn fills(alter: &pg_sys::AlterTableStmt) -> Option<pg_sys::Oid> {
     }
 }
 
+/// The types that a column has and is to have, of those that are there.
+unsafe fn types_of(
+    table: *const pg_sys::RangeVar,
+    command: *const pg_sys::AlterTableCmd,
+) -> [Option<pg_sys::Oid>; 2] {
+    // SAFETY: a command that adds a column or gives one another type; look-ups find nothing where
+    // there is nothing.
+    unsafe {
+        let column = (*command).def.cast::<pg_sys::ColumnDef>();
+        if (*column).type_ != NodeTag::T_ColumnDef {
+            return [None; 2];
+        }
+        let table = look_up(table);
+        let old = match table == pg_sys::InvalidOid || (*command).name.is_null() {
+            true => pg_sys::InvalidOid,
+            false => pg_sys::get_atttype(table, pg_sys::get_attnum(table, (*command).name)),
+        };
+        let new = pg_sys::LookupTypeNameOid(std::ptr::null_mut(), (*column).typeName, true);
+        [old, new].map(|found| Some(found).filter(|found| *found != pg_sys::InvalidOid))
+    }
+}
+
 /// Whether a column is or was of a type that is written by `lc_monetary`, which is each server's own.
 unsafe fn is_of_money(
     table: *const pg_sys::RangeVar,
     command: *const pg_sys::AlterTableCmd,
 ) -> bool {
     const MONEY: [pg_sys::Oid; 2] = [pg_sys::MONEYOID, pg_sys::MONEYARRAYOID];
-    // SAFETY: a command that adds a column or gives one another type; look-ups find nothing where
-    // there is nothing.
+    // SAFETY: as in `types_of`; the types are there.
     unsafe {
-        let column = (*command).def.cast::<pg_sys::ColumnDef>();
-        if (*column).type_ != NodeTag::T_ColumnDef {
-            return false;
-        }
-        let new = pg_sys::LookupTypeNameOid(std::ptr::null_mut(), (*column).typeName, true);
-        let table = look_up(table);
-        let old = match table == pg_sys::InvalidOid || (*command).name.is_null() {
-            true => pg_sys::InvalidOid,
-            false => pg_sys::get_atttype(table, pg_sys::get_attnum(table, (*command).name)),
-        };
-        [new, old]
-            .into_iter()
-            .filter(|found| *found != pg_sys::InvalidOid)
-            .any(|found| MONEY.contains(&pg_sys::getBaseType(found)))
+        let mut types = types_of(table, command).into_iter().flatten();
+        types.any(|found| MONEY.contains(&pg_sys::getBaseType(found)))
     }
 }
 
@@ -476,19 +485,11 @@ unsafe fn is_cast_by_a_user(
     table: *const pg_sys::RangeVar,
     command: *const pg_sys::AlterTableCmd,
 ) -> bool {
-    // SAFETY: a command that gives a column another type; look-ups find nothing where there is nothing.
+    // SAFETY: as in `types_of`; the types are there.
     unsafe {
-        let column = (*command).def.cast::<pg_sys::ColumnDef>();
-        let table = look_up(table);
-        if table == pg_sys::InvalidOid {
+        let [Some(old), Some(new)] = types_of(table, command) else {
             return false;
-        }
-        let number = pg_sys::get_attnum(table, (*command).name);
-        let old = pg_sys::get_atttype(table, number);
-        let new = pg_sys::LookupTypeNameOid(std::ptr::null_mut(), (*column).typeName, true);
-        if old == pg_sys::InvalidOid || new == pg_sys::InvalidOid {
-            return false;
-        }
+        };
         let mut function = pg_sys::InvalidOid;
         let assignment = pg_sys::CoercionContext::COERCION_ASSIGNMENT;
         pg_sys::find_coercion_pathway(new, old, assignment, &mut function);
