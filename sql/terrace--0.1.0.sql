@@ -1122,23 +1122,23 @@ END $$;
 -- ----- rows that are here already --------------------------------------------
 
 -- Sends the rows of a table and of its partitions that the condition holds for to the servers
--- below, where they take the place of what is there. Writers of the table wait until this
--- transaction ends. Rows that "later" holds for are sent by others after it.
-CREATE FUNCTION fill(rel regclass, domains text[] DEFAULT NULL, condition text DEFAULT 'true', later text DEFAULT NULL)
-    RETURNS bigint
+-- below, where they take the place of those that "clear" holds for (NULL for none). Writers of the
+-- table wait until this transaction ends. Rows that "later" holds for are sent by others after it.
+CREATE FUNCTION fill(rel regclass, domains text[] DEFAULT NULL, condition text DEFAULT 'true', clear text DEFAULT 'true',
+                     later text DEFAULT NULL) RETURNS bigint
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     part regclass;
     count bigint := 0;
 BEGIN
     FOR part IN SELECT terrace.stored_parts_of(rel) LOOP
-        count := count + terrace.fill_part(part, condition, domains, later);
+        count := count + terrace.fill_part(part, condition, domains, clear, later);
     END LOOP;
     RETURN count;
 END $$;
 
 -- Settings of the function: values stand in the stream in the form of every server.
-CREATE FUNCTION fill_part(part regclass, condition text, domains text[], later text) RETURNS bigint
+CREATE FUNCTION fill_part(part regclass, condition text, domains text[], clear text, later text) RETURNS bigint
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET datestyle = 'ISO'
     SET intervalstyle = 'postgres' SET timezone = 'UTC' SET extra_float_digits = 3
     SET bytea_output = 'hex' SET xmloption = 'content' SET lc_monetary = 'C' SET terrace.as_owners = on AS $$
@@ -1161,7 +1161,7 @@ BEGIN
     RETURN terrace.send_rows(
         format('"table":%s,"columns":%s,"domains":%s,"later":%s', json_build_array(class.nspname, class.relname),
                to_json(names), coalesce(to_json(domains)::text, 'null'), coalesce(to_json(later)::text, 'null')),
-        to_json(condition)::text,
+        coalesce(to_json(clear)::text, 'null'),
         format('SELECT to_json(ARRAY[%s]::text[])::text FROM ONLY %s WHERE (%s) AND (%s)',
                (SELECT string_agg(terrace.text_of(name), ', ') FROM unnest(names) name), part,
                condition, coalesce(setting.filter, 'true')));
@@ -1375,21 +1375,36 @@ CREATE FUNCTION key_type(rel regclass, key text) RETURNS text
     SELECT format_type(t.oid, -1) FROM base JOIN pg_type t ON t.oid = base.type WHERE t.typtype <> 'd'
 $$;
 
+CREATE FUNCTION is_word(rel regclass, key text) RETURNS boolean
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT attcollation <> 0 FROM pg_attribute WHERE attrelid = rel AND attname = key
+$$;
+
 -- Of one range, or of those before another one.
 CREATE FUNCTION range_condition(of terrace.comparison, range integer, before integer DEFAULT NULL) RETURNS text
     LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT coalesce(nullif(concat_ws(' AND ',
-        place || ' >= ' || quote_literal(of.bounds[range]),
-        place || ' < ' || quote_literal(of.bounds[coalesce(before, range + 1)])), ''), 'true')
-    FROM terrace.key_expression(format('%I.%I', of.nspname, of.relname)::regclass, of.key) place
+    SELECT terrace.between_bounds(
+        terrace.key_expression(format('%I.%I', of.nspname, of.relname)::regclass, of.key),
+        of.bounds[range], of.bounds[coalesce(before, range + 1)])
 $$;
 
--- The same for all rows that a server may have: the first range holds those without a key, a server's
--- own, where the constraint is missing.
+CREATE FUNCTION between_bounds(place text, first text, before text) RETURNS text
+    LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT coalesce(nullif(concat_ws(' AND ', place || ' >= ' || quote_literal(first),
+                                     place || ' < ' || quote_literal(before)), ''), 'true')
+$$;
+
+-- The same for all rows that a server may have, words in any encoding: the first range holds those
+-- without a key, a server's own, where the constraint is missing.
 CREATE FUNCTION rows_condition(of terrace.comparison, range integer, before integer DEFAULT NULL) RETURNS text
-    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT concat('(', terrace.range_condition(of, range, before),
-                  CASE WHEN range = 0 AND of.key IS NOT NULL THEN format(' OR %I IS NULL', of.key) END, ')')
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET bytea_output = 'hex' AS $$
+    SELECT concat('(',
+        CASE WHEN terrace.is_word(format('%I.%I', of.nspname, of.relname)::regclass, of.key)
+             THEN terrace.between_bounds(format('pg_catalog.convert_to(%I, ''UTF8'')', of.key),
+                                         convert_to(of.bounds[range], 'UTF8')::text,
+                                         convert_to(of.bounds[coalesce(before, range + 1)], 'UTF8')::text)
+             ELSE terrace.range_condition(of, range, before) END,
+        CASE WHEN range = 0 AND of.key <> 'ctid' THEN format(' OR %I IS NULL', of.key) END, ')')
 $$;
 
 -- Prepares a look at a table. Settings of the function: bounds are read on every server.
@@ -1458,7 +1473,7 @@ DECLARE
         FROM terrace.parts_of(rel) part));
     visits float8;
 BEGIN
-    IF wanted < 2 OR (SELECT attcollation <> 0 FROM pg_attribute WHERE attrelid = rel AND attname = made.key) THEN
+    IF wanted < 2 OR terrace.is_word(rel, made.key) THEN
         RETURN 1;
     END IF;
     EXECUTE format(
@@ -1587,29 +1602,34 @@ CREATE VIEW own_comparisons AS
 -- found by the key, and what a row is in the way of, in a range that comes later, by columns that are equal.
 CREATE FUNCTION goes_in_pieces(rel regclass, key text) RETURNS boolean
     LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT EXISTS (SELECT FROM pg_attribute WHERE attrelid = rel AND attname = key AND attcollation = 0)
+    SELECT EXISTS (SELECT FROM pg_attribute a LEFT JOIN pg_collation c ON c.oid = a.attcollation
+                   WHERE a.attrelid = rel AND a.attname = key
+                     AND (c.oid IS NULL
+                          OR c.collisdeterministic
+                             AND terrace.key_type(rel, key) IN ('text', 'character varying')))
        AND NOT EXISTS (SELECT FROM pg_index i JOIN terrace.parts_of(rel) part ON i.indrelid = part
                        WHERE i.indisexclusion
                           OR i.indisunique AND (i.indpred IS NOT NULL OR i.indexprs IS NOT NULL
                                                 OR i.indnullsnotdistinct OR NOT i.indimmediate))
 $$;
 
--- In how many ranges a table is sent, of 16 MB or the thousandth part; 1 if it goes at once.
+-- In how many pieces a table is sent, of 16 MB or the thousandth part.
 CREATE FUNCTION piece_count(rel regclass) RETURNS integer
     LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT CASE WHEN terrace.goes_in_pieces(rel, terrace.key_of(rel)) AND ranges > 1
-                THEN least(ranges, 1000) ELSE 1 END::integer
-    FROM (SELECT sum(pg_table_size(part))::bigint / (16 << 20) AS ranges FROM terrace.parts_of(rel) part) found
+    SELECT greatest(least(sum(pg_table_size(part))::bigint / (16 << 20), 1000), 1)::integer
+    FROM terrace.parts_of(rel) part
 $$;
 
 -- Divides a table that is to be sent in pieces; NULL if it goes at once.
 CREATE FUNCTION begin_resend(rel regclass) RETURNS comparison
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
 DECLARE
-    ranges integer := terrace.piece_count(rel);
+    key text := terrace.key_of(rel);
+    -- All of the table is read for each range of words.
+    ranges integer := least(terrace.piece_count(rel), CASE WHEN terrace.is_word(rel, key) THEN 32 END);
 BEGIN
     PERFORM terrace.must_be_top();
-    IF ranges > 1 AND NOT terrace.line_of(rel) IS NULL THEN
+    IF ranges > 1 AND terrace.goes_in_pieces(rel, key) AND NOT terrace.line_of(rel) IS NULL THEN
         RETURN terrace.begin_comparison(rel, ranges);
     END IF;
     RETURN NULL;
@@ -1621,7 +1641,7 @@ CREATE FUNCTION pieces_of(comparison bigint, ranges integer[]) RETURNS SETOF int
 DECLARE
     made terrace.comparison := terrace.comparison_of(comparison);
 BEGIN
-    IF terrace.goes_in_pieces(terrace.compared_table(made), made.key) THEN
+    IF made.key = 'ctid' OR terrace.goes_in_pieces(terrace.compared_table(made), made.key) THEN
         RETURN QUERY SELECT ARRAY[r] FROM unnest(ranges) r;
     ELSIF ranges <> '{}' THEN
         RETURN NEXT ranges;
@@ -1651,6 +1671,7 @@ CREATE FUNCTION resend_ranges(comparison bigint, ranges integer[], later integer
 DECLARE
     made terrace.comparison := terrace.comparison_of(comparison);
     rel regclass := terrace.compared_table(made);
+    condition text;
 BEGIN
     PERFORM terrace.must_be_top();
     PERFORM terrace.with_ancestors(domains);
@@ -1660,7 +1681,12 @@ BEGIN
     UPDATE terrace.sending s SET since = pg_snapshot_xmin(pg_current_snapshot()),
         ranges = ARRAY(SELECT unnest(s.ranges) EXCEPT SELECT unnest(resend_ranges.ranges) ORDER BY 1)
     WHERE s.comparison = made.id AND resend_ranges.domains IS NULL AND terrace.sender() = pg_backend_pid();
-    RETURN terrace.fill(rel, domains, terrace.ranges_condition(made, ranges), terrace.ranges_condition(made, later));
+    condition := terrace.ranges_condition(made, ranges);
+    IF made.key = 'ctid' THEN
+        -- Places mean nothing below: all that is there makes way for the first.
+        RETURN terrace.fill(rel, domains, condition, CASE WHEN 0 = ANY (ranges) THEN 'true' END);
+    END IF;
+    RETURN terrace.fill(rel, domains, condition, condition, terrace.ranges_condition(made, later));
 END $$;
 
 -- NULL if there are none. Those next to each other are one.
@@ -1684,7 +1710,8 @@ $$;
 CREATE FUNCTION rows_wait() RETURNS boolean
     LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    RETURN EXISTS (SELECT FROM terrace.sending WHERE next_try <= clock_timestamp()) AND terrace.sender() IS NULL;
+    RETURN EXISTS (SELECT FROM terrace.sending WHERE next_try <= clock_timestamp()) AND terrace.is_top()
+       AND terrace.sender() IS NULL;
 END $$;
 
 -- Makes this session the sender, to its end, and takes a table; it is tried again after a while, a longer
@@ -1729,6 +1756,8 @@ BEGIN
     IF NOT FOUND THEN
         RETURN;
     END IF;
+    -- An autovacuum ends itself for who has waited for a second.
+    PERFORM set_config('lock_timeout', CASE WHEN taken.tries < 5 THEN '200ms' ELSE '2s' END, true);
     PERFORM terrace.hold_table(taken.rel);
     IF taken.comparison IS NULL THEN
         INSERT INTO terrace.sync_table
@@ -1737,7 +1766,7 @@ BEGIN
     END IF;
     made := terrace.still_divided(taken.rel, taken.comparison);
     IF made IS NULL THEN
-        made := terrace.begin_comparison(taken.rel, terrace.piece_count(taken.rel));
+        made := terrace.divide(taken.rel);
         ranges := ARRAY(SELECT generate_series(0, cardinality(made.bounds)));
     ELSE
         ranges := ARRAY(SELECT terrace.written_since(made, taken.rel, taken.since)
@@ -1746,6 +1775,29 @@ BEGIN
     comparison := made.id;
     UPDATE terrace.sending s SET comparison = made.id, ranges = begin_sending.ranges, problem = NULL,
         since = pg_snapshot_xmin(pg_current_snapshot()) WHERE s.rel = taken.rel;
+END $$;
+
+-- Divides a table that was added. Where its rows cannot be sent by ranges of its key, or no index finds
+-- those, they go by their places here, which no row leaves while writers are held off; who is cut off
+-- begins again with the first.
+CREATE FUNCTION divide(rel regclass) RETURNS comparison
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    pieces integer := terrace.piece_count(rel);
+    pages bigint := (SELECT max(pg_relation_size(part)) / current_setting('block_size')::integer
+                     FROM terrace.parts_of(rel) part);
+    key text := terrace.key_of(rel);
+    made terrace.comparison;
+BEGIN
+    IF terrace.goes_in_pieces(rel, key) AND NOT terrace.is_word(rel, key) THEN
+        RETURN terrace.begin_comparison(rel, pieces);
+    END IF;
+    INSERT INTO terrace.comparison (nspname, relname, columns, key, key_type, bounds, slices)
+    SELECT s.nspname, s.relname, terrace.columns_of(rel, s.columns), 'ctid', 'tid',
+           ARRAY(SELECT format('(%s,0)', pages * piece / pieces) FROM generate_series(1, pieces - 1) piece), 1
+    FROM terrace.line_of(rel) s
+    RETURNING * INTO made;
+    RETURN made;
 END $$;
 
 -- Ranges in which rows were written by transactions of this number and higher ones. What indexes
@@ -2219,7 +2271,7 @@ GRANT EXECUTE ON FUNCTION report(jsonb), guard_session(), resend(regclass, text[
     begin_comparison(regclass, integer), begin_slice(bigint, integer), hold_compared(bigint), finish_slice(bigint, integer),
     begin_resend(regclass), pieces_of(bigint, integer[]), hold_rows(bigint), resend_ranges(bigint, integer[], integer[], text[]),
     rows_wait(), next_sending(), note_unsent(oid, text), begin_sending(oid), end_sending(bigint), range_condition(comparison, integer, integer),
-    key_expression(regclass, text) TO terrace_reader;
+    key_expression(regclass, text), between_bounds(text, text, text) TO terrace_reader;
 GRANT SELECT ON domain, sync_table, sync_schema, partition, checksum, domains, tables, node_status, lag, topology, event,
     events, delivery, conflicts, own_checksum, own_comparisons, comparisons, progress TO PUBLIC;
 GRANT SELECT (node, instance, domain, reply_time, self) ON status TO PUBLIC;

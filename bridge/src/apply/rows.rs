@@ -9,7 +9,9 @@
 //! that comes later, or the top would have the value twice; so it may go now, and comes again with that
 //! range if it is one of the top's. Nothing else is removed: where a constraint of this server alone holds
 //! apart what the top has both, it is refused, as it is in the stream. A table at the top with a constraint
-//! of which no equality of columns tells what is in the way goes at once (`terrace.goes_in_pieces`).
+//! of which no equality of columns tells what is in the way goes at once (`terrace.goes_in_pieces`); one
+//! that was added goes by the places of its rows at the top, and all that is here makes way for the first
+//! piece.
 
 use anyhow::bail;
 use bytes::Bytes;
@@ -208,7 +210,7 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// For each index but that of the key that keeps values apart, the condition that row `own` has
+    /// For each index that keeps values apart, the condition that row `own` has
     /// those of the one that is sent.
     async fn same_values(&mut self, place: &Place) -> anyhow::Result<Vec<String>> {
         let sql = format!(
@@ -222,7 +224,7 @@ impl Session<'_> {
                AND m.amoplefttype = c.opcintype AND m.amoprighttype = c.opcintype \
              JOIN pg_catalog.pg_operator o ON o.oid = m.amopopr \
              JOIN pg_catalog.pg_namespace n ON n.oid = o.oprnamespace \
-             WHERE i.indrelid = pg_catalog.to_regclass($1) AND {IS_UNIQUE} AND NOT i.indisprimary \
+             WHERE i.indrelid = pg_catalog.to_regclass($1) AND {IS_UNIQUE} \
              GROUP BY i.indexrelid"
         );
         let indexes = self.client.query(&sql, &[Some(&place.table)]).await?;

@@ -25,7 +25,7 @@ fn other_kind(kind: ObjectType::Type) -> Option<&'static str> {
     Some(match kind {
         ObjectType::OBJECT_FUNCTION => "FUNCTION",
         ObjectType::OBJECT_PROCEDURE => "PROCEDURE",
-        ObjectType::OBJECT_ROUTINE => "ROUTINE",
+        ObjectType::OBJECT_AGGREGATE | ObjectType::OBJECT_ROUTINE => "ROUTINE",
         ObjectType::OBJECT_TYPE => "TYPE",
         ObjectType::OBJECT_DOMAIN => "DOMAIN",
         ObjectType::OBJECT_SCHEMA => "SCHEMA",

@@ -360,12 +360,15 @@ fn what_needs_something_that_is_not_below_is_left_out() {
     for node in &tree.nodes {
         let own = "SET terrace.ddl = off; CREATE TABLE import_tmp AS SELECT 1 AS a, 2 AS b;
             CREATE FUNCTION own(int) RETURNS int LANGUAGE sql AS 'SELECT 7'; CREATE TYPE owned AS ENUM ('own');
+            CREATE AGGREGATE own_sum(int) (SFUNC = int4pl, STYPE = int);
             CREATE SCHEMA its_own; CREATE FUNCTION fires() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
             CREATE TRIGGER own BEFORE INSERT ON steps FOR EACH ROW EXECUTE FUNCTION fires()";
         node.server.sql(own);
     }
     tree.top.sql(
         "CREATE FUNCTION briefly(int) RETURNS int LANGUAGE sql AS 'SELECT 1'; CREATE TYPE brief_type AS ENUM ();
+         CREATE AGGREGATE brief_sum(int) (SFUNC = int4pl, STYPE = int);
+         DROP AGGREGATE IF EXISTS own_sum(int), brief_sum(int);
          CREATE SCHEMA brief_schema; DROP FUNCTION IF EXISTS own(int); DROP FUNCTION IF EXISTS own(int), briefly;
          DROP FUNCTION IF EXISTS briefly(int); DROP TYPE IF EXISTS brief_type, owned CASCADE; DROP TYPE IF EXISTS owned;
          DROP SCHEMA IF EXISTS its_own; DROP SCHEMA IF EXISTS its_own, brief_schema; DROP TRIGGER IF EXISTS own ON steps;
@@ -395,12 +398,13 @@ fn what_needs_something_that_is_not_below_is_left_out() {
     for node in &tree.nodes {
         let own = "SELECT a + b || ' ' || (to_regclass('short_lived') IS NULL) FROM import_tmp";
         assert_eq!(node.server.value(own), "3 true");
-        let own = "SELECT concat_ws(' ', own(1), 'own'::owned, to_regnamespace('its_own'), to_regproc('briefly'),
+        let own = "SELECT concat_ws(' ', own(1), 'own'::owned, to_regnamespace('its_own'), to_regproc('briefly'), to_regproc('brief_sum'),
+                       to_regproc('own_sum'),
                        to_regtype('brief_type'), to_regnamespace('brief_schema'), tgname)
                    FROM pg_trigger WHERE tgrelid = 'steps'::regclass AND tgname = 'own'";
         assert_eq!(
             node.server.value(own),
-            "7 own its_own own",
+            "7 own its_own own_sum own",
             "{}",
             node.server.name
         );

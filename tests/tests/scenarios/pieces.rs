@@ -191,6 +191,83 @@ fn a_large_table_that_is_added_comes_in_pieces_whoever_dies() {
 }
 
 #[test]
+fn large_tables_of_any_shape_come_in_pieces() {
+    const DOMAINS: [(&str, Option<&str>, usize); 2] =
+        [("region", None, 1), ("branch", Some("region"), 1)];
+    let mut tree = Tree::grow(STEPS, &DOMAINS);
+    // Words for a key and values that no equality of columns keeps apart; no key at all, and rows
+    // that are equal; the same in partitions, one far larger than the other.
+    let create = "CREATE EXTENSION IF NOT EXISTS btree_gist;
+        CREATE TABLE words (word text PRIMARY KEY, u int, v text, UNIQUE (u) DEFERRABLE, EXCLUDE USING gist (u WITH =));
+        CREATE UNIQUE INDEX ON words ((u + 1)) WHERE u > 0;
+        CREATE TABLE heap (n int, v text);
+        CREATE TABLE parted (n int, v text) PARTITION BY LIST (n);
+        CREATE TABLE parted_0 PARTITION OF parted FOR VALUES IN (0);
+        CREATE TABLE parted_1 PARTITION OF parted DEFAULT";
+    for server in tree.nodes.iter().map(|node| &node.server) {
+        server.sql(create);
+        // All that is there makes way.
+        server.sql(
+            "INSERT INTO words VALUES ('w1', 2, 'old'), ('stray', 1, 'old');
+             INSERT INTO heap VALUES (1, 'stray'), (1, 'stray'); INSERT INTO parted VALUES (7, 'stray')",
+        );
+    }
+    tree.top.sql(&format!(
+        "{create};
+         INSERT INTO words SELECT 'w' || g, g, repeat(md5(g::text), 32) FROM generate_series(1, 40000) g;
+         INSERT INTO heap SELECT g % 100, repeat('x', 1000) FROM generate_series(1, 40000) g;
+         INSERT INTO parted SELECT (g % 10)::bool::int, repeat('y', 1000) FROM generate_series(1, 40000) g;
+         {TRAP}"
+    ));
+    let counting = count_up(&tree.top);
+    let tables = ["words", "heap", "parted"];
+    let shown = |tree: &Tree, table: &str| {
+        tree.top.value(&format!(
+            "SELECT sending FROM terrace.tables WHERE \"table\" = 'public.{table}'"
+        ))
+    };
+    for table in tables {
+        tree.top
+            .sql(&format!("SELECT terrace.add_table('{table}')"));
+        assert_ne!(shown(&tree, table), "");
+    }
+    for table in tables {
+        wait_until("the last piece is trapped", || {
+            let shown = shown(&tree, table);
+            shown.starts_with("1 of") && shown.contains("trapped")
+        });
+    }
+    // Nobody holds off writers now: what they do meets rows that are there, and such that are not.
+    tree.top.sql(
+        "UPDATE words SET word = 'x' || u, u = -u WHERE u % 1000 = 0; DELETE FROM words WHERE u % 1000 = 1;
+         INSERT INTO words VALUES ('later', 2000, 'new');
+         DELETE FROM heap WHERE ctid IN (SELECT ctid FROM heap WHERE n = 5 LIMIT 3);
+         UPDATE heap SET n = -n WHERE ctid IN (SELECT max(ctid) FROM heap GROUP BY n);
+         INSERT INTO parted VALUES (0, 'new'), (1, 'new'), (1, 'new');
+         DELETE FROM parted WHERE ctid IN (SELECT max(ctid) FROM parted_1)",
+    );
+    let master = tree.settled_master("region");
+    tree.node(&master).bridge.kill9();
+    tree.top.sql("DROP TRIGGER trap ON terrace.sending");
+    tree.node(&master).bridge.restart().expect("restart");
+    for table in tables {
+        wait_until("all is sent", || shown(&tree, table).is_empty());
+    }
+    tree.wait_for_equal(&tables);
+    for node in &tree.nodes {
+        // What was changed when nobody was held off was not there yet.
+        node.server.sql("DELETE FROM terrace.conflict");
+        let strays = "SELECT (SELECT count(*) FROM words WHERE v = 'old')
+            + (SELECT count(*) FROM heap WHERE v = 'stray') + (SELECT count(*) FROM parted WHERE v = 'stray')";
+        assert_eq!(node.server.value(strays), "0");
+    }
+    tree.all_is_well(counting);
+    let pieces =
+        "SELECT string_agg(DISTINCT (cardinality(bounds) + 1)::text, ' ') FROM terrace.comparison";
+    assert_eq!(tree.top.value(pieces), "2");
+}
+
+#[test]
 fn a_large_table_waits_for_a_bridge_and_ends_when_it_is_removed() {
     let mut tree = Tree::grow(STEPS, &[("region", None, 1)]);
     tree.node("region-1").bridge.stop();
@@ -321,5 +398,57 @@ fn unique_values_go_from_one_piece_to_another() {
         let at_once = "SELECT terrace.begin_resend('big') IS NULL";
         assert_eq!(tree.top.value(at_once), "t", "{index}");
         tree.top.sql("DROP INDEX odd");
+    }
+}
+
+#[test]
+fn a_key_of_words_is_cut_alike_in_every_order_and_encoding() {
+    let mut tree = Tree::plant(STEPS).expect("boot the top");
+    tree.boot(&[("region", None, 1), ("branch", Some("region"), 1)])
+        .expect("boot the servers");
+    let branch = &mut tree.node("branch-1").server;
+    branch.sql(
+        "UPDATE pg_database SET encoding = pg_char_to_encoding('WIN1252'), datcollate = 'C', datctype = 'C'
+         WHERE datname = 'app'",
+    );
+    branch.restart().expect("restart");
+    let create = "CREATE TABLE words (word text PRIMARY KEY, u int UNIQUE, v text)";
+    // The second piece begins within those with a €, which in the other encoding come before letters.
+    tree.top.sql(&format!(
+        "{create}; ALTER TABLE words ALTER word TYPE varchar COLLATE \"en-x-icu\";
+         INSERT INTO words SELECT (ARRAY['é', 'Z', '€', '€', '€', 'ä', '€'])[1 + g % 7] || g, g, repeat(md5(g::text), 32)
+         FROM generate_series(1, 40000) g"
+    ));
+    tree.start_bridges().expect("start the bridges");
+    tree.wait_streaming();
+    for node in &tree.nodes {
+        node.server.sql(create);
+    }
+    tree.top
+        .sql("SELECT terrace.add_table('words', rows => false)");
+    let rows = "SELECT count(*) || ' ' || coalesce(md5(string_agg(
+        concat_ws(' ', convert_to(word, 'UTF8')::text, u, md5(v)), ',' ORDER BY u)), '') FROM words";
+    let id = tree
+        .top
+        .value("SELECT id FROM terrace.begin_resend('words')");
+    let pieces = format!("SELECT count(*) FROM terrace.pieces_of({id}, '{{0,1}}')");
+    assert_eq!(tree.top.value(&pieces), "2");
+    for accident in [
+        "TRUNCATE words",
+        "DELETE FROM words WHERE u % 3 = 0; UPDATE words SET u = u - 1 WHERE u % 3 = 1;
+         INSERT INTO words VALUES ('é stray', -7), ('€ stray', -8); UPDATE words SET word = '€ ' || u WHERE u % 10 = 2",
+    ] {
+        for node in &tree.nodes {
+            node.server
+                .sql(&format!("SET session_replication_role = replica; {accident}"));
+        }
+        let everywhere = ["--table", "words", "--everywhere"];
+        let (well, text) = command(&mut tree, "branch-1", "resync", &everywhere);
+        assert!(well && text.starts_with("40000 rows"), "{text}");
+        for node in &tree.nodes {
+            wait_until("its rows are the top's", || {
+                node.server.value(rows) == tree.top.value(rows)
+            });
+        }
     }
 }
