@@ -205,6 +205,7 @@ struct Session<'a> {
     conflicts: u64,
     /// Up to here nothing is folded: it has been tried.
     plain_until: Lsn,
+    constrained: setwise::Constrained,
     /// Transactions that go in order before the next look whether all can go set-wise.
     in_order: usize,
     /// End of the batch that is under way.
@@ -288,6 +289,7 @@ impl<'a> Session<'a> {
             clears: None,
             conflicts: 0,
             plain_until: Lsn::ZERO,
+            constrained: setwise::Constrained::default(),
             in_order: MAX_TRANSACTIONS,
             attempted: committed,
             committed,
@@ -325,6 +327,7 @@ impl<'a> Session<'a> {
     async fn try_another_way(&mut self, problem: &str) -> anyhow::Result<()> {
         let until = self.attempted.max(Lsn(self.committed.0 + 1));
         let folded = !self.sent_sets.is_empty() && problem != BY_ITSELF;
+        let is_constrained = self.sent_sets.iter().any(|shape| shape.is_constrained);
         self.leave_behind().await?;
         // Once: what is altered all the time goes another way.
         if problem == ALTERED && self.altered_after.replace(self.committed) != Some(self.committed)
@@ -332,6 +335,9 @@ impl<'a> Session<'a> {
             return Ok(());
         }
         if folded && self.plain_until < until {
+            if is_constrained {
+                self.constrained.refused();
+            }
             tracing::info!(problem, from = %self.committed, "applying in order");
             self.plain_until = until;
             return Ok(());

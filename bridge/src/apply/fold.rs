@@ -2,14 +2,15 @@
 //! bring it about.
 //!
 //! Guarantee: after the statements every table holds what it would hold had every
-//! change been applied in order, or one of them touches another number of rows
+//! change been applied in order; or one of them fails, or touches another number of rows
 //! than it says, and everything is to be rolled back and applied in order.
 //!
-//! Why the order may change: a row is known by its primary key, the only unique
-//! constraint of a table that is folded ([`Shape`]), so changes of different rows
-//! do not meet; a table without a unique constraint is only added to. Of one row
+//! Why the order may change: a row is known by its primary key ([`Shape`]), so changes
+//! of different rows meet in other constraints at most, and those do not change what is
+//! written, but refuse it; a table without a primary key is only added to. Of one row
 //! only the last state counts. Rows are deleted before
-//! others are updated and inserted, so that a key is free when it is taken anew.
+//! others are updated and inserted, so that a key, or another value that must be unique, is
+//! free when it is taken anew. One that goes from one updated row to another may be refused.
 
 mod write;
 
@@ -35,6 +36,8 @@ pub struct Shape {
     pub columns: Vec<ShapeColumn>,
     /// Which of them are the primary key, here and at the top.
     pub keys: Vec<usize>,
+    /// Other constraints than the primary key hold rows apart here.
+    pub is_constrained: bool,
     /// No column here is written to but these.
     pub whole: bool,
 }
@@ -402,6 +405,7 @@ mod tests {
             oid: "1".into(),
             columns: vec![column("id"), column("v")],
             keys: vec![0],
+            is_constrained: false,
             whole,
         })
     }

@@ -57,6 +57,8 @@ pub struct Planner {
     statements: HashMap<String, String>,
     /// Names are not used twice in a session.
     named: u64,
+    /// Tables with constraints beside the primary key are folded, too.
+    pub(super) folds_constrained: bool,
     /// Of the transaction that is planned.
     pub(super) seals: Seals,
     /// Every relation that the message planned last must have looked up.
@@ -94,6 +96,7 @@ impl Planner {
             routing_changed: false,
             statements: HashMap::new(),
             named: 0,
+            folds_constrained: true,
             seals: Seals::default(),
             unknown: Vec::new(),
         }
@@ -401,6 +404,7 @@ impl Planner {
             _ if self.is_unknown(relation) => Folded::Lookup(relid),
             _ if !relation.routed => Folded::Added,
             None => Folded::Not,
+            Some(shape) if shape.is_constrained && !self.folds_constrained => Folded::Not,
             Some(shape) => match fold.add(relid, shape, &message) {
                 Ok(()) => Folded::Added,
                 Err(NotFoldable) => Folded::Not,

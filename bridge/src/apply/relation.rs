@@ -175,8 +175,6 @@ impl Relation {
                  pg_catalog.format_type(a.atttypid, -1), \
                  (SELECT c.relkind = 'r' AND NOT c.relhasrules AND NOT EXISTS \
                       (SELECT FROM pg_trigger g WHERE g.tgrelid = c.oid AND g.tgenabled IN ('R', 'A')) \
-                    AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid \
-                      AND (i.indisunique OR i.indisexclusion) AND NOT (i.indisprimary AND i.indimmediate)) \
                   FROM pg_class c WHERE c.oid = a.attrelid), \
                  a.attidentity = 'a', \
                  k.relkind = 'r', \
@@ -189,7 +187,9 @@ impl Relation {
                  t.typnamespace = 'pg_catalog'::regnamespace AND t.typtype IN ('b', 'r', 'm') AND t.oid <> {CAST}, \
                  pg_catalog.format_type(b.oid, -1), \
                  b.typnamespace = 'pg_catalog'::regnamespace AND b.typtype IN ('b', 'r', 'm') AND b.oid <> {CAST}, \
-                 k.relkind \
+                 k.relkind, \
+                 EXISTS (SELECT FROM pg_index i WHERE i.indrelid = k.oid \
+                         AND (i.indisunique OR i.indisexclusion) AND NOT (i.indisprimary AND i.indimmediate)) \
              FROM pg_class k \
              LEFT JOIN (pg_attribute a JOIN pg_type t ON t.oid = a.atttypid \
                         JOIN pg_type b ON b.oid = CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END) \
@@ -226,6 +226,7 @@ impl Relation {
                 .context("make the identity column writable")?;
         }
         self.only = rows.iter().all(|row| row[7].as_deref() == Some("t"));
+        let is_constrained = rows.iter().any(|row| row[13].as_deref() == Some("t"));
         let mut plain = true;
         let locals: HashMap<String, LocalColumn> = rows
             .into_iter()
@@ -270,14 +271,19 @@ impl Relation {
             }
         }
         self.looked_up = true;
-        self.shape = plain.then(|| shape(self, &locals)).flatten().map(Arc::new);
+        let shape = plain.then(|| shape(self, &locals, is_constrained));
+        self.shape = shape.flatten().map(Arc::new);
         Ok(())
     }
 }
 
-/// Only a table whose one unique constraint is the primary key, the same here and at
-/// the top, can be changed row by row in any order; one without any can be added to.
-fn shape(relation: &Relation, locals: &HashMap<String, LocalColumn>) -> Option<Shape> {
+/// Only a table with the same primary key here and at the top can be changed row by row in any
+/// order; one without any can be added to.
+fn shape(
+    relation: &Relation,
+    locals: &HashMap<String, LocalColumn>,
+    is_constrained: bool,
+) -> Option<Shape> {
     let (mut columns, mut keys) = (Vec::new(), Vec::new());
     for (index, column) in relation.columns.iter().enumerate() {
         let local = column.local.as_ref()?;
@@ -303,6 +309,7 @@ fn shape(relation: &Relation, locals: &HashMap<String, LocalColumn>) -> Option<S
     (is_written && keys.len() == primaries).then(|| Shape {
         table: relation.qualified(),
         oid: relation.oid.clone(),
+        is_constrained,
         whole: columns.iter().filter(|column| !column.generated).count() == writable,
         columns,
         keys,

@@ -25,6 +25,12 @@ const FEW: usize = 20;
 /// Fewer messages are sooner done in order. A transaction of one change is three.
 const WORTHWHILE: usize = 60;
 
+/// After a fold was refused, tables with constraints that may have done that go in order for so
+/// long, and up to …
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+/// … so long where it happens again and again.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
 /// A larger row goes by itself: with others it might be more than a message may hold.
 const LARGE_ROW: usize = 16 << 20;
 /// A backlog gathers for no longer than this …
@@ -42,6 +48,29 @@ pub(super) struct Pile {
 pub(super) struct Sets {
     pub(super) statements: Vec<Statement>,
     shapes: Vec<Arc<Shape>>,
+}
+
+/// Whether tables with constraints beside the primary key are folded. Where unique values go
+/// from row to row all the time, folding them in vain must not cost much.
+#[derive(Default)]
+pub(super) struct Constrained {
+    again: Option<Instant>,
+    pause: Duration,
+}
+
+impl Constrained {
+    fn may_be_folded(&self) -> bool {
+        self.again.is_none_or(|again| again <= Instant::now())
+    }
+
+    pub(super) fn refused(&mut self) {
+        self.pause = (self.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
+        self.again = Some(Instant::now() + self.pause);
+    }
+
+    fn went_well(&mut self) {
+        self.pause = Duration::ZERO;
+    }
 }
 
 /// Whole transactions that are taken together.
@@ -103,6 +132,7 @@ impl Session<'_> {
             }
         }
         let transactions = batch.transactions;
+        let is_constrained = sets.shapes.iter().any(|shape| shape.is_constrained);
         self.begin()?;
         self.send_sets(sets)?;
         self.close(&batch)?;
@@ -110,6 +140,9 @@ impl Session<'_> {
         // Postgres is at work meanwhile.
         self.fold_ahead()?;
         self.conclude(batch).await?;
+        if is_constrained {
+            self.constrained.went_well();
+        }
         tracing::debug!(transactions, "applied set-wise");
         Ok(true)
     }
@@ -238,6 +271,7 @@ impl Session<'_> {
         if self.is_plain() || !is_worthwhile(records) {
             return Attempt::Not;
         }
+        self.planner.folds_constrained = self.constrained.may_be_folded();
         let (mut fold, mut unknown) = (Fold::default(), BTreeSet::new());
         for frame in records.iter().flat_map(Record::frames) {
             let Ok(Frame { payload, .. }) = frame else {

@@ -199,6 +199,39 @@ fn a_row_that_is_missing_here_does_not_make_a_large_transaction_slow() {
 }
 
 #[test]
+fn a_pile_that_a_constraint_refuses_goes_in_order() {
+    let schema = "CREATE TABLE t (id int PRIMARY KEY, u int UNIQUE); SELECT terrace.add_table('t')";
+    let mut tree = Tree::grow(schema, &[("region", None, 1)]);
+    tree.nodes[0].bridge.stop();
+    let mut client = tree.top.connect();
+    for id in 0..400 {
+        let insert = format!("INSERT INTO t VALUES ({id}, {id})");
+        client.batch_execute(&insert).expect("insert");
+    }
+    // Of all that comes one row cannot be there beside one of this server's own.
+    tree.nodes[0]
+        .server
+        .sql("SET session_replication_role = replica; INSERT INTO t VALUES (-1, 300), (-2, 1000)");
+    tree.start_bridges_on_a_pile();
+    wait_until("the rows are there", || {
+        tree.nodes[0].server.value("SELECT count(*) FROM t") == "401"
+    });
+    let log = tree.nodes[0].bridge.logged();
+    let refused = log.lines().filter(|line| {
+        line.contains("applying in order") && line.contains("duplicate key value violates")
+    });
+    assert_eq!(refused.count(), 1, "{log}");
+    let kinds = "SELECT string_agg(kind || count, ' ') FROM terrace.conflicts";
+    wait_until("it is counted", || {
+        tree.top.value(kinds) == "insert_exists1"
+    });
+    tree.nodes[0]
+        .server
+        .sql("SET session_replication_role = replica; DELETE FROM t WHERE id = -2");
+    tree.wait_for_equal(&["t"]);
+}
+
+#[test]
 fn what_is_altered_here_while_the_bridge_runs_counts_at_once() {
     let schema = "CREATE TABLE t (id int PRIMARY KEY, v text); SELECT terrace.add_table('t')";
     let tree = Tree::grow(schema, &[("region", None, 1)]);
