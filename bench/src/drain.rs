@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use terrace_tests::Server;
 use terrace_tests::server::program;
 
-use crate::pgbench::{CLIENTS, HOT, INSERT, Script, TABLES, TINY, TPCB, WIDE, fill};
+use crate::pgbench::{CLIENTS, HOT, INSERT, Script, TABLES, TINY, TPCB, UNIQUE, WIDE, fill};
 use crate::proc::cpu_seconds;
 use crate::report::{Better, Figure, Report};
 use crate::side::{Drained, Side, drain, mark, must_be_equal};
@@ -32,7 +32,7 @@ impl Drain {
             name: "drain",
             about: "a backlog over one hop, top -> 1",
             shape: HOP,
-            scripts: &[TPCB, INSERT, HOT, WIDE, TINY],
+            scripts: &[TPCB, INSERT, HOT, WIDE, TINY, UNIQUE],
         }
     }
 

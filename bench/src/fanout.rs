@@ -30,6 +30,9 @@ pub struct Fanout;
 
 /// Transactions per second at the top.
 const RATE: u32 = 100;
+const COUNTS: [u32; 5] = [0, 1, 10, 100, 500];
+/// Where ten of them are, which the others are held against.
+const TEN: usize = 2;
 /// Nobody may be further behind at the end of the load.
 const LIVE: Duration = Duration::from_secs(2);
 /// Connections are made so many at a time.
@@ -46,51 +49,64 @@ impl Workload for Fanout {
 
     fn run(&self, stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
         stage.clear();
-        let mut tree = plant()?;
-        tree.top.sql(SCHEMA);
-        tree.top.sql("SELECT terrace.add_table('bench_insert')");
-        boot(&mut tree, &[("region", None, 1)])?;
-        go_live(&mut tree)?;
         let runtime = Runtime::new().context("start a runtime")?;
-        let alone = load(&tree, plan.fanout_seconds, || Ok(()))?;
-        let mut measured = Vec::new();
-        for count in [1, 10, 100, 500] {
-            let crowd = runtime.block_on(Crowd::gather(&tree, count))?;
-            let with = load(&tree, plan.fanout_seconds, || crowd.must_be_live(&tree.top))?;
-            let cost = Cost::of(&with, &alone, count);
-            println!(
-                "    {count} followers: {:.1} us of CPU and {:.0} KiB each (relay in all {:.0} % of a core, {:.1} MiB)",
-                cost.micros,
-                cost.kib,
-                with.cpu / with.seconds * 100.0,
-                with.mib
-            );
-            measured.push((count, cost));
-            runtime.block_on(crowd.leave());
-        }
-        let base = measured[1].1;
-        for (count, cost) in &measured[2..] {
-            let mut add = |what, unit, value, of_ten| {
-                report.add(Figure {
-                    workload: format!("fanout: {count} followers"),
-                    what,
-                    unit,
-                    better: Better::Lower,
-                    against: "10 followers",
-                    terrace: vec![value],
-                    baseline: vec![of_ten],
-                    paired: false,
-                });
+        let rounds: Vec<Vec<Used>> = (0..plan.fanout.0)
+            .map(|_| round(&runtime, plan.fanout.1))
+            .collect::<Result<_>>()?;
+        // Those of all, and of each one more than the first, for whom all is read and checked.
+        for (base, each) in [(0, "each"), (1, "each further")] {
+            let costs = |of: usize, cost: fn(&Cost) -> f64| -> Vec<f64> {
+                let round = |used: &Vec<Used>| cost(&Cost::of(&used[of], &used[base]));
+                rounds.iter().map(round).collect()
             };
-            add("CPU each, per tx", "us", cost.micros, base.micros);
-            add("memory each", "KiB", cost.kib, base.kib);
+            for (of, count) in COUNTS.into_iter().enumerate().skip(base + 1) {
+                let mut add = |what, unit, cost| {
+                    report.add(Figure {
+                        workload: format!("fanout: {count} followers, {each}"),
+                        what,
+                        unit,
+                        better: Better::Lower,
+                        against: "10 followers",
+                        terrace: costs(of, cost),
+                        baseline: costs(TEN, cost),
+                        paired: false,
+                    });
+                };
+                if of != TEN {
+                    add("CPU per tx", "us", |cost| cost.micros);
+                    add("memory", "KiB", |cost| cost.kib);
+                }
+            }
         }
         Ok(())
     }
 }
 
+/// A relay without followers and with more and more of them.
+fn round(runtime: &Runtime, seconds: u64) -> Result<Vec<Used>> {
+    let mut tree = plant()?;
+    tree.top.sql(SCHEMA);
+    tree.top.sql("SELECT terrace.add_table('bench_insert')");
+    boot(&mut tree, &[("region", None, 1)])?;
+    go_live(&mut tree)?;
+    let mut measured = Vec::new();
+    for followers in COUNTS {
+        let crowd = runtime.block_on(Crowd::gather(&tree, followers))?;
+        let used = load(&tree, seconds, followers, || crowd.must_be_live(&tree.top))?;
+        println!(
+            "    {followers} followers: the relay takes {:.1} % of a core and {:.1} MiB",
+            used.cpu / used.seconds * 100.0,
+            used.mib
+        );
+        measured.push(used);
+        runtime.block_on(crowd.leave());
+    }
+    Ok(measured)
+}
+
 /// What the bridge of the region used.
 struct Used {
+    followers: u32,
     seconds: f64,
     transactions: f64,
     cpu: f64,
@@ -98,7 +114,12 @@ struct Used {
 }
 
 /// Writes at the top for a while.
-fn load(tree: &Tree, seconds: u64, check: impl FnOnce() -> Result<()>) -> Result<Used> {
+fn load(
+    tree: &Tree,
+    seconds: u64,
+    followers: u32,
+    check: impl FnOnce() -> Result<()>,
+) -> Result<Used> {
     let bridge = proc::bridge(&tree.nodes[0].bridge).context("the bridge does not run")?;
     let (time, rate) = (seconds.to_string(), RATE.to_string());
     let script = script_file(&tree.top, INSERT)?.context("a script")?;
@@ -107,6 +128,7 @@ fn load(tree: &Tree, seconds: u64, check: impl FnOnce() -> Result<()>) -> Result
     let (transactions, _) = processed(&pgbench(&tree.top, "", &arguments)?)?;
     check()?;
     Ok(Used {
+        followers,
         seconds: start.elapsed().as_secs_f64(),
         transactions,
         cpu: proc::cpu_seconds(bridge) - before,
@@ -114,8 +136,7 @@ fn load(tree: &Tree, seconds: u64, check: impl FnOnce() -> Result<()>) -> Result
     })
 }
 
-/// What one follower costs.
-#[derive(Clone, Copy)]
+/// What a follower costs.
 struct Cost {
     /// CPU of a transaction, microseconds.
     micros: f64,
@@ -123,11 +144,13 @@ struct Cost {
 }
 
 impl Cost {
-    fn of(with: &Used, alone: &Used, followers: u32) -> Cost {
-        let each = |used: &Used| used.cpu / used.transactions * 1e6;
+    /// Of each of those that some have more than others.
+    fn of(more: &Used, fewer: &Used) -> Cost {
+        let of_all = |used: &Used| used.cpu / used.transactions * 1e6;
+        let followers = f64::from(more.followers - fewer.followers);
         Cost {
-            micros: (each(with) - each(alone)) / f64::from(followers),
-            kib: (with.mib - alone.mib) * 1024.0 / f64::from(followers),
+            micros: (of_all(more) - of_all(fewer)) / followers,
+            kib: (more.mib - fewer.mib) * 1024.0 / followers,
         }
     }
 }

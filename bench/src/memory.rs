@@ -10,7 +10,7 @@ use anyhow::{Result, ensure};
 use crate::proc;
 use crate::report::{Better, Figure, Report};
 use crate::side::{Side, Which, drain, mark, must_be_equal};
-use crate::workload::{Plan, Workload};
+use crate::workload::{Plan, Workload, rotated};
 use crate::world::{Shape, Stage, World};
 
 pub struct Memory;
@@ -36,93 +36,131 @@ impl Workload for Memory {
         let rows = format!("g, repeat(md5(g::text), 32) FROM generate_series(1, {large}) g");
         let shape = plan.large_shape;
         let world = stage.world(shape, plan)?;
-        measure(world, shape, report, &format!("{} MiB", large >> 10), &rows)?;
+        measure(
+            world,
+            shape,
+            plan,
+            report,
+            &format!("{} MiB", large >> 10),
+            &rows,
+        )?;
         if many > 0 {
             let rows = format!("{large} + g, 'x' FROM generate_series(1, {many}) g");
             let what = format!("{} million rows", many / 1_000_000);
-            measure(stage.world(CHAIN, plan)?, CHAIN, report, &what, &rows)?;
+            measure(stage.world(CHAIN, plan)?, CHAIN, plan, report, &what, &rows)?;
         }
         Ok(())
     }
 }
 
-/// One transaction with these rows.
+/// One transaction with these rows in each round.
 fn measure(
     world: &mut World,
     shape: Shape,
+    plan: &Plan,
     report: &mut Report,
     what: &str,
     rows: &str,
 ) -> Result<()> {
-    world
-        .top()
-        .sql(&format!("INSERT INTO bench_large SELECT {rows}"));
-    let marker = mark(world.top())?;
-    world.tidy()?;
-    let top = world.top_pid()?;
-
-    let drained = drain(&mut world.terrace, top, marker, |_| ());
-    let terrace_time = world.explain(drained)?.elapsed.as_secs_f64();
-    let nodes = world.terrace.tree.nodes.iter();
-    let bridges: Vec<f64> = nodes
-        .filter_map(|node| proc::memory_mib(proc::bridge(&node.bridge)?, "VmHWM"))
-        .collect();
     let servers = shape.region + shape.branch;
-    ensure!(bridges.len() == servers, "a bridge has ended");
-    world.terrace.pause()?;
-
-    let mut workers = vec![0.0; servers];
-    let mut pids = Vec::new();
-    let drained = drain(&mut world.native, top, marker, |native| {
-        if pids.len() < servers {
-            pids = apply_workers(native);
+    let (mut terrace, mut native) = (Vec::new(), Vec::new());
+    for round in 0..plan.memory_rounds {
+        world
+            .top()
+            .sql(&format!("INSERT INTO bench_large SELECT {rows}"));
+        let marker = mark(world.top())?;
+        world.tidy()?;
+        let top = world.top_pid()?;
+        for which in rotated(&[Which::Terrace, Which::Native], round) {
+            let (name, passed) = match which {
+                Which::Terrace => ("bridges", &mut terrace),
+                Which::Native => ("apply workers", &mut native),
+            };
+            let passage = match which {
+                Which::Terrace => {
+                    let passage = bridges(world, top, marker, servers);
+                    world.explain(passage)?
+                }
+                Which::Native => apply_workers(world, top, marker, servers)?,
+            };
+            let Passage { elapsed, peaks } = &passage;
+            println!("    {what}: {name} {peaks:.0?} MiB in {elapsed:.1} s");
+            passed.push(passage);
         }
-        for (pid, highest) in pids.iter().zip(&mut workers) {
-            let now = proc::memory_mib(*pid, "RssAnon").unwrap_or(0.0);
-            *highest = now.max(*highest);
-        }
-    })?;
-    let native_time = drained.elapsed.as_secs_f64();
-    world.native.pause()?;
-    for which in [Which::Terrace, Which::Native] {
-        let (top, side): (_, &dyn Side) = match which {
-            Which::Terrace => (world.top(), &world.terrace),
-            Which::Native => (world.top(), &world.native),
-        };
-        must_be_equal(side, top, &["bench_large"])?;
+        must_be_equal(&world.terrace, world.top(), &["bench_large"])?;
+        must_be_equal(&world.native, world.top(), &["bench_large"])?;
+        world.top().sql("TRUNCATE bench_large");
     }
-    println!(
-        "    {what}: bridges {bridges:.0?} MiB in {terrace_time:.1} s, \
-             apply workers {workers:.0?} MiB in {native_time:.1} s"
-    );
-    let mut add = |workload: String, figure, unit, terrace, native| {
+    let mut add = |workload: String, figure, unit, of: &dyn Fn(&Passage) -> f64| {
         report.add(Figure {
             workload,
             what: figure,
             unit,
             better: Better::Lower,
             against: "native",
-            terrace: vec![terrace],
-            baseline: vec![native],
+            terrace: terrace.iter().map(of).collect(),
+            baseline: native.iter().map(of).collect(),
             paired: false,
         });
     };
-    let highest = |level: &[f64]| level.iter().copied().fold(0.0, f64::max);
     for (domain, level) in [
         ("region", 0..shape.region),
         ("branch", shape.region..servers),
     ] {
+        let highest = |passage: &Passage| {
+            passage.peaks[level.clone()]
+                .iter()
+                .copied()
+                .fold(0.0, f64::max)
+        };
         let workload = format!("memory: {domain}, {what}");
-        let (bridge, worker) = (highest(&bridges[level.clone()]), highest(&workers[level]));
-        add(workload, "peak", "MiB", bridge, worker);
+        add(workload, "peak", "MiB", &highest);
     }
     let workload = format!("memory: all {servers} servers, {what}");
-    add(workload, "elapsed", "s", terrace_time, native_time);
+    add(workload, "elapsed", "s", &|passage| passage.elapsed);
     Ok(())
 }
 
+/// What a transaction took on its way, and the memory of each process that it went through.
+struct Passage {
+    elapsed: f64,
+    peaks: Vec<f64>,
+}
+
+fn bridges(world: &mut World, top: i32, marker: i64, servers: usize) -> Result<Passage> {
+    let drained = drain(&mut world.terrace, top, marker, |_| ())?;
+    let nodes = world.terrace.tree.nodes.iter();
+    let peaks: Vec<f64> = nodes
+        .filter_map(|node| proc::memory_mib(proc::bridge(&node.bridge)?, "VmHWM"))
+        .collect();
+    ensure!(peaks.len() == servers, "a bridge has ended");
+    world.terrace.pause()?;
+    Ok(Passage {
+        elapsed: drained.elapsed.as_secs_f64(),
+        peaks,
+    })
+}
+
+fn apply_workers(world: &mut World, top: i32, marker: i64, servers: usize) -> Result<Passage> {
+    let (mut peaks, mut pids) = (vec![0.0; servers], Vec::new());
+    let drained = drain(&mut world.native, top, marker, |native| {
+        if pids.len() < servers {
+            pids = apply_worker_ids(native);
+        }
+        for (pid, highest) in pids.iter().zip(&mut peaks) {
+            let now = proc::memory_mib(*pid, "RssAnon").unwrap_or(0.0);
+            *highest = now.max(*highest);
+        }
+    })?;
+    world.native.pause()?;
+    Ok(Passage {
+        elapsed: drained.elapsed.as_secs_f64(),
+        peaks,
+    })
+}
+
 /// Process ids of the apply workers, as far as they have started.
-fn apply_workers(native: &dyn Side) -> Vec<i32> {
+fn apply_worker_ids(native: &dyn Side) -> Vec<i32> {
     let sql = "SELECT pid FROM pg_stat_subscription WHERE relid IS NULL";
     let servers = native.servers().into_iter();
     servers

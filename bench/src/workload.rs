@@ -39,10 +39,12 @@ pub struct Plan {
     pub large_shape: Shape,
     /// Short rows in the transaction of many.
     pub many_rows: u64,
+    /// Rounds of each.
+    pub memory_rounds: usize,
     /// Rounds and seconds of each pgbench run for the tag's cost.
     pub tag: (usize, u64),
-    /// Seconds of load at the top for each number of followers.
-    pub fanout_seconds: u64,
+    /// Rounds, and seconds of load at the top for each number of followers.
+    pub fanout: (usize, u64),
     /// pgbench's scale factor for the initial copy, 15 MB each, and its rounds.
     pub copy_scale: u32,
     pub copy_rounds: usize,
@@ -74,8 +76,9 @@ impl Plan {
                     branch: 1,
                 },
                 many_rows: 0,
+                memory_rounds: 1,
                 tag: (4, 1),
-                fanout_seconds: 2,
+                fanout: (1, 2),
                 copy_scale: 10,
                 copy_rounds: 1,
                 compare_scale: 5,
@@ -99,9 +102,10 @@ impl Plan {
                     branch: 3,
                 },
                 many_rows: 10_000_000,
+                memory_rounds: 2,
                 tag: (15, 5),
-                fanout_seconds: 20,
-                copy_scale: 350,
+                fanout: (3, 15),
+                copy_scale: 390,
                 copy_rounds: 2,
                 compare_scale: 100,
                 compare_rounds: 2,

@@ -235,6 +235,16 @@ impl Bridge {
         list.map_or(0, Iterator::count)
     }
 
+    /// The highest resident size of its process, in MiB, program text included.
+    pub fn peak_mib(&self) -> u64 {
+        let process = self.process.as_ref().expect("a running bridge");
+        let status = fs::read_to_string(format!("/proc/{}/status", process.id()));
+        let status = status.expect("its status");
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kib = peak.and_then(|peak| peak.split_whitespace().next()?.parse::<u64>().ok());
+        kib.expect("its peak") >> 10
+    }
+
     /// SIGSTOP: there, but silent.
     pub fn pause(&self) {
         self.process

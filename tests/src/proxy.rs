@@ -6,7 +6,7 @@
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -14,12 +14,17 @@ use anyhow::{Context, Result};
 
 /// How often a waiting direction looks whether it may go on.
 const LOOK: Duration = Duration::from_millis(5);
+/// Bytes that are read at once …
+const CHUNK: usize = 64 << 10;
+/// … and how many times those are on their way, before who sends must wait.
+const UNDERWAY: usize = 64;
 
 #[derive(Default)]
 struct State {
     cut_to_server: AtomicBool,
     cut_to_client: AtomicBool,
     delay_millis: AtomicU64,
+    nanos_per_byte: AtomicU64,
     ended: AtomicBool,
     open: Mutex<Vec<TcpStream>>,
 }
@@ -67,6 +72,12 @@ impl Proxy {
         self.state.delay_millis.store(millis, Ordering::Relaxed);
     }
 
+    /// So many bytes pass in a second, in each direction.
+    pub fn slow(&self, rate: u64) {
+        let nanos = 1_000_000_000 / rate;
+        self.state.nanos_per_byte.store(nanos, Ordering::Relaxed);
+    }
+
     /// Ends every open connection, as a reset does.
     pub fn reset(&self) {
         for stream in lock(&self.state.open).drain(..) {
@@ -79,6 +90,7 @@ impl Proxy {
         self.state.cut_to_server.store(false, Ordering::Relaxed);
         self.state.cut_to_client.store(false, Ordering::Relaxed);
         self.delay(Duration::ZERO);
+        self.state.nanos_per_byte.store(0, Ordering::Relaxed);
     }
 }
 
@@ -127,10 +139,10 @@ fn wait_while(cut: &AtomicBool, state: &State) {
 
 /// One direction, to its end.
 fn pump(mut from: TcpStream, to: TcpStream, state: &Arc<State>, cut: fn(&State) -> &AtomicBool) {
-    let (sender, bytes) = channel();
+    let (sender, bytes) = sync_channel(UNDERWAY);
     let shared = Arc::clone(state);
     let writer = std::thread::spawn(move || write(to, &bytes, &shared, cut));
-    let mut buffer = vec![0; 64 << 10];
+    let mut buffer = vec![0; CHUNK];
     while let Ok(count) = from.read(&mut buffer) {
         if count == 0 || !send(&sender, &buffer[..count], state) {
             break;
@@ -140,7 +152,7 @@ fn pump(mut from: TcpStream, to: TcpStream, state: &Arc<State>, cut: fn(&State) 
     let _ = writer.join();
 }
 
-fn send(sender: &Sender<(Instant, Vec<u8>)>, bytes: &[u8], state: &State) -> bool {
+fn send(sender: &SyncSender<(Instant, Vec<u8>)>, bytes: &[u8], state: &State) -> bool {
     let delay = Duration::from_millis(state.delay_millis.load(Ordering::Relaxed));
     sender
         .send((Instant::now() + delay, bytes.to_vec()))
@@ -159,6 +171,8 @@ fn write(
         if to.write_all(&chunk).is_err() {
             return;
         }
+        let each = state.nanos_per_byte.load(Ordering::Relaxed);
+        std::thread::sleep(Duration::from_nanos(each * chunk.len() as u64));
     }
     // The end of a connection is lost on a cut link like everything else.
     wait_while(cut(state), state);

@@ -313,3 +313,47 @@ fn who_does_not_wait_for_the_server_above_shows_what_has_come() {
         tree.wait_for_equal(&["steps"]);
     }
 }
+
+// Longer than a walsender waits for a sign of life, over thin links and while nobody can apply it.
+#[test]
+fn a_large_transaction_holds_up_no_sign_of_life_and_is_kept_in_no_memory() {
+    const TWO: [(&str, Option<&str>, usize); 2] =
+        [("region", None, 1), ("branch", Some("region"), 1)];
+    let schema = format!(
+        "{STEPS} CREATE TABLE large (id int PRIMARY KEY, v text); SELECT terrace.add_table('large')"
+    );
+    let tree = Tree::plant(&schema).expect("boot the top").with_links();
+    let tree = tree.grow_on(&TWO);
+    for link in tree.links.values() {
+        link.slow(6 << 20);
+    }
+    let locked: Vec<_> = tree
+        .nodes
+        .iter()
+        .map(|node| node.server.lock("large"))
+        .collect();
+    let start = Instant::now();
+    tree.top.sql(
+        "INSERT INTO large SELECT g, repeat(md5(g::text), 32) FROM generate_series(1, 80000) g",
+    );
+    let end = tree.top.value("SELECT pg_current_wal_lsn()");
+    let received = format!(
+        "SELECT count(*) FROM terrace.lag WHERE domain <> 'top' AND received_lsn >= '{end}'"
+    );
+    wait_until("all have received it", || tree.top.value(&received) == "2");
+    assert!(
+        start.elapsed() > Duration::from_secs(20),
+        "{:?}",
+        start.elapsed()
+    );
+    drop(locked);
+    tree.wait_for_equal(&["large"]);
+    let top = std::fs::read_to_string(tree.top.log()).expect("the top's log");
+    assert!(!top.contains("terminating walsender"), "{top}");
+    for node in &tree.nodes {
+        let log = node.bridge.logged();
+        assert!(!log.contains("link ended"), "{log}");
+        let peak = node.bridge.peak_mib();
+        assert!(peak < 64, "{} MiB", peak);
+    }
+}
