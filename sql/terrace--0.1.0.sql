@@ -792,7 +792,8 @@ CREATE TABLE progress (
     id boolean PRIMARY KEY DEFAULT true CHECK (id),
     identity text NOT NULL,
     lsn pg_lsn NOT NULL,
-    commit_time timestamptz NOT NULL
+    commit_time timestamptz NOT NULL,
+    copied xid8 NOT NULL DEFAULT pg_catalog.pg_current_xact_id()  -- after all that the initial copy wrote
 ) WITH (fillfactor = 10);
 
 CREATE TABLE conflict (

@@ -152,10 +152,10 @@ impl Session<'_> {
     }
 
     pub(super) async fn careful_change(&mut self, payload: &Bytes) -> anyhow::Result<()> {
-        let planned = match self.planner.plan(payload)? {
+        let planned = match self.planner.plan(payload, false)? {
             Planned::Lookup(relid) => {
                 self.planner.lookup(&mut self.client, relid).await?;
-                self.planner.plan(payload)?
+                self.planner.plan(payload, false)?
             }
             planned => planned,
         };
@@ -196,6 +196,7 @@ impl Session<'_> {
 
     async fn careful_step(&mut self, payload: &Bytes, step: &Step) -> anyhow::Result<()> {
         self.make_way(payload).await?;
+        self.note_local(payload).await?;
         let count = self.run_step(step).await?;
         match &step.expect {
             Expect::One if count == 0 => {
@@ -210,6 +211,18 @@ impl Session<'_> {
                 self.bump(&row, "delete_missing", 1).await.map_err(fatal)?;
             }
             _ => {}
+        }
+        Ok(())
+    }
+
+    /// Counts that a row is changed which a session of this server has changed.
+    async fn note_local(&mut self, payload: &Bytes) -> anyhow::Result<()> {
+        let Some((find, kind)) = self.planner.find_local(payload)? else {
+            return Ok(());
+        };
+        if self.run_step(&find).await? > 0 {
+            let row = self.planner.row_of(payload)?;
+            self.bump(&row, kind, 1).await.map_err(fatal)?;
         }
         Ok(())
     }

@@ -36,6 +36,8 @@ pub struct Shape {
     pub columns: Vec<ShapeColumn>,
     /// Which of them are the primary key, here and at the top.
     pub keys: Vec<usize>,
+    /// As [`Relation::local_since`](super::relation::Relation::local_since): such rows are to be noticed.
+    pub local_since: Option<String>,
     /// Other constraints than the primary key hold rows apart here.
     pub is_constrained: bool,
     /// No column here is written to but these.
@@ -405,6 +407,7 @@ mod tests {
             oid: "1".into(),
             columns: vec![column("id"), column("v")],
             keys: vec![0],
+            local_since: None,
             is_constrained: false,
             whole,
         })

@@ -120,7 +120,7 @@ impl Session<'_> {
     async fn send_changes(&mut self, record: &Record, batch: &mut Batch) -> Result<(), Failed> {
         for frame in record.frames() {
             let payload = record.bytes.slice_ref(frame.context("frame")?.payload);
-            let steps = match self.planner.plan(&payload) {
+            let steps = match self.planner.plan(&payload, true) {
                 Ok(Planned::Steps(steps)) => steps,
                 Ok(Planned::Nothing) => continue,
                 Ok(Planned::Order(_)) => {
@@ -134,7 +134,7 @@ impl Session<'_> {
                         .lookup(&mut self.client, relid)
                         .await
                         .map_err(unexpected)?;
-                    match self.planner.plan(&payload)? {
+                    match self.planner.plan(&payload, true)? {
                         Planned::Steps(steps) => steps,
                         _ => continue,
                     }

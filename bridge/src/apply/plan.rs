@@ -14,8 +14,8 @@ use super::fold::{Fold, NotFoldable, Shape};
 use super::relation::{Column, Relation};
 use super::sealed::{SealedOrder, Seals, is_order};
 use super::statement::{
-    Expect, Row, Step, Written, clear_partition, delete, insert, key, moves, others, unnamed,
-    update,
+    Expect, Row, Step, Written, clear_partition, delete, find_local, insert, key, moves, others,
+    unnamed, update,
 };
 use crate::client::Client;
 use crate::pgoutput::{self, Datum, Message, OldKind, TRUNCATE_RESTART_IDENTITY};
@@ -199,6 +199,7 @@ impl Planner {
             routed: self.is_routed(relation.namespace, relation.name),
             only: false,
             identity: relation.identity,
+            local_since: None,
             shape: None,
         };
         self.relations.insert(relid, known);
@@ -248,8 +249,8 @@ impl Planner {
         known.any(|relation| relation.shape.as_ref() == Some(shape))
     }
 
-    /// What `payload` asks for on this server.
-    pub fn plan(&mut self, payload: &Bytes) -> anyhow::Result<Planned> {
+    /// What `payload` asks for on this server; `minds` who wrote a row last, if that is known.
+    pub fn plan(&mut self, payload: &Bytes, minds: bool) -> anyhow::Result<Planned> {
         let message = pgoutput::decode(payload)?;
         let relids = match &message {
             Message::Insert { relid, .. }
@@ -325,8 +326,8 @@ impl Planner {
             Message::Insert { new, .. } => {
                 insert(relation, &new.iter().collect::<Vec<_>>(), payload)?
             }
-            Message::Update { old, new, .. } => update(relation, old, new, payload)?,
-            Message::Delete { old, .. } => delete(relation, old, payload)?,
+            Message::Update { old, new, .. } => update(relation, old, new, payload, minds)?,
+            Message::Delete { old, .. } => delete(relation, old, payload, minds)?,
             Message::Truncate { options, relids } => {
                 let routed = relids
                     .iter()
@@ -502,6 +503,27 @@ impl Planner {
     pub fn conflict(&self, payload: &Bytes) -> anyhow::Result<&'static str> {
         let message = pgoutput::decode(payload)?;
         Ok(Written::by(&message).map_or("", |written| written.conflict()))
+    }
+
+    /// For an update or a delete: the statement that finds its row if a session of this server wrote
+    /// that last, and what PostgreSQL calls it then.
+    pub fn find_local(&self, payload: &Bytes) -> anyhow::Result<Option<(Step, &'static str)>> {
+        let message = pgoutput::decode(payload)?;
+        let Some(relation) = self
+            .relation_of(&message)
+            .filter(|relation| relation.routed)
+        else {
+            return Ok(None);
+        };
+        let (old, kind) = match &message {
+            Message::Update { old, new, .. } => {
+                (old.unwrap_or((OldKind::Key, *new)), "update_origin_differs")
+            }
+            Message::Delete { old, .. } => (*old, "delete_origin_differs"),
+            _ => return Ok(None),
+        };
+        let found = find_local(relation, old, payload)?;
+        Ok(found.map(|step| (step, kind)))
     }
 
     /// For an update whose row is missing: the insert of its new row, if that is whole. Of a row

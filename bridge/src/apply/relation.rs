@@ -8,6 +8,7 @@ use bytes::Bytes;
 
 use super::fold::{Shape, ShapeColumn};
 use crate::client::{Client, quote_ident, quote_table};
+use crate::pgoutput::OldKind;
 
 /// One of its columns.
 pub(super) struct Column {
@@ -107,6 +108,9 @@ pub(super) struct Relation {
     pub only: bool,
     /// `pg_class.relreplident` at the top.
     pub identity: u8,
+    /// Where it is known who wrote a row last: the number of the transaction from which on that may
+    /// have been a session of this server.
+    pub local_since: Option<String>,
     /// How to change it set-wise; known once looked up.
     pub shape: Option<Arc<Shape>>,
 }
@@ -127,6 +131,14 @@ impl Relation {
     /// Its name at the top, for people.
     pub fn table(&self) -> String {
         format!("{}.{}", self.namespace, self.name)
+    }
+
+    /// SQL: the row was not written by a session of this server; if that is known, and rows are told
+    /// by a key.
+    pub fn is_from_above(&self, kind: OldKind) -> Option<String> {
+        let told = kind != OldKind::Full || self.has_primary();
+        let since = self.local_since.as_deref().filter(|_| told);
+        since.map(|since| is_from_above(since, ""))
     }
 
     pub fn has_primary(&self) -> bool {
@@ -188,6 +200,9 @@ impl Relation {
                  pg_catalog.format_type(b.oid, -1), \
                  b.typnamespace = 'pg_catalog'::regnamespace AND b.typtype IN ('b', 'r', 'm') AND b.oid <> {CAST}, \
                  k.relkind, \
+                 (SELECT p.copied::xid::text FROM terrace.progress p, pg_snapshot_xmax(pg_current_snapshot()) next \
+                  WHERE current_setting('track_commit_timestamp') = 'on' \
+                    AND next::text::numeric - p.copied::text::numeric < 2000000000), \
                  EXISTS (SELECT FROM pg_index i WHERE i.indrelid = k.oid \
                          AND (i.indisunique OR i.indisexclusion) AND NOT (i.indisprimary AND i.indimmediate)) \
              FROM pg_class k \
@@ -225,8 +240,10 @@ impl Relation {
                 .await
                 .context("make the identity column writable")?;
         }
+        let since = rows.first().and_then(|row| row[13].clone());
+        self.local_since = since.filter(|_| self.namespace != "terrace");
         self.only = rows.iter().all(|row| row[7].as_deref() == Some("t"));
-        let is_constrained = rows.iter().any(|row| row[13].as_deref() == Some("t"));
+        let is_constrained = rows.iter().any(|row| row[14].as_deref() == Some("t"));
         let mut plain = true;
         let locals: HashMap<String, LocalColumn> = rows
             .into_iter()
@@ -309,11 +326,21 @@ fn shape(
     (is_written && keys.len() == primaries).then(|| Shape {
         table: relation.qualified(),
         oid: relation.oid.clone(),
+        local_since: relation.local_since.clone(),
         is_constrained,
         whole: columns.iter().filter(|column| !column.generated).count() == writable,
         columns,
         keys,
     })
+}
+
+/// SQL: a row of `table.`, or of the only one, was not written by a session of this server after its
+/// initial copy; nobody knows who wrote what is frozen.
+pub(super) fn is_from_above(since: &str, table: &str) -> String {
+    format!(
+        "((pg_catalog.pg_xact_commit_timestamp_origin({table}xmin)).roident IS DISTINCT FROM 0 \
+          OR pg_catalog.age({table}xmin) >= pg_catalog.age('{since}'::pg_catalog.xid))"
+    )
 }
 
 /// SQL: the one type of PostgreSQL's own that a cast reads in another way than its input function:

@@ -168,6 +168,7 @@ pub(super) fn update(
     old: Option<(OldKind, Tuple<'_>)>,
     new: Tuple<'_>,
     payload: &Bytes,
+    minds: bool,
 ) -> anyhow::Result<Statement> {
     check_width(relation, new.len())?;
     let datums: Vec<Datum<'_>> = new.iter().collect();
@@ -184,6 +185,7 @@ pub(super) fn update(
     }
     let (kind, identity) = old.unwrap_or((OldKind::Key, new));
     let clause = row_clause(relation, kind, identity, payload, &mut values)?;
+    let clause = minding(clause, minds, relation, kind);
     let sql = format!(
         "UPDATE {} SET {} WHERE {clause}",
         relation.rows(),
@@ -196,11 +198,44 @@ pub(super) fn delete(
     relation: &Relation,
     (kind, old): (OldKind, Tuple<'_>),
     payload: &Bytes,
+    minds: bool,
 ) -> anyhow::Result<Statement> {
     let mut values = Vec::new();
     let clause = row_clause(relation, kind, old, payload, &mut values)?;
+    let expect = match minds && relation.is_from_above(kind).is_some() {
+        // A row that is not found may be missing or be a session's of this server.
+        true => Expect::Rows(1),
+        false => Expect::Delete(payload.clone()),
+    };
+    let clause = minding(clause, minds, relation, kind);
     let sql = format!("DELETE FROM {} WHERE {clause}", relation.rows());
-    Ok((sql, values, Expect::Delete(payload.clone())))
+    Ok((sql, values, expect))
+}
+
+/// Leaves out a row that a session of this server wrote, so that it is noticed.
+fn minding(clause: String, minds: bool, relation: &Relation, kind: OldKind) -> String {
+    match relation.is_from_above(kind).filter(|_| minds) {
+        Some(from_above) => format!("{clause} AND {from_above}"),
+        None => clause,
+    }
+}
+
+/// Finds the row if a session of this server wrote it last.
+pub(super) fn find_local(
+    relation: &Relation,
+    (kind, old): (OldKind, Tuple<'_>),
+    payload: &Bytes,
+) -> anyhow::Result<Option<Step>> {
+    let Some(from_above) = relation.is_from_above(kind) else {
+        return Ok(None);
+    };
+    let mut values = Vec::new();
+    let clause = row_clause(relation, kind, old, payload, &mut values)?;
+    let sql = format!(
+        "SELECT FROM {} WHERE {clause} AND NOT {from_above}",
+        relation.rows()
+    );
+    Ok(Some(unnamed(sql, values, Expect::Done)))
 }
 
 /// The condition that holds for exactly the row that `old` describes.

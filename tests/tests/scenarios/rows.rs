@@ -302,6 +302,71 @@ fn many_tables_are_compared_one_after_the_other() {
 }
 
 #[test]
+fn who_wrote_a_row_is_told_where_that_is_known() {
+    const DOMAINS: [(&str, Option<&str>, usize); 2] =
+        [("region", None, 1), ("branch", Some("region"), 1)];
+    let mut tree = Tree::plant(
+        "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE whole (id int PRIMARY KEY, v text);
+         ALTER TABLE whole REPLICA IDENTITY FULL; CREATE TABLE keyless (v text);
+         INSERT INTO t SELECT g, 'v' FROM generate_series(1, 2000) g; INSERT INTO whole TABLE t;
+         INSERT INTO keyless VALUES ('v'); SELECT terrace.add_table(r) FROM unnest('{t, whole, keyless}'::regclass[]) r",
+    )
+    .expect("boot the top");
+    tree.boot(&DOMAINS).expect("boot the servers");
+    for node in &mut tree.nodes {
+        node.server
+            .sql("ALTER SYSTEM SET track_commit_timestamp = on");
+        node.server.restart().expect("restart");
+    }
+    tree.start_bridges().expect("start the bridges");
+    tree.wait_streaming();
+    let tables = ["t", "whole", "keyless"];
+    let kinds =
+        "SELECT coalesce(string_agg(format('%s %s %s %s', relation, kind, count, last_key), ', '
+                     ORDER BY relation, kind), '') FROM terrace.conflict";
+    let counted = |tree: &Tree, wanted: &str| {
+        for node in &tree.nodes {
+            wait_until("it is counted", || node.server.value(kinds) == wanted);
+        }
+    };
+    // What was copied, and what came since, is the top's; one by one and set-wise.
+    for _ in 0..2 {
+        tree.top.sql("UPDATE t SET v = 'w' WHERE id = 1");
+        tree.top.sql("UPDATE whole SET v = 'w' WHERE id = 1");
+        tree.top
+            .sql("UPDATE t SET v = v || 'x'; DELETE FROM t WHERE id = (SELECT max(id) FROM t); UPDATE keyless SET v = 'w'");
+        tree.wait_for_equal(&tables);
+    }
+    counted(&tree, "");
+    for node in &tree.nodes {
+        let log = node.bridge.logged();
+        assert!(log.contains("a part went set-wise"), "nothing was folded");
+        assert!(!log.contains("applying with care"), "{log}");
+        node.server.sql(
+            "SET session_replication_role = replica; UPDATE t SET v = 'local' WHERE id <= 4;
+             UPDATE whole SET v = 'local' WHERE id = 7; INSERT INTO t VALUES (9999, 'local')",
+        );
+    }
+    tree.top.sql("UPDATE t SET v = 'top' WHERE id = 1");
+    tree.top.sql("DELETE FROM t WHERE id = 2");
+    tree.top.sql("UPDATE whole SET v = 'top' WHERE id = 7");
+    tree.top.sql("UPDATE t SET v = 'top' WHERE id <> 4");
+    let all = "public.t delete_origin_differs 1 (id)=(2), public.t update_origin_differs 2 (id)=(3), \
+               public.whole update_origin_differs 1 (id)=(7)";
+    counted(&tree, all);
+    tree.top.sql(
+        "UPDATE t SET v = 'again' WHERE id <> 4; DELETE FROM whole; UPDATE keyless SET v = 'x'",
+    );
+    for node in &tree.nodes {
+        node.server.sql(
+            "SET session_replication_role = replica; DELETE FROM t WHERE id = 9999; UPDATE t SET v = 'vxx' WHERE id = 4",
+        );
+    }
+    tree.wait_for_equal(&tables);
+    counted(&tree, all);
+}
+
+#[test]
 fn conflicts_tell_the_last_key_to_those_who_may_read_the_rows() {
     let schema = "
         CREATE TABLE pair (id int, b text, v int, PRIMARY KEY (id, b));

@@ -4,6 +4,7 @@
 use bytes::{BufMut, Bytes, BytesMut};
 
 use super::Shape;
+use crate::apply::relation::is_from_above;
 use crate::pgoutput::Datum;
 
 /// One statement, and how many rows it must touch.
@@ -78,7 +79,9 @@ impl Shape {
 
     fn same_key(&self) -> String {
         let term = |index: &usize| format!("t.{} = u.c{index}", self.columns[*index].name);
-        let terms: Vec<String> = self.keys.iter().map(term).collect();
+        let from_above = self.local_since.as_deref();
+        let from_above = from_above.map(|since| is_from_above(since, "t."));
+        let terms: Vec<String> = self.keys.iter().map(term).chain(from_above).collect();
         terms.join(" AND ")
     }
 
