@@ -91,13 +91,13 @@ impl Report {
     /// For the terminal.
     pub fn table(&self) -> String {
         let mut text = format!(
-            "{:<31} {:<18} {:<5} {:>9} {:>6} {:>9} {:>6} {:>8}  against\n",
+            "{:<36} {:<18} {:<5} {:>9} {:>6} {:>9} {:>6} {:>8}  against\n",
             "workload", "measure", "unit", "terrace", "+-%", "other", "+-%", "ratio"
         );
         for figure in &self.figures {
             let _ = writeln!(
                 text,
-                "{:<31} {:<18} {:<5} {:>9} {:>6.0} {:>9} {:>6.0} {:>7.2}x  {}",
+                "{:<36} {:<18} {:<5} {:>9} {:>6.0} {:>9} {:>6.0} {:>7.2}x  {}",
                 figure.workload,
                 figure.what,
                 figure.unit,

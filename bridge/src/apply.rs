@@ -430,6 +430,9 @@ impl<'a> Session<'a> {
             self.bump(&row, "delete_missing", count).await?;
         }
         self.client.simple("COMMIT").await?;
+        if self.sent_sets.iter().any(|shape| shape.is_constrained) {
+            self.constrained.went_well();
+        }
         self.sent_sets.clear();
         self.progress_written = Instant::now();
         self.committed = batch.end;

@@ -17,13 +17,13 @@ const ROWS: i64 = 500;
 const BYTES: usize = 128 << 10;
 
 /// Sends what `query` gives, one row as a JSON array a line; `header` says whose they are
-/// (members of a JSON object), `clear` which rows make way for them. Gives their number.
+/// (members of a JSON object), `clear` which rows make way for them, `null` for none. Gives their number.
 #[pg_extern]
 fn send_rows(header: &str, clear: &str, query: &str) -> Result<i64, spi::Error> {
     Spi::connect(|client| {
         let mut cursor = client.try_open_cursor(query, &[])?;
         let (mut rows, mut count) = (String::new(), 0);
-        let mut clear = Some(clear);
+        let mut clear = Some(clear).filter(|clear| *clear != "null");
         loop {
             let fetched = cursor.fetch(ROWS)?;
             let last = fetched.is_empty();

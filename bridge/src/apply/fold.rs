@@ -1,7 +1,7 @@
 //! The net effect of many transactions on each row, and the few statements that
 //! bring it about.
 //!
-//! Guarantee: after the statements every table holds what it would hold had every
+//! Guarantee: after the statements the rows of the top are what they would be had every
 //! change been applied in order; or one of them fails, or touches another number of rows
 //! than it says, and everything is to be rolled back and applied in order.
 //!
@@ -10,7 +10,8 @@
 //! written, but refuse it; a table without a primary key is only added to. Of one row
 //! only the last state counts. Rows are deleted before
 //! others are updated and inserted, so that a key, or another value that must be unique, is
-//! free when it is taken anew. One that goes from one updated row to another may be refused.
+//! free when it is taken anew. One that goes from one updated row to another may be refused. A row of
+//! this server alone is in nobody's way here if it is in the way of a value that is soon another one.
 
 mod write;
 
@@ -365,12 +366,7 @@ impl<'a> Table<'a> {
             statements.extend(statement.map(|statement| (phase, statement)));
         };
         add(Phase::Delete, self.shape.delete(&gone));
-        // One that is here all the same is to be noticed.
-        let never = self.shape.delete(&never);
-        add(
-            Phase::Delete,
-            never.map(|never| Statement { rows: 0, ..never }),
-        );
+        add(Phase::Delete, self.shape.miss(&never));
         for (sent, rows) in changed {
             add(Phase::Update, self.shape.update(&sent, &rows));
         }

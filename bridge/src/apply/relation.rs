@@ -108,8 +108,8 @@ pub(super) struct Relation {
     pub only: bool,
     /// `pg_class.relreplident` at the top.
     pub identity: u8,
-    /// Where it is known who wrote a row last: the number of the transaction from which on that may
-    /// have been a session of this server.
+    /// Where it is known who wrote a row last: after the transaction of this number that may have been
+    /// a session of this server.
     pub local_since: Option<String>,
     /// How to change it set-wise; known once looked up.
     pub shape: Option<Arc<Shape>>,
@@ -200,9 +200,11 @@ impl Relation {
                  pg_catalog.format_type(b.oid, -1), \
                  b.typnamespace = 'pg_catalog'::regnamespace AND b.typtype IN ('b', 'r', 'm') AND b.oid <> {CAST}, \
                  k.relkind, \
-                 (SELECT p.copied::xid::text FROM terrace.progress p, pg_snapshot_xmax(pg_current_snapshot()) next \
-                  WHERE current_setting('track_commit_timestamp') = 'on' \
-                    AND next::text::numeric - p.copied::text::numeric < 2000000000), \
+                 (SELECT CASE WHEN age(k.xmin) < age(first) THEN k.xmin::text ELSE first::text END \
+                  FROM terrace.progress p, pg_snapshot_xmax(pg_current_snapshot()) next, \
+                       greatest(p.copied::text::numeric, next::text::numeric - 1000000000) since, \
+                       CAST(mod(since, 4294967296)::text AS xid) first \
+                  WHERE current_setting('track_commit_timestamp') = 'on'), \
                  EXISTS (SELECT FROM pg_index i WHERE i.indrelid = k.oid \
                          AND (i.indisunique OR i.indisexclusion) AND NOT (i.indisprimary AND i.indimmediate)) \
              FROM pg_class k \
@@ -335,7 +337,8 @@ fn shape(
 }
 
 /// SQL: a row of `table.`, or of the only one, was not written by a session of this server after its
-/// initial copy; nobody knows who wrote what is frozen.
+/// initial copy, and after the table was altered here, which writes all rows; nobody knows who wrote
+/// what is frozen.
 pub(super) fn is_from_above(since: &str, table: &str) -> String {
     format!(
         "((pg_catalog.pg_xact_commit_timestamp_origin({table}xmin)).roident IS DISTINCT FROM 0 \

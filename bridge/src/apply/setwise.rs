@@ -68,7 +68,7 @@ impl Constrained {
         self.again = Some(Instant::now() + self.pause);
     }
 
-    fn went_well(&mut self) {
+    pub(super) fn went_well(&mut self) {
         self.pause = Duration::ZERO;
     }
 }
@@ -132,7 +132,6 @@ impl Session<'_> {
             }
         }
         let transactions = batch.transactions;
-        let is_constrained = sets.shapes.iter().any(|shape| shape.is_constrained);
         self.begin()?;
         self.send_sets(sets)?;
         self.close(&batch)?;
@@ -140,9 +139,6 @@ impl Session<'_> {
         // Postgres is at work meanwhile.
         self.fold_ahead()?;
         self.conclude(batch).await?;
-        if is_constrained {
-            self.constrained.went_well();
-        }
         tracing::debug!(transactions, "applied set-wise");
         Ok(true)
     }

@@ -172,7 +172,8 @@ pub(super) async fn synchronised_tables(
                  FROM terrace.sync_table s JOIN pg_catalog.pg_namespace n ON n.nspname = s.nspname \
                  JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = s.relname \
                  WHERE NOT c.relispartition AND (s.domains IS NULL OR $1 = ANY (s.domains))) \
-             SELECT DISTINCT ON (c.oid) n.nspname, c.relname, s.filter, \
+             SELECT DISTINCT ON (c.oid) n.nspname, c.relname, \
+                    nullif(concat_ws(' AND ', '(' || s.filter || ')', terrace.unsent(c.oid)), ''), \
                     (SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) \
                      FROM pg_catalog.pg_attribute a \
                      WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped \

@@ -268,6 +268,59 @@ fn large_tables_of_any_shape_come_in_pieces() {
 }
 
 #[test]
+fn who_copies_between_two_pieces_has_no_row_twice() {
+    let mut tree = Tree::grow(STEPS, &[("region", None, 1), ("other", None, 1)]);
+    let create = "CREATE TABLE heap (n int, v text)";
+    for node in &tree.nodes {
+        node.server.sql(create);
+    }
+    tree.top.sql(&format!(
+        "{create}; INSERT INTO heap SELECT g, repeat('x', 1000) FROM generate_series(1, 80000) g;
+         CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS
+             'BEGIN PERFORM pg_sleep(3); RETURN NEW; END';
+         CREATE TRIGGER slow BEFORE UPDATE ON terrace.sending FOR EACH ROW
+             WHEN (NEW.ranges <> OLD.ranges) EXECUTE FUNCTION slow();
+         SELECT terrace.add_table('heap')"
+    ));
+    let left = |tree: &Tree| {
+        let sql = "SELECT coalesce(sum(cardinality(ranges)), 0) FROM terrace.sending";
+        tree.top.value(sql).parse::<u32>().expect("a number")
+    };
+    wait_until("it is divided", || left(&tree) == 5);
+    // Nobody reaches into it but who sends.
+    let id = tree
+        .top
+        .value("SELECT comparison FROM terrace.sending LIMIT 1");
+    for piece in ["{0}", "{4}"] {
+        let send = format!("SELECT terrace.resend_ranges({id}, '{piece}', '{{}}', NULL)");
+        let refusal = tree.top.refusal(&send);
+        assert!(
+            refusal.contains("is not being sent by this session"),
+            "{refusal}"
+        );
+    }
+    wait_until("some pieces are sent", || left(&tree) == 4);
+    let sender = tree.top.value(
+        "SELECT split_part(application_name, ' ', 3) FROM pg_stat_activity WHERE application_name LIKE 'terrace rows%'",
+    );
+    let another = if sender == "other-1" {
+        "region-1"
+    } else {
+        "other-1"
+    };
+    let bridge = &tree.node(another).bridge;
+    let (copied, before) = ("all rows are copied", bridge.logged());
+    bridge.resync();
+    wait_until("it has copied", || {
+        bridge.logged().matches(copied).count() > before.matches(copied).count()
+    });
+    let left_then = left(&tree);
+    assert!((1..=3).contains(&left_then), "{left_then} pieces left");
+    wait_until("all is sent", || left(&tree) == 0);
+    tree.wait_for_equal(&["heap"]);
+}
+
+#[test]
 fn a_large_table_waits_for_a_bridge_and_ends_when_it_is_removed() {
     let mut tree = Tree::grow(STEPS, &[("region", None, 1)]);
     tree.node("region-1").bridge.stop();
@@ -433,6 +486,10 @@ fn a_key_of_words_is_cut_alike_in_every_order_and_encoding() {
         .value("SELECT id FROM terrace.begin_resend('words')");
     let pieces = format!("SELECT count(*) FROM terrace.pieces_of({id}, '{{0,1}}')");
     assert_eq!(tree.top.value(&pieces), "2");
+    let of_many = format!(
+        "SELECT count(*) || ' ' || sum(cardinality(p)) FROM terrace.pieces_of({id}, ARRAY(SELECT generate_series(0, 99))) p"
+    );
+    assert_eq!(tree.top.value(&of_many), "32 100");
     for accident in [
         "TRUNCATE words",
         "DELETE FROM words WHERE u % 3 = 0; UPDATE words SET u = u - 1 WHERE u % 3 = 1;

@@ -27,12 +27,21 @@ pub enum Data {
 
 impl Shape {
     pub(super) fn delete(&self, rows: &[&[Datum<'_>]]) -> Option<Statement> {
+        self.delete_where(self.same_row(), rows)
+    }
+
+    /// Deletes none: a row that is here all the same, whoever wrote it, is to be noticed.
+    pub(super) fn miss(&self, rows: &[&[Datum<'_>]]) -> Option<Statement> {
+        let delete = self.delete_where(self.same_key(), rows);
+        delete.map(|delete| Statement { rows: 0, ..delete })
+    }
+
+    fn delete_where(&self, condition: String, rows: &[&[Datum<'_>]]) -> Option<Statement> {
         let sql = || {
             format!(
-                "DELETE FROM ONLY {} t USING {} WHERE {}",
+                "DELETE FROM ONLY {} t USING {} WHERE {condition}",
                 self.table,
                 self.source(&self.keys),
-                self.same_key()
             )
         };
         statement(sql, rows, |rows| arrays(rows, &self.keys))
@@ -59,7 +68,7 @@ impl Shape {
                 self.table,
                 assignments.join(", "),
                 self.source(&all),
-                self.same_key()
+                self.same_row()
             )
         };
         statement(sql, rows, |rows| arrays(rows, &all))
@@ -79,10 +88,17 @@ impl Shape {
 
     fn same_key(&self) -> String {
         let term = |index: &usize| format!("t.{} = u.c{index}", self.columns[*index].name);
-        let from_above = self.local_since.as_deref();
-        let from_above = from_above.map(|since| is_from_above(since, "t."));
-        let terms: Vec<String> = self.keys.iter().map(term).chain(from_above).collect();
+        let terms: Vec<String> = self.keys.iter().map(term).collect();
         terms.join(" AND ")
+    }
+
+    /// The row as the top has it.
+    fn same_row(&self) -> String {
+        let key = self.same_key();
+        match &self.local_since {
+            Some(since) => format!("{key} AND {}", is_from_above(since, "t.")),
+            None => key,
+        }
     }
 
     /// The rows as a table `u` of columns `c…` of the right types. Functions in a select list
