@@ -8,8 +8,9 @@ SET LOCAL search_path TO terrace, pg_catalog;
 
 -- ----- role ------------------------------------------------------------------
 
--- May read what is synchronised and call terrace.report, nothing else. Roles
--- belong to the cluster, so it stays when the extension goes.
+-- May read what is synchronised, call terrace.report, and, at the top itself, have rows of tables sent
+-- (which holds off those who write to them). Roles belong to the cluster, so it stays when the extension
+-- goes.
 DO $$
 BEGIN
     IF NOT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = 'terrace_reader') THEN
@@ -1098,7 +1099,7 @@ DECLARE
     waited boolean;
 BEGIN
     PERFORM terrace.must_be_top();
-    PERFORM pg_advisory_xact_lock('terrace.sending'::regclass::oid::integer, rel::oid::integer);
+    -- In this order, as is_listed locks them.
     DELETE FROM terrace.sending s WHERE s.rel = remove_table.rel;
     waited := FOUND;
     DELETE FROM terrace.sync_table s USING pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -1675,6 +1676,21 @@ BEGIN
     PERFORM terrace.hold_for_session(part) FROM terrace.parts_of(rel) part;
 END $$;
 
+-- Whether nobody removes a table from the list just now; who wants to waits for this transaction.
+CREATE FUNCTION is_listed(rel regclass) RETURNS boolean
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    line terrace.sync_table := terrace.setting_of(rel);
+BEGIN
+    PERFORM FROM terrace.sending s WHERE s.rel = is_listed.rel FOR UPDATE SKIP LOCKED;
+    IF NOT FOUND AND EXISTS (SELECT FROM terrace.sending s WHERE s.rel = is_listed.rel) THEN
+        RETURN false;
+    END IF;
+    PERFORM FROM terrace.sync_table s WHERE s.nspname = line.nspname AND s.relname = line.relname
+    FOR KEY SHARE SKIP LOCKED;
+    RETURN FOUND;
+END $$;
+
 -- Rows of some ranges, once more or for the first time; those of "later" follow while writers are held off.
 CREATE FUNCTION resend_ranges(comparison bigint, ranges integer[], later integer[], domains text[]) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -1685,8 +1701,12 @@ DECLARE
 BEGIN
     PERFORM terrace.must_be_top();
     PERFORM terrace.with_ancestors(domains);
-    IF NOT pg_try_advisory_xact_lock_shared('terrace.sending'::regclass::oid::integer, rel::oid::integer) THEN
-        RAISE EXCEPTION 'table "%" is being removed', rel USING ERRCODE = 'object_in_use';
+    IF NOT terrace.is_listed(rel) THEN
+        RAISE EXCEPTION 'table "%" is being sent or removed by another session', rel
+            USING ERRCODE = 'object_in_use', HINT = 'Try again when that is done.';
+    ELSIF NOT (ranges || later) <@ ARRAY(SELECT generate_series(0, cardinality(made.bounds))) THEN
+        RAISE EXCEPTION 'comparison % has no such range', made.id
+            USING ERRCODE = 'invalid_parameter_value', HINT = format('It has ranges 0 to %s.', cardinality(made.bounds));
     END IF;
     UPDATE terrace.sending s SET since = pg_snapshot_xmin(pg_current_snapshot()),
         ranges = ARRAY(SELECT unnest(s.ranges) EXCEPT SELECT unnest(resend_ranges.ranges) ORDER BY 1)
@@ -1758,10 +1778,12 @@ END $$;
 
 -- What kept a table from being sent; the lock of the sender went with the transaction that failed.
 CREATE FUNCTION note_unsent(rel oid, problem text) RETURNS void
-    LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM terrace.must_be_top();
     UPDATE terrace.sending s SET problem = left(note_unsent.problem, 1000)
-    WHERE s.rel = note_unsent.rel
-$$;
+    WHERE s.rel = note_unsent.rel;
+END $$;
 
 -- Begins with a table, and holds its writers off till the session ends: ranges to send of it,
 -- "comparison" NULL if there are none. From this transaction on the table flows. Where a session
@@ -1858,8 +1880,7 @@ DECLARE
     done regclass := (SELECT s.rel FROM terrace.sending s WHERE s.comparison = end_sending.comparison AND s.ranges = '{}');
 BEGIN
     -- Who removes the table waits for this session.
-    IF terrace.sender() IS DISTINCT FROM pg_backend_pid()
-       OR NOT pg_try_advisory_xact_lock_shared('terrace.sending'::regclass::oid::integer, done::oid::integer) THEN
+    IF terrace.sender() IS DISTINCT FROM pg_backend_pid() OR NOT terrace.is_listed(done) THEN
         RETURN;
     END IF;
     DELETE FROM terrace.sending s WHERE s.rel = done;
