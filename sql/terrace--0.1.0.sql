@@ -1228,6 +1228,7 @@ BEGIN
             HINT = 'See terrace.tables.';
     END IF;
     PERFORM terrace.with_ancestors(domains);
+    PERFORM terrace.keep_listed(rel);
     RETURN terrace.fill(rel, domains);
 END $$;
 
@@ -1682,13 +1683,26 @@ CREATE FUNCTION is_listed(rel regclass) RETURNS boolean
 DECLARE
     line terrace.sync_table := terrace.setting_of(rel);
 BEGIN
-    PERFORM FROM terrace.sending s WHERE s.rel = is_listed.rel FOR UPDATE SKIP LOCKED;
-    IF NOT FOUND AND EXISTS (SELECT FROM terrace.sending s WHERE s.rel = is_listed.rel) THEN
-        RETURN false;
+    IF terrace.sender() = pg_backend_pid() THEN
+        PERFORM FROM terrace.sending s WHERE s.rel = is_listed.rel FOR UPDATE SKIP LOCKED;
+        IF NOT FOUND AND EXISTS (SELECT FROM terrace.sending s WHERE s.rel = is_listed.rel) THEN
+            RETURN false;
+        END IF;
     END IF;
     PERFORM FROM terrace.sync_table s WHERE s.nspname = line.nspname AND s.relname = line.relname
     FOR KEY SHARE SKIP LOCKED;
     RETURN FOUND;
+END $$;
+
+-- The table first: who alters it is about to look at the list.
+CREATE FUNCTION keep_listed(rel regclass) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    EXECUTE format('LOCK TABLE %s IN SHARE MODE', rel);
+    IF NOT terrace.is_listed(rel) THEN
+        RAISE EXCEPTION 'table "%" is being removed', rel
+            USING ERRCODE = 'object_in_use', HINT = 'See terrace.tables.';
+    END IF;
 END $$;
 
 -- Rows of some ranges, once more or for the first time; those of "later" follow while writers are held off.
@@ -1701,10 +1715,12 @@ DECLARE
 BEGIN
     PERFORM terrace.must_be_top();
     PERFORM terrace.with_ancestors(domains);
-    IF NOT terrace.is_listed(rel) THEN
-        RAISE EXCEPTION 'table "%" is being sent or removed by another session', rel
-            USING ERRCODE = 'object_in_use', HINT = 'Try again when that is done.';
-    ELSIF NOT (ranges || later) <@ ARRAY(SELECT generate_series(0, cardinality(made.bounds))) THEN
+    IF made.key = 'ctid' AND terrace.sender() IS DISTINCT FROM pg_backend_pid() THEN
+        RAISE EXCEPTION 'table "%" is not being sent by this session', rel
+            USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
+    PERFORM terrace.keep_listed(rel);
+    IF NOT (ranges || later) <@ ARRAY(SELECT generate_series(0, cardinality(made.bounds))) THEN
         RAISE EXCEPTION 'comparison % has no such range', made.id
             USING ERRCODE = 'invalid_parameter_value', HINT = format('It has ranges 0 to %s.', cardinality(made.bounds));
     END IF;
@@ -1713,7 +1729,7 @@ BEGIN
     WHERE s.comparison = made.id AND resend_ranges.domains IS NULL AND terrace.sender() = pg_backend_pid()
       AND s.ranges @> resend_ranges.ranges;
     IF made.key = 'ctid' AND NOT FOUND THEN
-        RAISE EXCEPTION 'table "%" is not being sent by this session', rel
+        RAISE EXCEPTION 'these rows of table "%" are not to be sent', rel
             USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;
     condition := terrace.ranges_condition(made, ranges);
@@ -1737,7 +1753,8 @@ $$;
 -- by the places of its rows just now. NULL for all.
 CREATE FUNCTION unsent(part regclass) RETURNS text
     LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-    SELECT format('NOT (%s)', terrace.ranges_condition(made, s.ranges))
+    SELECT format('NOT (%s)', (SELECT string_agg(terrace.between_bounds('ctid', made.bounds[r], made.bounds[r + 1]), ' OR ')
+                               FROM unnest(s.ranges) r))
     FROM terrace.sending s JOIN terrace.comparison made ON made.id = s.comparison
     WHERE made.key = 'ctid' AND s.ranges <> '{}'
       AND s.rel IN (SELECT part UNION SELECT relid FROM pg_partition_ancestors(part))

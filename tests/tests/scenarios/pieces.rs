@@ -295,8 +295,7 @@ fn who_copies_between_two_pieces_has_no_row_twice() {
         let send = format!("SELECT terrace.resend_ranges({id}, '{piece}', '{{}}', NULL)");
         let refusal = tree.top.refusal(&send);
         assert!(
-            refusal.contains("another session")
-                || refusal.contains("not being sent by this session"),
+            refusal.contains("is not being sent by this session"),
             "{refusal}"
         );
     }
