@@ -1631,12 +1631,10 @@ $$;
 CREATE FUNCTION begin_resend(rel regclass) RETURNS comparison
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
 DECLARE
-    key text := terrace.key_of(rel);
-    -- All of the table is read for each range of words.
-    ranges integer := least(terrace.piece_count(rel), CASE WHEN terrace.is_word(rel, key) THEN 32 END);
+    ranges integer := terrace.piece_count(rel);
 BEGIN
     PERFORM terrace.must_be_top();
-    IF ranges > 1 AND terrace.goes_in_pieces(rel, key) AND NOT terrace.line_of(rel) IS NULL THEN
+    IF ranges > 1 AND terrace.goes_in_pieces(rel, terrace.key_of(rel)) AND NOT terrace.line_of(rel) IS NULL THEN
         RETURN terrace.begin_comparison(rel, ranges);
     END IF;
     RETURN NULL;
