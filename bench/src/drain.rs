@@ -11,7 +11,9 @@ use anyhow::{Context, Result, ensure};
 use terrace_tests::Server;
 use terrace_tests::server::program;
 
-use crate::pgbench::{CLIENTS, HOT, INSERT, Script, TABLES, TINY, TPCB, UNIQUE, WIDE, fill};
+use crate::pgbench::{
+    CLIENTS, HOT, INSERT, LARGE, Script, TABLES, TINY, TPCB, UNIQUE, WIDE, Work, fill,
+};
 use crate::proc::cpu_seconds;
 use crate::report::{Better, Figure, Report};
 use crate::side::{Drained, Side, drain, mark, must_be_equal};
@@ -33,6 +35,16 @@ impl Drain {
             about: "a backlog over one hop, top -> 1",
             shape: HOP,
             scripts: &[TPCB, INSERT, HOT, WIDE, TINY, UNIQUE],
+        }
+    }
+
+    /// Of one transaction.
+    pub fn large() -> Drain {
+        Drain {
+            name: "large",
+            about: "one large transaction over one hop, top -> 1",
+            shape: HOP,
+            scripts: &[LARGE],
         }
     }
 
@@ -126,7 +138,7 @@ impl Workload for Drain {
     }
 
     fn run(&self, stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
-        let world = stage.world(self.shape, plan)?;
+        let world = stage.world_with_pglogical(self.shape, plan)?;
         for script in self.scripts {
             let result = self.script(world, plan, *script, report);
             world.explain(result)?;
@@ -143,32 +155,36 @@ impl Drain {
         script: Script,
         report: &mut Report,
     ) -> Result<()> {
-        let [rounds, sync_rounds] = match (self.is_tree(), script.text) {
+        let [rounds, sync_rounds] = match (self.is_tree(), script.work) {
             (true, _) => plan.tree_rounds,
-            (false, None) => plan.hop_rounds,
-            (false, Some(_)) => [plan.script_rounds, 0],
+            (false, Work::TpcB) => plan.hop_rounds,
+            (false, Work::Text(_)) => [plan.script_rounds, 0],
+            (false, Work::Large) => [plan.large_rounds, 0],
         };
         let size = plan.backlog[usize::from(self.is_tree())];
-        // pgbench's clients share the work evenly.
-        let transactions = (size as f64 * script.share) as u64 / CLIENTS * CLIENTS;
+        let amount = match script.work {
+            Work::Large => plan.large_rows,
+            // pgbench's clients share the work evenly.
+            _ => (size as f64 * script.share) as u64 / CLIENTS * CLIENTS,
+        };
         let mut samples = Samples::default();
         for round in 0..rounds + sync_rounds {
             let sync = round >= rounds;
             let commit = if sync { "on" } else { "off" };
             world.native.synchronous_commit(commit);
-            self.round(world, script, transactions, round, sync, &mut samples)?;
+            self.round(world, script, amount, round, sync, &mut samples)?;
         }
         world.native.synchronous_commit("off");
-        let tables = match script.text {
-            None => &TABLES[..4],
-            Some(_) => &[script.table][..],
+        let tables = match script.work {
+            Work::TpcB => &TABLES[..4],
+            _ => &[script.table][..],
         };
         must_be_equal(&world.terrace, world.top(), tables)?;
         must_be_equal(&world.native, world.top(), tables)?;
         if let Some(side) = &world.pglogical {
             must_be_equal(side, world.top(), tables)?;
         }
-        self.figures(report, script, transactions, samples);
+        self.figures(report, script, amount, samples);
         Ok(())
     }
 
@@ -177,7 +193,7 @@ impl Drain {
         &self,
         world: &mut World,
         script: Script,
-        transactions: u64,
+        amount: u64,
         round: usize,
         sync: bool,
         samples: &mut Samples,
@@ -186,13 +202,17 @@ impl Drain {
         if !self.is_tree() {
             top.sql(CREATE_SLOT);
         }
-        fill(top, script, transactions)?;
+        fill(top, script, amount)?;
         let marker = mark(top)?;
         world.tidy()?;
         let mut turns = vec![Turn::Terrace, Turn::Native];
         turns.extend((!self.is_tree()).then_some(Turn::Decode));
         turns.extend(world.pglogical.as_ref().map(|_| Turn::Pglogical));
-        let mut line = format!("    {}, {transactions} tx:", script.name);
+        let unit = match script.work {
+            Work::Large => "rows",
+            _ => "tx",
+        };
+        let mut line = format!("    {}, {amount} {unit}:", script.name);
         for turn in rotated(&turns, round) {
             let drained = turn.run(world, marker)?;
             let seconds = drained.elapsed.as_secs_f64();
@@ -218,7 +238,7 @@ impl Drain {
         Ok(())
     }
 
-    fn figures(&self, report: &mut Report, script: Script, transactions: u64, samples: Samples) {
+    fn figures(&self, report: &mut Report, script: Script, amount: u64, samples: Samples) {
         let mut add = |what, unit, better, against, terrace: &[f64], baseline: &[f64]| {
             if baseline.is_empty() {
                 return;
@@ -234,9 +254,13 @@ impl Drain {
                 paired: false,
             });
         };
+        let (work, unit) = match script.work {
+            Work::Large => (amount as f64 / 1024.0, "MiB/s"),
+            _ => (amount as f64, "tx/s"),
+        };
         let rate = |sample: &Sample| -> Vec<f64> {
             let seconds = sample.elapsed.iter();
-            seconds.map(|s| transactions as f64 / s).collect()
+            seconds.map(|s| work / s).collect()
         };
         let own = rate(&samples.terrace);
         for (against, other) in [
@@ -245,7 +269,7 @@ impl Drain {
             ("pglogical", &samples.pglogical),
             ("decode limit", &samples.decode),
         ] {
-            add("rate", "tx/s", Better::Higher, against, &own, &rate(other));
+            add("rate", unit, Better::Higher, against, &own, &rate(other));
         }
         let (terrace, native) = (&samples.terrace, &samples.native);
         let mut lower = |what, terrace: &[f64], native: &[f64]| {

@@ -40,6 +40,7 @@ use world::Stage;
 fn workloads() -> Vec<Box<dyn Workload>> {
     vec![
         Box::new(drain::Drain::hop()),
+        Box::new(drain::Drain::large()),
         Box::new(drain::Drain::tree()),
         Box::new(latency::Latency),
         Box::new(memory::Memory),

@@ -7,6 +7,7 @@
 
 use anyhow::{Result, ensure};
 
+use crate::pgbench::large_rows;
 use crate::proc;
 use crate::report::{Better, Figure, Report};
 use crate::side::{Side, Which, drain, mark, must_be_equal};
@@ -32,8 +33,7 @@ impl Workload for Memory {
 
     fn run(&self, stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
         let (large, many) = (plan.large_rows, plan.many_rows);
-        // Rows of 1 KiB stay in line, so all of it is in the WAL.
-        let rows = format!("g, repeat(md5(g::text), 32) FROM generate_series(1, {large}) g");
+        let rows = large_rows(large);
         let shape = plan.large_shape;
         let world = stage.world(shape, plan)?;
         measure(

@@ -6,35 +6,44 @@ use anyhow::{Context, Result, ensure};
 use terrace_tests::Server;
 use terrace_tests::server::program;
 
-/// A transaction that is repeated.
+/// What fills a backlog.
 #[derive(Clone, Copy)]
 pub struct Script {
     pub name: &'static str,
-    /// A pgbench script; `None` is the built-in one like TPC-B.
-    pub text: Option<&'static str>,
+    pub work: Work,
     /// This script's transactions for one of the built-in.
     pub share: f64,
     /// Table whose rows tell whether all has arrived.
     pub table: &'static str,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Work {
+    /// pgbench's built-in transaction like TPC-B.
+    TpcB,
+    /// A pgbench script.
+    Text(&'static str),
+    /// One transaction of as many rows of 1 KiB as the plan says.
+    Large,
+}
+
 pub const TPCB: Script = Script {
     name: "pgbench",
-    text: None,
+    work: Work::TpcB,
     share: 1.0,
     table: "pgbench_history",
 };
 
 pub const INSERT: Script = Script {
     name: "insert-only",
-    text: Some("INSERT INTO bench_insert (body) VALUES (md5(:client_id::text));\n"),
+    work: Work::Text("INSERT INTO bench_insert (body) VALUES (md5(:client_id::text));\n"),
     share: 2.0,
     table: "bench_insert",
 };
 
 pub const HOT: Script = Script {
     name: "hot rows",
-    text: Some(
+    work: Work::Text(
         "\\set id random(1, 10)\nUPDATE bench_hot SET n = n + 1, body = md5(n::text) WHERE id = :id;\n",
     ),
     share: 2.0,
@@ -44,7 +53,7 @@ pub const HOT: Script = Script {
 /// One row of many.
 pub const TINY: Script = Script {
     name: "tiny",
-    text: Some(
+    work: Work::Text(
         "\\set id random(1, 200000)\nUPDATE pgbench_accounts SET abalance = abalance + 1 WHERE aid = :id;\n",
     ),
     share: 2.0,
@@ -54,7 +63,7 @@ pub const TINY: Script = Script {
 /// The same where another value must be unique, too, and becomes another one.
 pub const UNIQUE: Script = Script {
     name: "unique",
-    text: Some(
+    work: Work::Text(
         "\\set id random(1, 200000)\nUPDATE bench_unique SET n = n + 1, name = format('%s of %s', n, id) WHERE id = :id;\n",
     ),
     share: 1.0,
@@ -64,12 +73,19 @@ pub const UNIQUE: Script = Script {
 /// 16 KiB that do not compress, so they are stored out of line.
 pub const WIDE: Script = Script {
     name: "wide rows",
-    text: Some(
+    work: Work::Text(
         "INSERT INTO bench_wide (body) SELECT string_agg(md5(random()::text), '') \
          FROM generate_series(1, 512) WHERE :client_id >= 0;\n",
     ),
     share: 0.05,
     table: "bench_wide",
+};
+
+pub const LARGE: Script = Script {
+    name: "one transaction",
+    work: Work::Large,
+    share: 0.0,
+    table: "bench_large",
 };
 
 /// Tables of the scripts above and of the other workloads.
@@ -131,7 +147,7 @@ pub fn create_tables(server: &Server, scale: u32, settings: &str, rows: bool) ->
 
 /// Where the script is, unless it is the built-in one.
 pub fn script_file(server: &Server, script: Script) -> Result<Option<String>> {
-    let Some(text) = script.text else {
+    let Work::Text(text) = script.work else {
         return Ok(None);
     };
     let file = server.socket_dir().join("script.sql");
@@ -139,9 +155,21 @@ pub fn script_file(server: &Server, script: Script) -> Result<Option<String>> {
     Ok(Some(file.to_string_lossy().into_owned()))
 }
 
-/// Commits `transactions` at the top, as fast as it can: nobody measures this part.
-pub fn fill(top: &Server, script: Script, transactions: u64) -> Result<()> {
-    let each = (transactions / CLIENTS).to_string();
+/// What is selected for rows of 1 KiB that stay in line, so that all of them are in the WAL.
+pub fn large_rows(number: u64) -> String {
+    format!("g, repeat(md5(g::text), 32) FROM generate_series(1, {number}) g")
+}
+
+/// Commits `amount` transactions at the top, or one of `amount` rows, as fast as it can: nobody
+/// measures this part.
+pub fn fill(top: &Server, script: Script, amount: u64) -> Result<()> {
+    if script.work == Work::Large {
+        top.sql("TRUNCATE bench_large");
+        let rows = large_rows(amount);
+        top.sql(&format!("INSERT INTO bench_large SELECT {rows}"));
+        return Ok(());
+    }
+    let each = (amount / CLIENTS).to_string();
     let clients = CLIENTS.to_string();
     let mut arguments = vec!["-n", "-c", &clients, "-j", "2", "-t", &each];
     let file = script_file(top, script)?;

@@ -1,4 +1,4 @@
-//! pglogical over one hop, where it is installed.
+//! pglogical in the shape of the native subscriptions, where it is installed.
 
 use std::path::Path;
 use std::process::Command;
@@ -11,13 +11,13 @@ use terrace_tests::{Server, Tree};
 use crate::pgbench::{SCHEMA, TABLES, create_tables};
 use crate::side::Side;
 use crate::workload::{Plan, wait};
-use crate::world::bare;
+use crate::world::{Shape, at_once, bare};
 
-/// A subscriber; its provider is the tree's top.
+/// Subscribers of the tree's top, and of each other.
 pub struct Pglogical {
-    server: Server,
-    /// How to ask the top whether somebody reads from it.
-    top: postgres::Config,
+    servers: Vec<Server>,
+    /// How to ask whether somebody reads from it: the top and those of the first level.
+    providers: Vec<postgres::Config>,
 }
 
 /// Whether this PostgreSQL has it.
@@ -61,69 +61,104 @@ fn dsn(server: &Server) -> String {
     )
 }
 
-impl Pglogical {
-    /// Boots a subscriber and waits until it has its initial copy.
-    pub fn boot(tree: &mut Tree, plan: &Plan) -> Result<Pglogical> {
-        start_with_it(&mut tree.top)?;
-        let top = &tree.top;
-        top.sql(&format!(
-            "SELECT pglogical.create_node('top', '{}')",
-            dsn(top)
+/// Each has a name of its own, as its slot at the provider gets its name from it.
+fn subscription(server: &Server) -> String {
+    server.name.replace('-', "_")
+}
+
+/// Makes a node that others may subscribe to.
+fn provide(server: &Server) {
+    server.sql(&format!(
+        "SELECT pglogical.create_node('{}', '{}')",
+        server.name,
+        dsn(server)
+    ));
+    for table in TABLES {
+        // One without a key can only be added to.
+        let set = match table {
+            "pgbench_history" => "default_insert_only",
+            _ => "default",
+        };
+        server.sql(&format!(
+            "SELECT pglogical.replication_set_add_table('{set}', '{table}')"
         ));
-        for table in TABLES {
-            // One without a key can only be added to.
-            let set = match table {
-                "pgbench_history" => "default_insert_only",
-                _ => "default",
-            };
-            top.sql(&format!(
-                "SELECT pglogical.replication_set_add_table('{set}', '{table}')"
+    }
+}
+
+/// Subscribes and waits for the initial copy.
+fn subscribe(server: &Server, above: &Server) -> Result<()> {
+    server.sql(&format!(
+        "SELECT pglogical.create_subscription('{}', '{}', '{{default,default_insert_only}}')",
+        subscription(server),
+        dsn(above)
+    ));
+    let copied =
+        "SELECT bool_and(status = 'replicating') FROM pglogical.show_subscription_status()";
+    wait("pglogical has its copy", Duration::from_millis(50), || {
+        Ok(server.value(copied) == "t")
+    })
+}
+
+impl Pglogical {
+    /// Boots subscribers and waits until all have their initial copy.
+    pub fn boot(tree: &mut Tree, shape: Shape, plan: &Plan) -> Result<Pglogical> {
+        start_with_it(&mut tree.top)?;
+        provide(&tree.top);
+        let mut servers = Vec::new();
+        for number in 1..=shape.region + shape.branch {
+            servers.push(bare(tree, &format!("pglogical-{number}"))?);
+        }
+        at_once(servers.iter_mut(), |server| {
+            start_with_it(server)?;
+            create_tables(server, plan.scale, "", false)?;
+            server.sql(SCHEMA);
+            provide(server);
+            Ok(())
+        })?;
+        let (regions, branches) = servers.split_at(shape.region);
+        for region in regions {
+            subscribe(region, &tree.top)?;
+        }
+        at_once(
+            branches.iter().zip(regions.iter().cycle()),
+            |(branch, region)| subscribe(branch, region),
+        )?;
+        let providers = regions.iter().chain([&tree.top]).map(Server::config);
+        let providers = providers.collect();
+        Ok(Pglogical { servers, providers })
+    }
+
+    /// Enables or disables all subscriptions.
+    fn alter(&self, what: &str) {
+        for server in &self.servers {
+            let name = subscription(server);
+            server.sql(&format!(
+                "SELECT pglogical.alter_subscription_{what}('{name}', true)"
             ));
         }
-        let mut server = bare(tree, "pglogical")?;
-        start_with_it(&mut server)?;
-        create_tables(&server, plan.scale, "", false)?;
-        server.sql(SCHEMA);
-        server.sql(&format!(
-            "SELECT pglogical.create_node('below', '{}')",
-            dsn(&server)
-        ));
-        server.sql(&format!(
-            "SELECT pglogical.create_subscription('bench', '{}', '{{default,default_insert_only}}')",
-            dsn(top)
-        ));
-        let copied =
-            "SELECT bool_and(status = 'replicating') FROM pglogical.show_subscription_status()";
-        wait("pglogical has its copy", Duration::from_millis(50), || {
-            Ok(server.value(copied) == "t")
-        })?;
-        let top = top.config();
-        Ok(Pglogical { server, top })
     }
 }
 
 impl Side for Pglogical {
     fn resume(&mut self) -> Result<()> {
-        self.server
-            .sql("SELECT pglogical.alter_subscription_enable('bench', true)");
+        self.alter("enable");
         Ok(())
     }
 
     fn pause(&mut self) -> Result<()> {
-        self.server
-            .sql("SELECT pglogical.alter_subscription_disable('bench', true)");
-        let mut top = self
-            .top
-            .connect(postgres::NoTls)
-            .context("connect to the top")?;
+        self.alter("disable");
         let sql = "SELECT FROM pg_replication_slots WHERE active AND plugin = 'pglogical_output'";
-        wait("pglogical is idle", Duration::from_millis(20), || {
-            Ok(top.query(sql, &[])?.is_empty())
+        self.providers.iter().try_for_each(|provider| {
+            let connected = provider.connect(postgres::NoTls);
+            let mut provider = connected.context("connect to a provider")?;
+            wait("pglogical is idle", Duration::from_millis(20), || {
+                Ok(provider.query(sql, &[])?.is_empty())
+            })
         })
     }
 
     fn servers(&self) -> Vec<&Server> {
-        vec![&self.server]
+        self.servers.iter().collect()
     }
 
     fn helpers(&self) -> Vec<i32> {

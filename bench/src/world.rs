@@ -41,17 +41,31 @@ pub const HOP: Shape = Shape {
 
 /// Keeps the servers for the next workload if that wants as many.
 #[derive(Default)]
-pub struct Stage(Option<(Shape, World)>);
+pub struct Stage(Option<(Shape, bool, World)>);
 
 impl Stage {
     /// Both sides in this shape, paused.
     pub fn world(&mut self, shape: Shape, plan: &Plan) -> Result<&mut World> {
-        if self.0.as_ref().is_none_or(|(there, _)| *there != shape) {
+        self.with(shape, false, plan)
+    }
+
+    /// The same with pglogical, if that is installed.
+    pub fn world_with_pglogical(&mut self, shape: Shape, plan: &Plan) -> Result<&mut World> {
+        self.with(shape, pglogical::is_installed(), plan)
+    }
+
+    fn with(&mut self, shape: Shape, pglogical: bool, plan: &Plan) -> Result<&mut World> {
+        let wanted = (shape, pglogical);
+        if self
+            .0
+            .as_ref()
+            .is_none_or(|(shape, pglogical, _)| (*shape, *pglogical) != wanted)
+        {
             // First the old servers go, then the new ones come.
             self.clear();
-            self.0 = Some((shape, World::boot(shape, plan)?));
+            self.0 = Some((shape, pglogical, World::boot(shape, pglogical, plan)?));
         }
-        let (_, world) = self.0.as_mut().context("a world")?;
+        let (.., world) = self.0.as_mut().context("a world")?;
         Ok(world)
     }
 
@@ -63,7 +77,6 @@ impl Stage {
 
 /// All sides, paused. The other servers go before the directory they are in.
 pub struct World {
-    /// Over one hop only.
     pub pglogical: Option<Pglogical>,
     pub native: Native,
     pub terrace: Terrace,
@@ -136,7 +149,7 @@ pub fn tidy<'a>(servers: impl Iterator<Item = &'a Server>) -> Result<()> {
 
 impl World {
     /// Boots everything, waits until everybody has a copy of the tables, and pauses both sides.
-    pub fn boot(shape: Shape, plan: &Plan) -> Result<World> {
+    pub fn boot(shape: Shape, with_pglogical: bool, plan: &Plan) -> Result<World> {
         let start = Instant::now();
         let mut tree = plant()?;
         create_tables(&tree.top, plan.scale, "", true)?;
@@ -155,8 +168,8 @@ impl World {
         let mut native = Native::boot(&tree, shape, plan)?;
         native.pause()?;
         let mut pglogical = None;
-        if shape == HOP && pglogical::is_installed() {
-            pglogical = Some(Pglogical::boot(&mut tree, plan)?);
+        if with_pglogical {
+            pglogical = Some(Pglogical::boot(&mut tree, shape, plan)?);
         }
         if let Some(side) = &mut pglogical {
             side.pause()?;
