@@ -91,18 +91,20 @@ CREATE TABLE checksum (
     PRIMARY KEY (comparison, range)
 );
 
--- Large tables that were added, until all of their rows are sent; at the top, for itself. One that no
--- comparison has divided yet does not flow.
+-- Large tables that were added, or are wanted once more, until all of their rows are sent; at the top, for
+-- itself. One that no comparison has divided yet does not flow.
 CREATE TABLE sending (
     rel oid PRIMARY KEY,
     domains text[],
     columns text[],
     filter text,
+    again boolean NOT NULL DEFAULT false,    -- for these domains, to which it flows already
     comparison bigint UNIQUE,
     ranges integer[],    -- that are still to be sent
     since xid8,          -- who may have written when nobody was held off has this number or a higher one
     next_try timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
     tries integer NOT NULL DEFAULT 0,
+    rows bigint NOT NULL DEFAULT 0,    -- that are sent
     problem text         -- what kept it from being sent the last time
 );
 
@@ -1297,10 +1299,7 @@ BEGIN
         bounds := of.bounds;
     ELSE
         from_files := false;
-        place := CASE WHEN type IN ('text', 'character varying')
-                      THEN format('width_bucket(convert_to(%I, ''UTF8''), %L::bytea[])', of.key,
-                                  ARRAY(SELECT convert_to(b, 'UTF8') FROM unnest(of.bounds) WITH ORDINALITY u(b, n) ORDER BY n))
-                      ELSE format('width_bucket(%s, %L::%s[])', place, of.bounds, type) END;
+        place := terrace.range_number(of, rel);
         bounds := ARRAY(SELECT generate_subscripts(of.bounds, 1));
     END IF;
     listed := concat_ws(', ', place, (SELECT string_agg(quote_ident(name), ', ' ORDER BY number)
@@ -1327,6 +1326,16 @@ BEGIN
             USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'Compare it once more.';
     END IF;
 END $$;
+
+-- The range that a row is in: words by their bytes in UTF-8, as a server may have them in another encoding.
+CREATE FUNCTION range_number(of terrace.comparison, rel regclass) RETURNS text
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp SET bytea_output = 'hex' AS $$
+    SELECT CASE WHEN type IN ('text', 'character varying')
+                THEN format('width_bucket(convert_to(%I, ''UTF8''), %L::bytea[])', of.key,
+                            ARRAY(SELECT convert_to(b, 'UTF8') FROM unnest(of.bounds) WITH ORDINALITY u(b, n) ORDER BY n))
+                ELSE format('width_bucket(%s, %L::%s[])', terrace.key_expression(rel, of.key), of.bounds, type) END
+    FROM terrace.key_type(rel, of.key) type
+$$;
 
 -- By which all rows are found that a key has, in any snapshot.
 CREATE FUNCTION integer_index(part oid, key text) RETURNS oid
@@ -1627,18 +1636,54 @@ CREATE FUNCTION piece_count(rel regclass) RETURNS integer
     FROM terrace.parts_of(rel) part
 $$;
 
--- Divides a table that is to be sent in pieces; NULL if it goes at once.
-CREATE FUNCTION begin_resend(rel regclass) RETURNS comparison
+-- Has a table sent once more in pieces, which goes on whatever becomes of who wants it: the comparison that
+-- divides it, NULL if it goes at once. What is on its way already begins anew, as it may have been sent
+-- before there was reason to want it.
+CREATE FUNCTION begin_resend(rel regclass, domains text[] DEFAULT NULL) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
 DECLARE
-    ranges integer := terrace.piece_count(rel);
+    pieces integer := terrace.piece_count(rel);
+    made terrace.comparison;
 BEGIN
     PERFORM terrace.must_be_top();
-    IF ranges > 1 AND terrace.goes_in_pieces(rel, terrace.key_of(rel)) AND NOT terrace.line_of(rel) IS NULL THEN
-        RETURN terrace.begin_comparison(rel, ranges);
+    IF pieces = 1 OR NOT terrace.goes_in_pieces(rel, terrace.key_of(rel)) OR terrace.line_of(rel) IS NULL THEN
+        RETURN NULL;
     END IF;
-    RETURN NULL;
+    PERFORM terrace.with_ancestors(domains);
+    made := terrace.begin_comparison(rel, pieces);
+    INSERT INTO terrace.sending AS s (rel, domains, again, comparison, ranges)
+    VALUES (begin_resend.rel, begin_resend.domains, true, made.id, terrace.ranges_of(made))
+    ON CONFLICT ON CONSTRAINT sending_pkey DO UPDATE SET
+        domains = CASE WHEN s.domains IS NOT NULL AND excluded.domains IS NOT NULL
+                       THEN ARRAY(SELECT unnest(s.domains) UNION SELECT unnest(excluded.domains)) END,
+        comparison = excluded.comparison, ranges = excluded.ranges, since = NULL, next_try = excluded.next_try,
+        tries = 0, rows = 0, problem = NULL
+    WHERE s.again;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'rows of table "%" are being sent already', rel
+            USING ERRCODE = 'object_in_use', HINT = 'See column sending of terrace.tables.';
+    END IF;
+    RETURN made.id;
 END $$;
+
+CREATE FUNCTION ranges_of(made terrace.comparison) RETURNS integer[]
+    LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT ARRAY(SELECT generate_series(0, cardinality(made.bounds)))
+$$;
+
+-- What has become of it: what is in the way while it waits, and the event that tells when all is sent; neither
+-- where it was given up.
+CREATE FUNCTION asked_rows(rel oid, comparison bigint) RETURNS json
+    LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT json_build_object('waits', s.rel IS NOT NULL, 'comparison', s.comparison, 'tries', s.tries, 'problem', s.problem,
+        'sent', (SELECT e.reason FROM terrace.event e WHERE e.id = terrace.sent_event(asked_rows.comparison)))
+    FROM (VALUES (asked_rows.rel)) asked (rel) LEFT JOIN terrace.sending s ON s.rel = asked.rel AND s.again
+$$;
+
+CREATE FUNCTION sent_event(comparison bigint) RETURNS text
+    LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT format('sent-%s-%s', system_identifier, comparison) FROM pg_control_system()
+$$;
 
 -- Ranges that are sent together: all of a table is read for each piece of words.
 CREATE FUNCTION pieces_of(comparison bigint, ranges integer[]) RETURNS SETOF integer[]
@@ -1709,33 +1754,39 @@ CREATE FUNCTION resend_ranges(comparison bigint, ranges integer[], later integer
 DECLARE
     made terrace.comparison := terrace.comparison_of(comparison);
     rel regclass := terrace.compared_table(made);
+    is_sender boolean := terrace.sender() IS NOT DISTINCT FROM pg_backend_pid();
     condition text;
+    sent bigint;
 BEGIN
     PERFORM terrace.must_be_top();
     PERFORM terrace.with_ancestors(domains);
-    IF made.key = 'ctid' AND terrace.sender() IS DISTINCT FROM pg_backend_pid() THEN
+    IF made.key = 'ctid' AND NOT is_sender THEN
         RAISE EXCEPTION 'table "%" is not being sent by this session', rel
             USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;
     PERFORM terrace.keep_listed(rel);
-    IF NOT (ranges || later) <@ ARRAY(SELECT generate_series(0, cardinality(made.bounds))) THEN
+    IF NOT (ranges || later) <@ terrace.ranges_of(made) THEN
         RAISE EXCEPTION 'comparison % has no such range', made.id
             USING ERRCODE = 'invalid_parameter_value', HINT = format('It has ranges 0 to %s.', cardinality(made.bounds));
-    END IF;
-    UPDATE terrace.sending s SET since = pg_snapshot_xmin(pg_current_snapshot()),
-        ranges = ARRAY(SELECT unnest(s.ranges) EXCEPT SELECT unnest(resend_ranges.ranges) ORDER BY 1)
-    WHERE s.comparison = made.id AND resend_ranges.domains IS NULL AND terrace.sender() = pg_backend_pid()
-      AND s.ranges @> resend_ranges.ranges;
-    IF made.key = 'ctid' AND NOT FOUND THEN
-        RAISE EXCEPTION 'these rows of table "%" are not to be sent', rel
-            USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;
     condition := terrace.ranges_condition(made, ranges);
     IF made.key = 'ctid' THEN
         -- Places mean nothing below: all that is there makes way for the first.
-        RETURN terrace.fill(rel, domains, condition, CASE WHEN 0 = ANY (ranges) THEN 'true' END);
+        sent := terrace.fill(rel, domains, condition, CASE WHEN 0 = ANY (ranges) THEN 'true' END);
+    ELSE
+        sent := terrace.fill(rel, domains, condition, condition, terrace.ranges_condition(made, later));
     END IF;
-    RETURN terrace.fill(rel, domains, condition, condition, terrace.ranges_condition(made, later));
+    IF is_sender THEN
+        UPDATE terrace.sending s SET since = pg_snapshot_xmin(pg_current_snapshot()), rows = s.rows + sent,
+            ranges = ARRAY(SELECT unnest(s.ranges) EXCEPT SELECT unnest(resend_ranges.ranges) ORDER BY 1)
+        WHERE s.comparison = made.id AND s.ranges @> resend_ranges.ranges
+          AND resend_ranges.domains IS NOT DISTINCT FROM CASE WHEN s.again THEN s.domains END;
+        IF NOT FOUND THEN
+            RAISE EXCEPTION 'these rows of table "%" are not to be sent', rel
+                USING ERRCODE = 'object_not_in_prerequisite_state';
+        END IF;
+    END IF;
+    RETURN sent;
 END $$;
 
 -- NULL if there are none. Those next to each other are one.
@@ -1758,7 +1809,7 @@ CREATE FUNCTION unsent(part regclass) RETURNS text
       AND s.rel IN (SELECT part UNION SELECT relid FROM pg_partition_ancestors(part))
 $$;
 
--- The session that sends rows of added tables.
+-- The session that sends rows of such tables.
 CREATE FUNCTION sender() RETURNS integer
     LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT l.pid FROM pg_locks l JOIN pg_database d ON d.oid = l.database
@@ -1766,7 +1817,7 @@ CREATE FUNCTION sender() RETURNS integer
       AND l.mode = 'ShareRowExclusiveLock' AND l.granted
 $$;
 
--- Whether rows of a table that was added are to be sent now, and nobody does.
+-- Whether rows of a table are to be sent now, and nobody does.
 CREATE FUNCTION rows_wait() RETURNS boolean
     LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -1783,7 +1834,8 @@ DECLARE
 BEGIN
     PERFORM terrace.must_be_top();
     PERFORM terrace.hold_for_session('terrace.sender'::regclass);
-    DELETE FROM terrace.sending s WHERE NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = s.rel);
+    DELETE FROM terrace.sending s WHERE NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = s.rel)
+        OR s.again AND terrace.setting_of(s.rel) IS NULL;
     SELECT rel INTO taken FROM terrace.sending WHERE next_try <= clock_timestamp() ORDER BY next_try LIMIT 1
     FOR UPDATE SKIP LOCKED;
     UPDATE terrace.sending s SET tries = s.tries + 1,
@@ -1800,11 +1852,11 @@ BEGIN
     WHERE s.rel = note_unsent.rel;
 END $$;
 
--- Begins with a table, and holds its writers off till the session ends: ranges to send of it,
--- "comparison" NULL if there are none. From this transaction on the table flows. Where a session
+-- Begins with a table, and holds its writers off till the session ends: ranges to send of it, to "domains" if not to
+-- all, "comparison" NULL if there are none. From this transaction on the table flows. Where a session
 -- before was cut off, what may have been written since goes again: a row may have come from a range that was not
 -- sent, so that nothing was found below to change.
-CREATE FUNCTION begin_sending(rel oid, OUT comparison bigint, OUT ranges integer[])
+CREATE FUNCTION begin_sending(rel oid, OUT comparison bigint, OUT ranges integer[], OUT domains text[])
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     taken terrace.sending;
@@ -1827,15 +1879,20 @@ BEGIN
         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = taken.rel;
     END IF;
     made := terrace.still_divided(taken.rel, taken.comparison);
-    IF made IS NULL THEN
+    IF made IS NULL AND taken.again THEN
+        -- It was altered, and what can be cut below is another thing than it was.
+        DELETE FROM terrace.sending s WHERE s.rel = taken.rel;
+        RETURN;
+    ELSIF made IS NULL THEN
         DELETE FROM terrace.comparison c WHERE c.id = taken.comparison;
         made := terrace.divide(taken.rel);
-        ranges := ARRAY(SELECT generate_series(0, cardinality(made.bounds)));
+        ranges := terrace.ranges_of(made);
     ELSE
-        ranges := ARRAY(SELECT terrace.written_since(made, taken.rel, taken.since)
+        ranges := ARRAY(SELECT terrace.written_since(made, taken.rel, taken.since) WHERE taken.since IS NOT NULL
                         UNION SELECT unnest(taken.ranges) ORDER BY 1);
     END IF;
     comparison := made.id;
+    domains := CASE WHEN taken.again THEN taken.domains END;
     UPDATE terrace.sending s SET comparison = made.id, ranges = begin_sending.ranges, problem = NULL,
         since = pg_snapshot_xmin(pg_current_snapshot()) WHERE s.rel = taken.rel;
 END $$;
@@ -1873,8 +1930,8 @@ DECLARE
 BEGIN
     FOR part IN SELECT terrace.stored_parts_of(rel) LOOP
         RETURN QUERY EXECUTE format(
-            'SELECT DISTINCT width_bucket(%s, %L::%s[]) FROM ONLY %s WHERE age(xmin) <= age($1)',
-            terrace.key_expression(rel, made.key), made.bounds, made.key_type, part) USING since::xid;
+            'SELECT DISTINCT %s FROM ONLY %s WHERE age(xmin) <= age($1)', terrace.range_number(made, rel), part)
+            USING since::xid;
     END LOOP;
 END $$;
 
@@ -1893,17 +1950,19 @@ CREATE FUNCTION end_sending(comparison bigint) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     done regclass := (SELECT s.rel FROM terrace.sending s WHERE s.comparison = end_sending.comparison AND s.ranges = '{}');
+    ended terrace.sending;
 BEGIN
     -- Who removes the table waits for this session.
     IF terrace.sender() IS DISTINCT FROM pg_backend_pid() OR NOT terrace.is_listed(done) THEN
         RETURN;
     END IF;
-    DELETE FROM terrace.sending s WHERE s.rel = done;
+    DELETE FROM terrace.sending s WHERE s.rel = done RETURNING * INTO ended;
     IF FOUND THEN
         INSERT INTO terrace.event ("id", "time", node, domain, kind, reason)
-        VALUES (format('sent-%s-%s', (SELECT system_identifier FROM pg_control_system()), comparison),
-                clock_timestamp(), 'top', 'top', 'sent',
-                format('all rows of table "%s" are sent, up to %s', done, pg_current_wal_insert_lsn()))
+        VALUES (terrace.sent_event(comparison), clock_timestamp(), 'top', 'top', 'sent',
+                concat_ws(' ', CASE WHEN ended.again THEN ended.rows::text ELSE 'all' END,
+                          format('rows of table "%s" are sent', done), CASE WHEN ended.again THEN 'again' END)
+                || ', up to ' || pg_current_wal_insert_lsn())
         ON CONFLICT DO NOTHING;
     END IF;
 END $$;
@@ -1978,8 +2037,8 @@ CREATE VIEW tables AS
            -- The last value that each has drawn, or that it was put forward to.
            (SELECT pg_catalog.jsonb_object_agg(o.attname, pg_catalog.pg_sequence_last_value(o.seqrelid))
             FROM owned_sequence o WHERE o.nspname = s.nspname AND o.relname = s.relname) AS sequences,
-           -- At the top, of rows that were there when it was added.
-           CASE WHEN w.rel IS NOT NULL THEN pg_catalog.concat_ws(': ',
+           -- At the top, of rows that were there when it was added, or are wanted once more.
+           CASE WHEN w.rel IS NOT NULL THEN pg_catalog.concat_ws(': ', CASE WHEN w.again THEN 'again' END,
                     CASE WHEN made.id IS NULL THEN 'not begun'
                          ELSE pg_catalog.format('%s of %s pieces left', pg_catalog.cardinality(w.ranges),
                                                 pg_catalog.cardinality(made.bounds) + 1) END,
@@ -2331,7 +2390,7 @@ GRANT EXECUTE ON FUNCTION arm_now(), gather_sends(), give_way(), refuse_guarded(
     top_lsn(), is_top(), shown(jsonb), wait_for(pg_lsn, text, interval) TO PUBLIC;
 GRANT EXECUTE ON FUNCTION report(jsonb), guard_session(), resend(regclass, text[]),
     begin_comparison(regclass, integer), begin_slice(bigint, integer), hold_compared(bigint), finish_slice(bigint, integer),
-    begin_resend(regclass), pieces_of(bigint, integer[]), hold_rows(bigint), resend_ranges(bigint, integer[], integer[], text[]),
+    begin_resend(regclass, text[]), asked_rows(oid, bigint), pieces_of(bigint, integer[]), hold_rows(bigint), resend_ranges(bigint, integer[], integer[], text[]),
     rows_wait(), next_sending(), note_unsent(oid, text), begin_sending(oid), end_sending(bigint), range_condition(comparison, integer, integer),
     key_expression(regclass, text), between_bounds(text, text, text), unsent(regclass) TO terrace_reader;
 GRANT SELECT ON domain, sync_table, sync_schema, partition, checksum, domains, tables, node_status, lag, topology, event,

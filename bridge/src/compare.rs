@@ -194,9 +194,10 @@ pub async fn resync_table(config: &Config, table: &str, everywhere: bool) -> any
         table: table.to_owned(),
         domains: domain.map(|_| config.node.domain.clone()).collect(),
     };
-    let rows = ask(config, &request).await?;
+    let sent = ask(config, &request).await?;
+    let sent = sent.as_str().context("no answer from the top")?;
     say(format!(
-        "{rows} rows of {table} are sent again; they arrive in order with the other changes"
+        "{sent}; they arrive in order with the other changes"
     ));
     Ok(())
 }

@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::time::{sleep, timeout};
@@ -32,6 +32,9 @@ const TRIES: usize = 60;
 /// (`deadlock_timeout`) an autovacuum would be ended for it. The last half of the tries is longer.
 const SHORT: &str = "SET LOCAL lock_timeout = '200ms'";
 const LONG: &str = "SET LOCAL lock_timeout = '2s'";
+
+/// So often rows are tried to be sent before the one who wants them is told what is in the way: for two minutes.
+const UNSENT_TRIES: u32 = 6;
 
 /// A session that holds writers off must not outlive its client, which may be cut off in silence.
 const SHORT_LIVED: &str = "SET idle_session_timeout = '1min'; SET lock_timeout = '2s'";
@@ -151,18 +154,7 @@ async fn at_top(mut client: Client, info: &ConnInfo, request: &Request) -> anyho
         Request::Resend { table, domains } => {
             client.lift_transaction_limit().await?;
             client.simple(READS_COMMITTED).await.map_err(told)?;
-            let prepared = "SELECT json_build_object('id', id, 'ranges', \
-                     (SELECT json_agg(r) FROM generate_series(0, cardinality(bounds)) r))::text \
-                 FROM terrace.begin_resend($1::regclass) WHERE id IS NOT NULL";
-            let prepared = patiently(&mut client, prepared, table).await?;
-            if let Some(text) = first(&prepared) {
-                let Ranges { id, ranges } = serde_json::from_str(text)?;
-                return send_pieces(client, id, &ranges, domains).await;
-            }
-            (
-                "SELECT to_json(terrace.resend($1::regclass, nullif($2::text[], '{}')))",
-                vec![table.clone(), array(domains)],
-            )
+            return resend(client, info, table, &array(domains)).await;
         }
         Request::Repair {
             id,
@@ -193,25 +185,104 @@ fn value(rows: &[Row]) -> anyhow::Result<Value> {
 async fn prepare(mut client: Client, table: &str) -> anyhow::Result<Value> {
     let sql = "SELECT json_build_object('id', id, 'slices', slices)::text \
          FROM terrace.begin_comparison($1::regclass)";
-    value(&patiently(&mut client, sql, table).await?)
+    value(&patiently(&mut client, sql, &[table]).await?)
 }
 
 /// A table that is locked is asked for again.
-async fn patiently(client: &mut Client, sql: &str, of: &str) -> anyhow::Result<Vec<Row>> {
+async fn patiently(client: &mut Client, sql: &str, of: &[&str]) -> anyhow::Result<Vec<Row>> {
+    let of: Vec<Option<&str>> = of.iter().copied().map(Some).collect();
     let mut tries = 0;
     loop {
-        match client.query(sql, &[Some(of)]).await {
+        match client.query(sql, &of).await {
             Err(error) if error.code() == Some(LOCK_NOT_AVAILABLE) && tries < TRIES => tries += 1,
             asked => return asked.map_err(told),
         }
     }
 }
 
-/// Ranges of a table that are to be sent.
+/// Has the rows of a table sent once more; gives what to tell of it. A large table goes in pieces, which others
+/// go on with if we are cut off.
+async fn resend(
+    mut client: Client,
+    info: &ConnInfo,
+    table: &str,
+    domains: &str,
+) -> anyhow::Result<Value> {
+    let begin = "SELECT json_build_object('rel', $1::regclass::oid::text, 'comparison', made)::text \
+         FROM terrace.begin_resend($1::regclass, nullif($2::text[], '{}')) made WHERE made IS NOT NULL";
+    let begun = patiently(&mut client, begin, &[table, domains]).await?;
+    if let Some(text) = first(&begun) {
+        let Wanted { rel, comparison } = serde_json::from_str(text)?;
+        return Ok(until_sent(client, info, &rel, comparison).await?.into());
+    }
+    let at_once = "SELECT to_json(terrace.resend($1::regclass, nullif($2::text[], '{}')))";
+    let rows = answer(&mut client, at_once, &[table.into(), domains.into()]).await?;
+    let end = answer(
+        &mut client,
+        "SELECT to_json(pg_current_wal_insert_lsn())",
+        &[],
+    )
+    .await?;
+    let end = end.as_str().unwrap_or_default();
+    Ok(format!("{rows} rows of table \"{table}\" are sent again, up to {end}").into())
+}
+
+/// A table whose rows are wanted once more.
+#[derive(Deserialize)]
+struct Wanted {
+    rel: String,
+    comparison: i64,
+}
+
+/// What has become of it.
+#[derive(Deserialize)]
+struct Asked {
+    waits: bool,
+    comparison: Option<i64>,
+    tries: Option<u32>,
+    problem: Option<String>,
+    sent: Option<String>,
+}
+
+/// Sends rows that wait until those of `table` are sent, by whomever; gives the event that says so.
+async fn until_sent(
+    mut client: Client,
+    info: &ConnInfo,
+    table: &str,
+    mut comparison: i64,
+) -> anyhow::Result<String> {
+    let look = "SELECT terrace.asked_rows($1::oid, $2::bigint)";
+    loop {
+        if let Err(error) = send_added(info, "terrace rows resync").await {
+            tracing::debug!("send rows that are wanted once more: {error:#}");
+        }
+        let values = [table.to_owned(), comparison.to_string()];
+        let asked: Asked = serde_json::from_value(answer(&mut client, look, &values).await?)?;
+        if let Some(sent) = asked.sent {
+            return Ok(sent);
+        }
+        ensure!(
+            asked.waits,
+            "the table was altered or removed meanwhile; hint: Give the command again, unless \
+             terrace.tables no longer lists the table."
+        );
+        if let (Some(problem), Some(UNSENT_TRIES..)) = (asked.problem, asked.tries) {
+            bail!(
+                "{problem}; hint: The rows are sent when that is over: see column sending of terrace.tables."
+            );
+        }
+        // Somebody may have wanted it for more domains.
+        comparison = asked.comparison.unwrap_or(comparison);
+        sleep(LOOK).await;
+    }
+}
+
+/// Ranges of a table that are to be sent, for these domains if not for all.
 #[derive(Deserialize)]
 struct Ranges {
     id: i64,
     ranges: Vec<i64>,
+    domains: Option<Vec<String>>,
 }
 
 /// Sends ranges piece by piece: what others change goes between two of them, and a link that breaks
@@ -225,7 +296,7 @@ async fn send_pieces(
     if ranges.len() > 1 {
         client.simple(SHORT_LIVED).await.map_err(told)?;
         let hold = "SELECT terrace.hold_rows($1::bigint)";
-        let held = patiently(&mut client, hold, &id.to_string()).await;
+        let held = patiently(&mut client, hold, &[&id.to_string()]).await;
         held.context("hold off the table's writers")?;
         client.simple("RESET lock_timeout").await.map_err(told)?;
     }
@@ -256,8 +327,8 @@ async fn send_held(
     Ok(sent)
 }
 
-/// Sends what is left of the rows of a table that was added, at `info`, the top, unless somebody
-/// does. What keeps a table from being sent is noted there, and others come first for a while.
+/// Sends what is left of the rows of a table that was added or is wanted once more, at `info`, the top, unless
+/// somebody does. What keeps a table from being sent is noted there, and others come first for a while.
 pub async fn send_added(info: &ConnInfo, application: &str) -> anyhow::Result<()> {
     let mut client = session(info, application, false).await?;
     if client.extension_accepted(BRIDGE_PARAMETER) {
@@ -286,15 +357,19 @@ pub async fn send_added(info: &ConnInfo, application: &str) -> anyhow::Result<()
 }
 
 async fn send_table(client: &mut Client, table: &str) -> anyhow::Result<()> {
-    let begin = "SELECT json_build_object('id', comparison, 'ranges', ranges)::text \
+    let begin = "SELECT json_build_object('id', comparison, 'ranges', ranges, 'domains', domains)::text \
          FROM terrace.begin_sending($1::oid) WHERE comparison IS NOT NULL";
     let begun = client.query(begin, &[Some(table)]).await?;
     let Some(text) = first(&begun) else {
         return Ok(());
     };
-    let Ranges { id, ranges } = serde_json::from_str(text)?;
+    let Ranges {
+        id,
+        ranges,
+        domains,
+    } = serde_json::from_str(text)?;
     client.simple("RESET lock_timeout").await?;
-    send_held(client, id, &ranges, &[]).await?;
+    send_held(client, id, &ranges, &domains.unwrap_or_default()).await?;
     let end = "SELECT terrace.end_sending($1::bigint)";
     client.query(end, &[Some(&id.to_string())]).await?;
     Ok(())

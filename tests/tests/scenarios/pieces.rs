@@ -71,7 +71,7 @@ fn writers_of_a_table_wait_until_all_of_its_pieces_are_sent() {
     let tree = Tree::grow(BIG, &[]);
     let top = &tree.top;
     top.sql("SELECT terrace.add_table('big'); CREATE TABLE other (id int PRIMARY KEY)");
-    let id = top.value("SELECT id FROM terrace.begin_resend('big')");
+    let id = top.value("SELECT id FROM terrace.begin_comparison('big', 3)");
     let pieces = format!("SELECT count(*) FROM terrace.pieces_of({id}, '{{0,1,2}}')");
     assert_eq!(top.value(&pieces), "3");
     let mut writer = top.connect();
@@ -186,8 +186,108 @@ fn a_large_table_that_is_added_comes_in_pieces_whoever_dies() {
                      SELECT string_agg(DISTINCT kind, ' ' ORDER BY kind) FROM gone";
         assert_eq!(node.server.value(kinds), "delete_missing update_missing");
     }
+    no_conflict_is_told(&tree);
     tree.all_is_well(counting);
     tree.wait_for_equal(&["big"]);
+}
+
+#[test]
+fn what_is_wanted_once_more_comes_whoever_dies() {
+    const DOMAINS: [(&str, Option<&str>, usize); 3] = [
+        ("region", None, 1),
+        ("branch", Some("region"), 1),
+        ("other", None, 1),
+    ];
+    let mut tree = Tree::grow(STEPS, &DOMAINS);
+    let tables = ["big", "words"];
+    let create = "CREATE TABLE big (id int PRIMARY KEY, v text);
+        CREATE TABLE words (word text PRIMARY KEY, id int, v text);
+        ALTER TABLE big ALTER v SET STORAGE EXTERNAL; ALTER TABLE words ALTER v SET STORAGE EXTERNAL";
+    for server in tree.nodes.iter().map(|node| &node.server) {
+        server.sql(create);
+    }
+    tree.top.sql(&format!(
+        "{create};
+         INSERT INTO big SELECT g, repeat(md5(g::text), CASE g % 100 WHEN 0 THEN 300 ELSE 30 END)
+         FROM generate_series(1, 40000) g;
+         INSERT INTO words SELECT 'w' || lpad(id::text, 5, '0'), id, v FROM big;
+         SELECT terrace.add_table('big'), terrace.add_table('words')"
+    ));
+    let counting = count_up(&tree.top);
+    let shown = |tree: &Tree, table: &str| {
+        let sql = format!("SELECT sending FROM terrace.tables WHERE \"table\" = 'public.{table}'");
+        tree.top.value(&sql)
+    };
+    for table in tables {
+        wait_until("all is sent", || shown(&tree, table).is_empty());
+    }
+    tree.wait_for_equal(&tables);
+
+    // Only the branch wants them; what the others have of their own stays.
+    let accident = "SET session_replication_role = replica; TRUNCATE big, words";
+    tree.node("branch-1").server.sql(accident);
+    let stray = "SET session_replication_role = replica;
+        INSERT INTO big VALUES (70000, 'stray'); INSERT INTO words VALUES ('w70000', 70000, 'stray')";
+    tree.node("other-1").server.sql(stray);
+    tree.top.sql(TRAP);
+    let bridge = &tree.node("branch-1").bridge;
+    for table in tables {
+        let cut_off = bridge.command_within(Duration::from_secs(4), "resync", &["--table", table]);
+        assert!(!cut_off.expect("run it").status.success());
+    }
+    for table in tables {
+        wait_until("one piece is left", || {
+            let shown = shown(&tree, table);
+            shown.starts_with("again: 1 of") && shown.contains("pieces left: trapped")
+        });
+    }
+    // Nobody holds off writers now. Rows of the piece that is left come to those that are sent.
+    tree.top.sql(
+        "UPDATE big SET id = -id WHERE id IN (39900, 40000); DELETE FROM big WHERE id = 39998;
+         UPDATE big SET id = id + 100000 WHERE id IN (5, 100);
+         UPDATE words SET word = 'a' || word WHERE id IN (39900, 40000); DELETE FROM words WHERE id = 39998",
+    );
+    tree.node("region-1").bridge.kill9();
+    tree.top.sql("DROP TRIGGER trap ON terrace.sending");
+    for table in tables {
+        wait_until("all is sent", || shown(&tree, table).is_empty());
+    }
+    tree.node("region-1").bridge.restart().expect("restart");
+    tree.wait_streaming();
+    for table in tables {
+        let end = tree.top.value(&format!(
+            "SELECT substring(reason FROM '^\\d+ rows of table \"public.{table}\" are sent again, up to (.*)')
+             FROM terrace.events WHERE kind = 'sent' AND reason LIKE '%{table}\" are sent again%'"
+        ));
+        let arrived = format!("SELECT terrace.wait_for('{end}', timeout => '60s')");
+        assert_eq!(tree.top.value(&arrived), "t", "{table}: {end}");
+        let branch = &tree.node("branch-1").server;
+        assert_eq!(
+            branch.checksum(table).expect("sum"),
+            tree.top.checksum(table).expect("sum")
+        );
+        let strays = format!("SELECT count(*) FROM {table} WHERE v = 'stray'");
+        let other = &tree.node("other-1").server;
+        assert_eq!(other.value(&strays), "1");
+        // To all, with nothing in the way.
+        let everywhere = ["--table", table, "--everywhere"];
+        let (well, text) = command(&mut tree, "branch-1", "resync", &everywhere);
+        assert!(well && text.contains("are sent again, up to"), "{text}");
+    }
+    tree.wait_for_equal(&tables);
+    for node in &tree.nodes {
+        node.server.sql("DELETE FROM terrace.conflict");
+    }
+    no_conflict_is_told(&tree);
+    tree.all_is_well(counting);
+}
+
+/// Until nobody has heard of conflicts that are forgotten where they were.
+fn no_conflict_is_told(tree: &Tree) {
+    let told = "SELECT count(*) FROM terrace.conflicts";
+    for node in &tree.nodes {
+        wait_until("no conflict is told", || node.server.value(told) == "0");
+    }
 }
 
 #[test]
@@ -261,6 +361,7 @@ fn large_tables_of_any_shape_come_in_pieces() {
             + (SELECT count(*) FROM heap WHERE v = 'stray') + (SELECT count(*) FROM parted WHERE v = 'stray')";
         assert_eq!(node.server.value(strays), "0");
     }
+    no_conflict_is_told(&tree);
     tree.all_is_well(counting);
     let pieces =
         "SELECT string_agg(DISTINCT (cardinality(bounds) + 1)::text, ' ') FROM terrace.comparison";
@@ -483,7 +584,7 @@ fn a_key_of_words_is_cut_alike_in_every_order_and_encoding() {
         concat_ws(' ', convert_to(word, 'UTF8')::text, u, md5(v)), ',' ORDER BY u)), '') FROM words";
     let id = tree
         .top
-        .value("SELECT id FROM terrace.begin_resend('words')");
+        .value("SELECT id FROM terrace.begin_comparison('words', 2)");
     let pieces = format!("SELECT count(*) FROM terrace.pieces_of({id}, '{{0,1}}')");
     assert_eq!(tree.top.value(&pieces), "2");
     let of_many = format!(

@@ -301,6 +301,27 @@ fn a_row_filter_holds_at_the_copy_and_in_the_stream() {
         ));
     }
     wait_until("what passes the filter is below", || same(&tree));
+
+    // What has piled up is folded: rows go out and come in again and again.
+    tree.nodes[0].bridge.stop();
+    let before = tree.nodes[0].bridge.logged().len();
+    let mut client = tree.top.connect();
+    for id in 11..60 {
+        for (table, times) in [("seen", 3), ("part", 4)] {
+            for _ in 0..times - id % 2 {
+                let toggle =
+                    format!("UPDATE {table} SET open = NOT open, v = v || '.' WHERE id = {id}");
+                client.batch_execute(&toggle).expect("toggle");
+            }
+        }
+    }
+    tree.nodes[0].bridge.restart().expect("restart");
+    wait_until("all of it is below", || same(&tree));
+    let log = &tree.nodes[0].bridge.logged()[before..];
+    assert!(
+        log.contains("applied set-wise") && !log.contains("applying"),
+        "{log}"
+    );
     let conflicts = tree.top.rows("SELECT * FROM terrace.conflicts");
     assert!(conflicts.is_empty(), "{conflicts:?}");
 }
