@@ -1461,7 +1461,8 @@ BEGIN
     END IF;
     DELETE FROM terrace.checksum c USING terrace.comparison o
     WHERE c.comparison = o.id AND o.started < now() - interval '8 days';
-    DELETE FROM terrace.comparison o WHERE o.started < now() - interval '8 days';
+    DELETE FROM terrace.comparison o WHERE o.started < now() - interval '8 days'
+        AND NOT EXISTS (SELECT FROM terrace.sending s WHERE s.comparison = o.id);
     INSERT INTO terrace.comparison (nspname, relname, columns, key, key_type, bounds, slices)
     VALUES (made.nspname, made.relname, made.columns, made.key, made.key_type, made.bounds, made.slices)
     RETURNING * INTO made;
@@ -1646,9 +1647,11 @@ DECLARE
     made terrace.comparison;
 BEGIN
     PERFORM terrace.must_be_top();
-    IF pieces = 1 OR NOT terrace.goes_in_pieces(rel, terrace.key_of(rel)) OR terrace.line_of(rel) IS NULL THEN
+    IF pieces = 1 OR NOT terrace.goes_in_pieces(rel, terrace.key_of(rel)) OR terrace.line_of(rel) IS NULL
+       OR current_setting('server_encoding') <> 'UTF8' THEN
         RETURN NULL;
     END IF;
+    domains := nullif(domains, '{}');
     PERFORM terrace.with_ancestors(domains);
     made := terrace.begin_comparison(rel, pieces);
     INSERT INTO terrace.sending AS s (rel, domains, again, comparison, ranges)
@@ -1671,12 +1674,16 @@ CREATE FUNCTION ranges_of(made terrace.comparison) RETURNS integer[]
     SELECT ARRAY(SELECT generate_series(0, cardinality(made.bounds)))
 $$;
 
--- What has become of it: what is in the way while it waits, and the event that tells when all is sent; neither
--- where it was given up.
+-- What has become of it: what is in the way while it waits, else the event that tells that all is sent, if it was
+-- not given up. It may have been divided anew since, which gives it a higher number.
 CREATE FUNCTION asked_rows(rel oid, comparison bigint) RETURNS json
     LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-    SELECT json_build_object('waits', s.rel IS NOT NULL, 'comparison', s.comparison, 'tries', s.tries, 'problem', s.problem,
-        'sent', (SELECT e.reason FROM terrace.event e WHERE e.id = terrace.sent_event(asked_rows.comparison)))
+    SELECT json_build_object('waits', s.rel IS NOT NULL, 'tries', s.tries, 'problem', s.problem, 'sent',
+        (SELECT e.reason FROM terrace.event e
+         WHERE e.kind = 'sent' AND CASE WHEN starts_with(e.id, terrace.sent_event(NULL))
+                   THEN substr(e.id, length(terrace.sent_event(NULL)) + 1)::bigint >= asked_rows.comparison END
+           AND position(format('table "%s"', asked.rel::regclass) IN e.reason) > 0
+         ORDER BY e."time" DESC LIMIT 1))
     FROM (VALUES (asked_rows.rel)) asked (rel) LEFT JOIN terrace.sending s ON s.rel = asked.rel AND s.again
 $$;
 
@@ -1769,6 +1776,12 @@ BEGIN
         RAISE EXCEPTION 'comparison % has no such range', made.id
             USING ERRCODE = 'invalid_parameter_value', HINT = format('It has ranges 0 to %s.', cardinality(made.bounds));
     END IF;
+    IF is_sender AND NOT EXISTS (
+        SELECT FROM terrace.sending s WHERE s.comparison = made.id AND s.ranges @> resend_ranges.ranges
+          AND resend_ranges.domains IS NOT DISTINCT FROM CASE WHEN s.again THEN s.domains END) THEN
+        RAISE EXCEPTION 'these rows of table "%" are not to be sent', rel
+            USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
     condition := terrace.ranges_condition(made, ranges);
     IF made.key = 'ctid' THEN
         -- Places mean nothing below: all that is there makes way for the first.
@@ -1776,16 +1789,9 @@ BEGIN
     ELSE
         sent := terrace.fill(rel, domains, condition, condition, terrace.ranges_condition(made, later));
     END IF;
-    IF is_sender THEN
-        UPDATE terrace.sending s SET since = pg_snapshot_xmin(pg_current_snapshot()), rows = s.rows + sent,
-            ranges = ARRAY(SELECT unnest(s.ranges) EXCEPT SELECT unnest(resend_ranges.ranges) ORDER BY 1)
-        WHERE s.comparison = made.id AND s.ranges @> resend_ranges.ranges
-          AND resend_ranges.domains IS NOT DISTINCT FROM CASE WHEN s.again THEN s.domains END;
-        IF NOT FOUND THEN
-            RAISE EXCEPTION 'these rows of table "%" are not to be sent', rel
-                USING ERRCODE = 'object_not_in_prerequisite_state';
-        END IF;
-    END IF;
+    UPDATE terrace.sending s SET since = pg_snapshot_xmin(pg_current_snapshot()), rows = s.rows + sent,
+        ranges = ARRAY(SELECT unnest(s.ranges) EXCEPT SELECT unnest(resend_ranges.ranges) ORDER BY 1)
+    WHERE s.comparison = made.id AND is_sender;
     RETURN sent;
 END $$;
 
@@ -1825,9 +1831,9 @@ BEGIN
        AND terrace.sender() IS NULL;
 END $$;
 
--- Makes this session the sender, to its end, and takes a table; it is tried again after a while, a longer
+-- Makes this session the sender, to its end, and takes a table, or only that one; it is tried again after a while, a longer
 -- one each time, as those who write to a table wait behind who waits for its lock.
-CREATE FUNCTION next_sending() RETURNS oid
+CREATE FUNCTION next_sending(wanted oid DEFAULT NULL) RETURNS oid
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     taken oid;
@@ -1836,20 +1842,21 @@ BEGIN
     PERFORM terrace.hold_for_session('terrace.sender'::regclass);
     DELETE FROM terrace.sending s WHERE NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = s.rel)
         OR s.again AND terrace.setting_of(s.rel) IS NULL;
-    SELECT rel INTO taken FROM terrace.sending WHERE next_try <= clock_timestamp() ORDER BY next_try LIMIT 1
-    FOR UPDATE SKIP LOCKED;
+    SELECT rel INTO taken FROM terrace.sending
+    WHERE next_try <= clock_timestamp() AND (wanted IS NULL OR rel = wanted)
+    ORDER BY next_try LIMIT 1 FOR UPDATE SKIP LOCKED;
     UPDATE terrace.sending s SET tries = s.tries + 1,
         next_try = clock_timestamp() + least(5 * 2 ^ least(s.tries, 4), 60) * interval '1 s' WHERE s.rel = taken;
     RETURN taken;
 END $$;
 
--- What kept a table from being sent; the lock of the sender went with the transaction that failed.
+-- What kept a table from being sent, unless it is wanted anew; the lock of the sender went with the transaction that failed.
 CREATE FUNCTION note_unsent(rel oid, problem text) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     PERFORM terrace.must_be_top();
     UPDATE terrace.sending s SET problem = left(note_unsent.problem, 1000)
-    WHERE s.rel = note_unsent.rel;
+    WHERE s.rel = note_unsent.rel AND s.tries > 0;
 END $$;
 
 -- Begins with a table, and holds its writers off till the session ends: ranges to send of it, to "domains" if not to
@@ -1870,6 +1877,14 @@ BEGIN
     IF NOT FOUND THEN
         RETURN;
     END IF;
+    IF taken.again AND taken.domains IS NOT NULL THEN
+        -- Some may have been dropped.
+        taken.domains := ARRAY(SELECT name FROM terrace.domain WHERE name = ANY (taken.domains) ORDER BY name);
+        IF taken.domains = '{}' THEN
+            DELETE FROM terrace.sending s WHERE s.rel = taken.rel;
+            RETURN;
+        END IF;
+    END IF;
     -- An autovacuum ends itself for who has waited for a second.
     PERFORM set_config('lock_timeout', CASE WHEN taken.tries < 5 THEN '200ms' ELSE '2s' END, true);
     PERFORM terrace.hold_table(taken.rel);
@@ -1879,14 +1894,13 @@ BEGIN
         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = taken.rel;
     END IF;
     made := terrace.still_divided(taken.rel, taken.comparison);
-    IF made IS NULL AND taken.again THEN
-        -- It was altered, and what can be cut below is another thing than it was.
-        DELETE FROM terrace.sending s WHERE s.rel = taken.rel;
-        RETURN;
-    ELSIF made IS NULL THEN
+    IF made IS NULL THEN
         DELETE FROM terrace.comparison c WHERE c.id = taken.comparison;
-        made := terrace.divide(taken.rel);
+        -- Rows that are wanted once more make way for those that take their place at once, and for no others.
+        made := CASE WHEN taken.again THEN terrace.begin_comparison(taken.rel, terrace.piece_count(taken.rel))
+                     ELSE terrace.divide(taken.rel) END;
         ranges := terrace.ranges_of(made);
+        taken.rows := 0;
     ELSE
         ranges := ARRAY(SELECT terrace.written_since(made, taken.rel, taken.since) WHERE taken.since IS NOT NULL
                         UNION SELECT unnest(taken.ranges) ORDER BY 1);
@@ -1894,7 +1908,7 @@ BEGIN
     comparison := made.id;
     domains := CASE WHEN taken.again THEN taken.domains END;
     UPDATE terrace.sending s SET comparison = made.id, ranges = begin_sending.ranges, problem = NULL,
-        since = pg_snapshot_xmin(pg_current_snapshot()) WHERE s.rel = taken.rel;
+        domains = taken.domains, rows = taken.rows, since = pg_snapshot_xmin(pg_current_snapshot()) WHERE s.rel = taken.rel;
 END $$;
 
 -- Divides a table that was added. Where its rows cannot be sent by ranges of its key, or no index finds
@@ -2391,7 +2405,7 @@ GRANT EXECUTE ON FUNCTION arm_now(), gather_sends(), give_way(), refuse_guarded(
 GRANT EXECUTE ON FUNCTION report(jsonb), guard_session(), resend(regclass, text[]),
     begin_comparison(regclass, integer), begin_slice(bigint, integer), hold_compared(bigint), finish_slice(bigint, integer),
     begin_resend(regclass, text[]), asked_rows(oid, bigint), pieces_of(bigint, integer[]), hold_rows(bigint), resend_ranges(bigint, integer[], integer[], text[]),
-    rows_wait(), next_sending(), note_unsent(oid, text), begin_sending(oid), end_sending(bigint), range_condition(comparison, integer, integer),
+    rows_wait(), next_sending(oid), note_unsent(oid, text), begin_sending(oid), end_sending(bigint), range_condition(comparison, integer, integer),
     key_expression(regclass, text), between_bounds(text, text, text), unsent(regclass) TO terrace_reader;
 GRANT SELECT ON domain, sync_table, sync_schema, partition, checksum, domains, tables, node_status, lag, topology, event,
     events, delivery, conflicts, own_checksum, own_comparisons, comparisons, progress TO PUBLIC;

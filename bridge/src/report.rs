@@ -164,7 +164,7 @@ pub async fn run(shared: Arc<Shared>, cancel: CancellationToken) -> anyhow::Resu
     }
 }
 
-/// Sends rows of tables that were added at the top ([`crate::top::send_added`]), one at a time. What it does
+/// Sends rows of tables that were added, or are wanted once more ([`crate::top::send_added`]), one at a time. What it does
 /// ends with it.
 #[derive(Default)]
 struct Sender {
@@ -180,8 +180,8 @@ impl Sender {
         let (shared, top) = (shared.clone(), top.clone());
         self.task.spawn(async move {
             let name = format!("terrace rows {}", shared.config.node.name);
-            if let Err(error) = send_added(&top, &name).await {
-                tracing::warn!("send rows of a table that was added: {error:#}");
+            if let Err(error) = send_added(&top, &name, None).await {
+                tracing::warn!("send rows of a table: {error:#}");
             }
             sleep(AT_LEAST).await;
         });

@@ -238,42 +238,45 @@ struct Wanted {
 #[derive(Deserialize)]
 struct Asked {
     waits: bool,
-    comparison: Option<i64>,
     tries: Option<u32>,
     problem: Option<String>,
     sent: Option<String>,
 }
 
-/// Sends rows that wait until those of `table` are sent, by whomever; gives the event that says so.
+/// Sends the rows of `table`, or waits until somebody has; gives the event that says so.
 async fn until_sent(
     mut client: Client,
     info: &ConnInfo,
     table: &str,
-    mut comparison: i64,
+    comparison: i64,
 ) -> anyhow::Result<String> {
     let look = "SELECT terrace.asked_rows($1::oid, $2::bigint)";
+    let values = [table.to_owned(), comparison.to_string()];
+    let mut failures = 0;
     loop {
-        if let Err(error) = send_added(info, "terrace rows resync").await {
-            tracing::debug!("send rows that are wanted once more: {error:#}");
-        }
-        let values = [table.to_owned(), comparison.to_string()];
-        let asked: Asked = serde_json::from_value(answer(&mut client, look, &values).await?)?;
-        if let Some(sent) = asked.sent {
-            return Ok(sent);
-        }
-        ensure!(
-            asked.waits,
-            "the table was altered or removed meanwhile; hint: Give the command again, unless \
-             terrace.tables no longer lists the table."
-        );
-        if let (Some(problem), Some(UNSENT_TRIES..)) = (asked.problem, asked.tries) {
-            bail!(
-                "{problem}; hint: The rows are sent when that is over: see column sending of terrace.tables."
+        let sent = send_added(info, "terrace rows resync", Some(table)).await;
+        let asked = answer(&mut client, look, &values).await;
+        let asked = asked.context(
+            "the rows are wanted all the same: see column sending of terrace.tables at the top",
+        )?;
+        let asked: Asked = serde_json::from_value(asked)?;
+        if !asked.waits {
+            return asked.sent.context(
+                "the table, or the domain, was removed meanwhile; hint: See terrace.tables and terrace.domains at the top.",
             );
         }
-        // Somebody may have wanted it for more domains.
-        comparison = asked.comparison.unwrap_or(comparison);
-        sleep(LOOK).await;
+        failures = if sent.is_err() { failures + 1 } else { 0 };
+        let problem = match (asked.problem, sent) {
+            (Some(problem), _) if asked.tries >= Some(UNSENT_TRIES) => problem,
+            (None, Err(error)) if failures >= TRIES => format!("{error:#}"),
+            _ => {
+                sleep(LOOK).await;
+                continue;
+            }
+        };
+        bail!(
+            "{problem}; hint: The rows are sent when that is over: see column sending of terrace.tables at the top."
+        );
     }
 }
 
@@ -327,9 +330,13 @@ async fn send_held(
     Ok(sent)
 }
 
-/// Sends what is left of the rows of a table that was added or is wanted once more, at `info`, the top, unless
-/// somebody does. What keeps a table from being sent is noted there, and others come first for a while.
-pub async fn send_added(info: &ConnInfo, application: &str) -> anyhow::Result<()> {
+/// Sends what is left of the rows of a table that was added or is wanted once more, or of `only` that one, at
+/// `info`, the top, unless somebody does. What keeps a table from being sent is noted there, and others come first for a while.
+pub async fn send_added(
+    info: &ConnInfo,
+    application: &str,
+    only: Option<&str>,
+) -> anyhow::Result<()> {
     let mut client = session(info, application, false).await?;
     if client.extension_accepted(BRIDGE_PARAMETER) {
         // The bridge of the top does it itself.
@@ -338,7 +345,9 @@ pub async fn send_added(info: &ConnInfo, application: &str) -> anyhow::Result<()
     client.lift_transaction_limit().await?;
     client.simple(UNHURRIED).await?;
     client.simple(READS_COMMITTED).await?;
-    let next = client.query("SELECT terrace.next_sending()", &[]).await;
+    let next = client
+        .query("SELECT terrace.next_sending($1::oid)", &[only])
+        .await;
     let table = match next {
         // Somebody sends.
         Err(error) if error.code() == Some(LOCK_NOT_AVAILABLE) => return Ok(()),
@@ -410,6 +419,10 @@ fn told(error: PgError) -> anyhow::Error {
         Some("42P01" | "3F000") => {
             anyhow::anyhow!("{}; hint: See terrace.tables at the top.", error.message())
         }
+        Some(LOCK_NOT_AVAILABLE) => anyhow::anyhow!(
+            "{}; hint: Others use the table, or send its rows: see pg_locks and terrace.tables at the top.",
+            error.message()
+        ),
         _ => anyhow::anyhow!(error.advice()),
     }
 }

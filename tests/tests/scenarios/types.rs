@@ -324,11 +324,17 @@ fn changes(kind: &str, from: usize) -> String {
 }
 
 /// Runs statements while no bridge does; each of their transactions is then folded by the first.
-fn pile_up(tree: &mut Tree, names: &[&str], sql: &str) {
+fn pile_up(tree: &mut Tree, names: &[&str], kind: &str, sql: &str) {
     for node in &mut tree.nodes {
         node.bridge.stop();
     }
     let before = tree.nodes[0].bridge.logged().len();
+    // What a table is comes before its first change, and what is new ends a pile.
+    let tables = TYPES.iter().map(|(of, _)| quoted(&format!("{kind} {of}")));
+    let first: String = tables
+        .map(|name| format!("INSERT INTO {name} (id) VALUES (900);\n"))
+        .collect();
+    run(tree, &first);
     let transactions = run(tree, sql);
     tree.start_bridges().expect("start the bridges");
     tree.wait_streaming();
@@ -397,9 +403,10 @@ fn values_of_every_type_arrive_by_copy_and_stream() {
     pile_up(
         &mut tree,
         &names,
+        KEYED,
         &[inserts(KEYED, 200), changes(KEYED, 200), changes(KEYED, 0)].concat(),
     );
-    pile_up(&mut tree, &names, &inserts(KEYLESS, 200));
+    pile_up(&mut tree, &names, KEYLESS, &inserts(KEYLESS, 200));
     // Of what has none a change goes in order.
     let rest = [changes(KEYLESS, 200), changes(KEYLESS, 0)].concat();
     run(&tree, &rest);
