@@ -35,6 +35,8 @@ impl Workload for Memory {
         let (large, many) = (plan.large_rows, plan.many_rows);
         let rows = large_rows(large);
         let shape = plan.large_shape;
+        // A subscription that is only paused, such as pglogical's of a workload before, would have the top keep it all.
+        stage.clear();
         let world = stage.world(shape, plan)?;
         measure(
             world,

@@ -41,7 +41,7 @@ pub const HOP: Shape = Shape {
 
 /// Keeps the servers for the next workload if that wants as many.
 #[derive(Default)]
-pub struct Stage(Option<(Shape, bool, World)>);
+pub struct Stage(Option<(Shape, World)>);
 
 impl Stage {
     /// Both sides in this shape, paused.
@@ -54,18 +54,17 @@ impl Stage {
         self.with(shape, pglogical::is_installed(), plan)
     }
 
+    /// Who does not need pglogical is not disturbed by it: it is paused.
     fn with(&mut self, shape: Shape, pglogical: bool, plan: &Plan) -> Result<&mut World> {
-        let wanted = (shape, pglogical);
-        if self
-            .0
-            .as_ref()
-            .is_none_or(|(shape, pglogical, _)| (*shape, *pglogical) != wanted)
-        {
+        let serves = |(there, world): &(Shape, World)| {
+            *there == shape && (world.pglogical.is_some() || !pglogical)
+        };
+        if !self.0.as_ref().is_some_and(serves) {
             // First the old servers go, then the new ones come.
             self.clear();
-            self.0 = Some((shape, pglogical, World::boot(shape, pglogical, plan)?));
+            self.0 = Some((shape, World::boot(shape, pglogical, plan)?));
         }
-        let (.., world) = self.0.as_mut().context("a world")?;
+        let (_, world) = self.0.as_mut().context("a world")?;
         Ok(world)
     }
 
