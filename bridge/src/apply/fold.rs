@@ -13,6 +13,7 @@
 //! free when it is taken anew. One that goes from one updated row to another may be refused. A row of
 //! this server alone is in nobody's way here if it is in the way of a value that is soon another one.
 
+mod binary;
 mod write;
 
 use std::cmp::Ordering;

@@ -15,7 +15,7 @@ use crate::record::{Kind, Record};
 
 /// Of a large transaction so many bytes go together: one part is folded while Postgres
 /// works on the one before.
-const PARTS_BYTES: usize = 1 << 20;
+const PARTS_BYTES: usize = 4 << 20;
 /// Answers are read at the latest when so many bytes of requests are unanswered.
 const PIPELINE_BYTES: usize = 64 << 10;
 

@@ -4,6 +4,7 @@
 use bytes::{BufMut, Bytes, BytesMut};
 
 use super::Shape;
+use super::binary::Binary;
 use crate::apply::relation::is_from_above;
 use crate::pgoutput::Datum;
 
@@ -78,12 +79,30 @@ impl Shape {
         let written: Vec<usize> = (0..self.columns.len())
             .filter(|index| !self.columns[*index].generated)
             .collect();
-        let sql = || {
-            let name = |index: &usize| self.columns[*index].name.as_str();
-            let names: Vec<&str> = written.iter().map(name).collect();
-            format!("COPY {} ({}) FROM STDIN", self.table, names.join(", "))
+        if rows.is_empty() {
+            return None;
+        }
+        let kinds = written
+            .iter()
+            .map(|index| Binary::of(&self.columns[*index].input));
+        let kinds: Option<Vec<Binary>> = kinds.collect();
+        let binary = kinds.and_then(|kinds| copy_binary(rows, &written, &kinds));
+        let (format, data) = match binary {
+            Some(data) => (" (FORMAT binary)", data),
+            None => ("", copy_text(rows, &written)),
         };
-        statement(sql, rows, |rows| Data::Copy(copy_data(rows, &written)))
+        let name = |index: &usize| self.columns[*index].name.as_str();
+        let names: Vec<&str> = written.iter().map(name).collect();
+        let sql = format!(
+            "COPY {} ({}) FROM STDIN{format}",
+            self.table,
+            names.join(", ")
+        );
+        Some(Statement {
+            sql,
+            data: Data::Copy(data),
+            rows: rows.len() as u64,
+        })
     }
 
     fn same_key(&self) -> String {
@@ -139,32 +158,76 @@ fn arrays(rows: &[&[Datum<'_>]], columns: &[usize]) -> Data {
 }
 
 /// Rows in COPY's text format.
-fn copy_data(rows: &[&[Datum<'_>]], columns: &[usize]) -> Bytes {
-    /// A message ends with the row that passes this.
-    const MESSAGE: usize = 64 << 10;
-    let mut out = BytesMut::new();
-    let mut rows = rows.iter().peekable();
-    while rows.peek().is_some() {
-        let start = out.len();
-        out.put_slice(b"d\0\0\0\0");
-        while out.len() - start < MESSAGE
-            && let Some(row) = rows.next()
-        {
-            for (place, column) in columns.iter().enumerate() {
-                if place > 0 {
-                    out.put_u8(b'\t');
-                }
-                match row[*column] {
-                    Datum::Text(text) => put_escaped(&mut out, text),
-                    Datum::Null | Datum::Unchanged => out.put_slice(b"\\N"),
-                }
+fn copy_text(rows: &[&[Datum<'_>]], columns: &[usize]) -> Bytes {
+    let mut out = Messages::new();
+    for row in rows {
+        for (place, column) in columns.iter().enumerate() {
+            if place > 0 {
+                out.bytes.put_u8(b'\t');
             }
-            out.put_u8(b'\n');
+            match row[*column] {
+                Datum::Text(text) => put_escaped(&mut out.bytes, text),
+                Datum::Null | Datum::Unchanged => out.bytes.put_slice(b"\\N"),
+            }
         }
-        let len = (out.len() - start - 1) as u32;
-        out[start + 1..start + 5].copy_from_slice(&len.to_be_bytes());
+        out.bytes.put_u8(b'\n');
+        out.row_ends();
     }
-    out.freeze()
+    out.finish()
+}
+
+/// Rows in COPY's binary format, if that is known of all values.
+fn copy_binary(rows: &[&[Datum<'_>]], columns: &[usize], kinds: &[Binary]) -> Option<Bytes> {
+    let width = i16::try_from(columns.len()).ok()?;
+    let mut out = Messages::new();
+    out.bytes.put_slice(b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0");
+    for row in rows {
+        out.bytes.put_i16(width);
+        for (column, kind) in columns.iter().zip(kinds) {
+            match row[*column] {
+                Datum::Text(text) => kind.put(text, &mut out.bytes)?,
+                Datum::Null | Datum::Unchanged => out.bytes.put_i32(-1),
+            }
+        }
+        out.row_ends();
+    }
+    out.bytes.put_i16(-1);
+    Some(out.finish())
+}
+
+/// Whole CopyData messages.
+struct Messages {
+    bytes: BytesMut,
+    /// Of the last one.
+    start: usize,
+}
+
+impl Messages {
+    /// A message ends with the row that passes this.
+    const LENGTH: usize = 64 << 10;
+
+    fn new() -> Messages {
+        let bytes = BytesMut::from(&b"d\0\0\0\0"[..]);
+        Messages { bytes, start: 0 }
+    }
+
+    fn row_ends(&mut self) {
+        if self.bytes.len() - self.start >= Messages::LENGTH {
+            self.close();
+            self.start = self.bytes.len();
+            self.bytes.put_slice(b"d\0\0\0\0");
+        }
+    }
+
+    fn close(&mut self) {
+        let len = (self.bytes.len() - self.start - 1) as u32;
+        self.bytes[self.start + 1..self.start + 5].copy_from_slice(&len.to_be_bytes());
+    }
+
+    fn finish(mut self) -> Bytes {
+        self.close();
+        self.bytes.freeze()
+    }
 }
 
 /// What means something to COPY gets a backslash before it.
