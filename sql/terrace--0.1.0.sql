@@ -1674,11 +1674,12 @@ CREATE FUNCTION ranges_of(made terrace.comparison) RETURNS integer[]
     SELECT ARRAY(SELECT generate_series(0, cardinality(made.bounds)))
 $$;
 
--- What has become of it: what is in the way while it waits, else the event that tells that all is sent, if it was
+-- What has become of it: whether it is to be tried now, and what is in the way, while it waits, else the event that tells that all is sent, if it was
 -- not given up. It may have been divided anew since, which gives it a higher number.
 CREATE FUNCTION asked_rows(rel oid, comparison bigint) RETURNS json
     LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-    SELECT json_build_object('waits', s.rel IS NOT NULL, 'tries', s.tries, 'problem', s.problem, 'sent',
+    SELECT json_build_object('waits', s.rel IS NOT NULL,
+        'due', s.next_try <= clock_timestamp() AND terrace.sender() IS NULL, 'tries', s.tries, 'problem', s.problem, 'sent',
         (SELECT e.reason FROM terrace.event e
          WHERE e.kind = 'sent' AND CASE WHEN starts_with(e.id, terrace.sent_event(NULL))
                    THEN substr(e.id, length(terrace.sent_event(NULL)) + 1)::bigint >= asked_rows.comparison END
@@ -1750,7 +1751,7 @@ CREATE FUNCTION keep_listed(rel regclass) RETURNS void
 BEGIN
     EXECUTE format('LOCK TABLE %s IN SHARE MODE', rel);
     IF NOT terrace.is_listed(rel) THEN
-        RAISE EXCEPTION 'table "%" is being removed', rel
+        RAISE EXCEPTION 'table "%" is being removed, or wanted anew', rel
             USING ERRCODE = 'object_in_use', HINT = 'See terrace.tables.';
     END IF;
 END $$;
@@ -1789,7 +1790,7 @@ BEGIN
     ELSE
         sent := terrace.fill(rel, domains, condition, condition, terrace.ranges_condition(made, later));
     END IF;
-    UPDATE terrace.sending s SET since = pg_snapshot_xmin(pg_current_snapshot()), rows = s.rows + sent,
+    UPDATE terrace.sending s SET since = pg_snapshot_xmin(pg_current_snapshot()), rows = s.rows + sent, tries = 1,
         ranges = ARRAY(SELECT unnest(s.ranges) EXCEPT SELECT unnest(resend_ranges.ranges) ORDER BY 1)
     WHERE s.comparison = made.id AND is_sender;
     RETURN sent;
@@ -1841,7 +1842,7 @@ BEGIN
     PERFORM terrace.must_be_top();
     PERFORM terrace.hold_for_session('terrace.sender'::regclass);
     DELETE FROM terrace.sending s WHERE NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = s.rel)
-        OR s.again AND terrace.setting_of(s.rel) IS NULL;
+        OR s.again AND terrace.line_of(s.rel) IS NULL;
     SELECT rel INTO taken FROM terrace.sending
     WHERE next_try <= clock_timestamp() AND (wanted IS NULL OR rel = wanted)
     ORDER BY next_try LIMIT 1 FOR UPDATE SKIP LOCKED;

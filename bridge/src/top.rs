@@ -36,6 +36,9 @@ const LONG: &str = "SET LOCAL lock_timeout = '2s'";
 /// So often rows are tried to be sent before the one who wants them is told what is in the way: for two minutes.
 const UNSENT_TRIES: u32 = 6;
 
+const LATER: &str = "hint: The rows are sent when that is over, without this command: see column sending of \
+     terrace.tables at the top.";
+
 /// A session that holds writers off must not outlive its client, which may be cut off in silence.
 const SHORT_LIVED: &str = "SET idle_session_timeout = '1min'; SET lock_timeout = '2s'";
 /// The same of one that nobody waits for: writers wait behind it for the lock.
@@ -238,6 +241,7 @@ struct Wanted {
 #[derive(Deserialize)]
 struct Asked {
     waits: bool,
+    due: Option<bool>,
     tries: Option<u32>,
     problem: Option<String>,
     sent: Option<String>,
@@ -254,29 +258,31 @@ async fn until_sent(
     let values = [table.to_owned(), comparison.to_string()];
     let mut failures = 0;
     loop {
-        let sent = send_added(info, "terrace rows resync", Some(table)).await;
-        let asked = answer(&mut client, look, &values).await;
-        let asked = asked.context(
+        let asked = answer(&mut client, look, &values).await.context(
             "the rows are wanted all the same: see column sending of terrace.tables at the top",
         )?;
         let asked: Asked = serde_json::from_value(asked)?;
         if !asked.waits {
             return asked.sent.context(
-                "the table, or the domain, was removed meanwhile; hint: See terrace.tables and terrace.domains at the top.",
+                "the table or the domain was removed, or the wish taken back; hint: See terrace.tables at the top, \
+                 and compare.",
             );
         }
-        failures = if sent.is_err() { failures + 1 } else { 0 };
-        let problem = match (asked.problem, sent) {
-            (Some(problem), _) if asked.tries >= Some(UNSENT_TRIES) => problem,
-            (None, Err(error)) if failures >= TRIES => format!("{error:#}"),
-            _ => {
+        if let (Some(problem), Some(UNSENT_TRIES..)) = (asked.problem, asked.tries) {
+            bail!("{problem}; {LATER}");
+        }
+        if asked.due != Some(true) {
+            sleep(LOOK).await;
+            continue;
+        }
+        match send_added(info, "terrace rows resync", Some(table)).await {
+            Ok(()) => failures = 0,
+            Err(error) if failures >= TRIES => bail!("{error:#}; {LATER}"),
+            Err(_) => {
+                failures += 1;
                 sleep(LOOK).await;
-                continue;
             }
-        };
-        bail!(
-            "{problem}; hint: The rows are sent when that is over: see column sending of terrace.tables at the top."
-        );
+        }
     }
 }
 
