@@ -68,7 +68,7 @@ impl Plan {
                 quick,
                 scale: 2,
                 hop_rounds: [2, 0],
-                script_rounds: 2,
+                script_rounds: 1,
                 tree_rounds: [2, 0],
                 backlog: [20_000, 10_000],
                 latency: (1, [2, 1]),

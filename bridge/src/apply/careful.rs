@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use bytes::Bytes;
 use postgres_protocol::message::frontend;
 use tokio::time::timeout;
@@ -198,6 +198,10 @@ impl Session<'_> {
         self.make_way(payload).await?;
         self.note_local(payload).await?;
         let count = self.run_step(step).await?;
+        // Its key was altered here since the table was looked at; it is looked at anew.
+        if count > 1 && self.planner.is_told_by_primary(payload)? {
+            bail!("the primary key of a table was altered on this server");
+        }
         match &step.expect {
             Expect::One if count == 0 => {
                 let row = self.planner.row_of(payload)?;

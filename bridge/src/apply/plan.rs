@@ -476,6 +476,20 @@ impl Planner {
         })
     }
 
+    /// Whether a row that is told whole is found by its primary key here.
+    pub fn is_told_by_primary(&self, payload: &Bytes) -> anyhow::Result<bool> {
+        let message = pgoutput::decode(payload)?;
+        let is_whole = match &message {
+            Message::Update { old, .. } => matches!(old, Some((OldKind::Full, _))),
+            Message::Delete { old, .. } => old.0 == OldKind::Full,
+            _ => false,
+        };
+        Ok(is_whole
+            && self
+                .relation_of(&message)
+                .is_some_and(Relation::has_primary))
+    }
+
     /// For an insert, or an update to another key: the statement that removes a row
     /// that has the primary key already. Where that is none at the top, as far as the stream tells,
     /// the server above is asked (`obstacle.rs`).

@@ -251,3 +251,57 @@ fn another_constraint_or_another_table_above_says_nothing_of_a_row() {
     wait_stalled(&tree.nodes[0], &["public.person"]);
     assert_eq!(tree.nodes[0].server.value(rows), "1 2 3 4 5 6");
 }
+
+// Two rows have one key for a while within a transaction, which the servers below do not allow.
+#[test]
+fn a_key_that_is_deferrable_at_the_top_alone_loses_no_row() {
+    let mut tree = Tree::plant(
+        "CREATE TABLE t (id int PRIMARY KEY DEFERRABLE INITIALLY DEFERRED, v text);
+         ALTER TABLE t REPLICA IDENTITY FULL; INSERT INTO t SELECT g, g FROM generate_series(1, 9) g;
+         SELECT terrace.add_table('t')",
+    )
+    .expect("boot the top");
+    tree.boot(&TREE).expect("boot the servers");
+    for node in &tree.nodes {
+        node.server
+            .sql("CREATE TABLE t (id int PRIMARY KEY, v text)");
+    }
+    tree.start_bridges().expect("start the bridges");
+    tree.wait_streaming();
+    tree.wait_for_equal(&["t"]);
+    let key = |tree: &Tree, kind: &str| {
+        for node in &tree.nodes {
+            node.server.sql(&format!(
+                "ALTER TABLE t DROP CONSTRAINT t_pkey, ADD PRIMARY KEY (id) {kind}"
+            ));
+        }
+    };
+    let mut stalled = 0;
+    for change in [
+        "UPDATE t SET id = 3 - id WHERE id < 3",
+        "UPDATE t SET id = id + 1",
+        "UPDATE t SET id = 6 WHERE v = '4'; DELETE FROM t WHERE v = '5'; UPDATE t SET id = 20 WHERE v = '4'",
+        "UPDATE t SET id = 8 WHERE v = '6'; UPDATE t SET id = 30 WHERE v = '7'; UPDATE t SET id = 31 WHERE v = '6'",
+        "INSERT INTO t VALUES (9, 'new'); DELETE FROM t WHERE v = '8'",
+        "INSERT INTO t VALUES (10, 'newer'); UPDATE t SET id = 40 WHERE v = '9'",
+    ] {
+        tree.top.sql(&format!("BEGIN; {change}; COMMIT"));
+        let equal = |tree: &Tree| {
+            let wanted = tree.top.checksum("t").expect("sum");
+            let mut nodes = tree.nodes.iter();
+            nodes.all(|node| node.server.checksum("t").expect("sum") == wanted)
+        };
+        let stalls = "SELECT count(*) FROM terrace.lag WHERE state = 'stalled'";
+        wait_until("it is applied, or stands still", || {
+            equal(&tree) || tree.top.value(stalls) != "0"
+        });
+        if !equal(&tree) {
+            stalled += 1;
+            key(&tree, "DEFERRABLE");
+            tree.wait_for_equal(&["t"]);
+            key(&tree, "");
+            wait_until("nobody stalls", || tree.top.value(stalls) == "0");
+        }
+    }
+    assert!(stalled > 0, "nothing was in the way");
+}
