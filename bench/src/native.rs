@@ -41,16 +41,7 @@ impl Native {
             publish(server, &TABLES);
             Ok(())
         })?;
-        let (regions, branches) = servers.split_at(shape.region);
-        // One after the other: PostgreSQL names a copy's slot after the subscriber's system
-        // identifier, and the harness makes all servers from one template.
-        for region in regions {
-            subscribe(region, &tree.top)?;
-        }
-        at_once(
-            branches.iter().zip(regions.iter().cycle()),
-            |(branch, region)| subscribe(branch, region),
-        )?;
+        shape.subscribe(&servers, &tree.top, subscribe)?;
         Ok(Native { servers })
     }
 

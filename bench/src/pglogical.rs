@@ -115,15 +115,11 @@ impl Pglogical {
             provide(server);
             Ok(())
         })?;
-        let (regions, branches) = servers.split_at(shape.region);
-        for region in regions {
-            subscribe(region, &tree.top)?;
-        }
-        at_once(
-            branches.iter().zip(regions.iter().cycle()),
-            |(branch, region)| subscribe(branch, region),
-        )?;
-        let providers = regions.iter().chain([&tree.top]).map(Server::config);
+        shape.subscribe(&servers, &tree.top, subscribe)?;
+        let providers = servers[..shape.region]
+            .iter()
+            .chain([&tree.top])
+            .map(Server::config);
         let providers = providers.collect();
         Ok(Pglogical { servers, providers })
     }

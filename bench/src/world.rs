@@ -33,6 +33,27 @@ pub struct Shape {
     pub branch: usize,
 }
 
+impl Shape {
+    /// Has each of the servers, level by level, subscribe to one of the level above.
+    pub fn subscribe(
+        self,
+        servers: &[Server],
+        top: &Server,
+        subscribe: impl Fn(&Server, &Server) -> Result<()> + Sync,
+    ) -> Result<()> {
+        let (regions, branches) = servers.split_at(self.region);
+        // One after the other: PostgreSQL names a copy's slot after the subscriber's system
+        // identifier, and the harness makes all servers from one template.
+        for region in regions {
+            subscribe(region, top)?;
+        }
+        at_once(
+            branches.iter().zip(regions.iter().cycle()),
+            |(branch, region)| subscribe(branch, region),
+        )
+    }
+}
+
 /// From the top to one server.
 pub const HOP: Shape = Shape {
     region: 1,

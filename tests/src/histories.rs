@@ -550,7 +550,7 @@ pub fn run(seed: u64, count: u64) -> Tried {
 const PART: &str = "went set-wise";
 
 /// Transactions that a bridge's log says were applied set-wise.
-fn folded(log: &str) -> usize {
+pub fn folded(log: &str) -> usize {
     let piles = log.split("applied set-wise transactions=").skip(1);
     let counts = piles.map(|rest| {
         rest.split_whitespace()

@@ -4,6 +4,7 @@
 use std::fmt::Write;
 
 use terrace_tests::Tree;
+use terrace_tests::histories::folded;
 
 const DOMAINS: [(&str, Option<&str>, usize); 2] =
     [("region", None, 2), ("branch", Some("region"), 1)];
@@ -323,8 +324,8 @@ fn changes(kind: &str, from: usize) -> String {
     sql
 }
 
-/// Runs statements while no bridge does; each of their transactions is then folded by the first.
-fn pile_up(tree: &mut Tree, names: &[&str], kind: &str, sql: &str) {
+/// Runs statements while no bridge does; gives the number of their transactions, and what the first bridge then logs.
+fn pile_up(tree: &mut Tree, names: &[&str], kind: &str, sql: &str) -> (usize, String) {
     for node in &mut tree.nodes {
         node.bridge.stop();
     }
@@ -339,12 +340,15 @@ fn pile_up(tree: &mut Tree, names: &[&str], kind: &str, sql: &str) {
     tree.start_bridges().expect("start the bridges");
     tree.wait_streaming();
     tree.wait_for_equal(names);
-    let log = &tree.nodes[0].bridge.logged()[before..];
-    let counts = log.split("applied set-wise transactions=").skip(1);
-    let folded: usize = counts
-        .filter_map(|rest| rest.split_whitespace().next()?.parse::<usize>().ok())
-        .sum();
-    // A few are sooner done in order.
+    (
+        transactions,
+        tree.nodes[0].bridge.logged().split_off(before),
+    )
+}
+
+/// But for a few, which are sooner done in order.
+fn all_are_folded((transactions, log): (usize, String)) {
+    let folded = folded(&log);
     assert!(
         folded + 60 > transactions && !log.contains("applying"),
         "{folded} of {transactions}: {log}"
@@ -399,18 +403,14 @@ fn values_of_every_type_arrive_by_copy_and_stream() {
         run(&tree, &changes(kind, 100));
     }
     tree.wait_for_equal(&names);
-    // Piled up: what has a key, which is folded whatever is done to it, and what has none and is only added to.
-    pile_up(
-        &mut tree,
-        &names,
-        KEYED,
-        &[inserts(KEYED, 200), changes(KEYED, 200), changes(KEYED, 0)].concat(),
-    );
-    pile_up(&mut tree, &names, KEYLESS, &inserts(KEYLESS, 200));
-    // Of what has none a change goes in order.
+    // Piled up: what has a key, which is folded whatever is done to it, what has none and is only added to, and
+    // what has none and is changed, which goes in order.
+    let keyed = [inserts(KEYED, 200), changes(KEYED, 200), changes(KEYED, 0)].concat();
+    all_are_folded(pile_up(&mut tree, &names, KEYED, &keyed));
+    let keyless = inserts(KEYLESS, 200);
+    all_are_folded(pile_up(&mut tree, &names, KEYLESS, &keyless));
     let rest = [changes(KEYLESS, 200), changes(KEYLESS, 0)].concat();
-    run(&tree, &rest);
-    tree.wait_for_equal(&names);
+    pile_up(&mut tree, &names, KEYLESS, &rest);
     let conflicts = "SELECT count(*) FROM terrace.conflicts";
     assert_eq!(tree.top.value(conflicts), "0");
 }
