@@ -1,7 +1,7 @@
 //! Random tables with random histories, applied set-wise on one server and in order on
 //! another: both must come to hold what the top holds.
 //!
-//! A history is what happens to one table. The bridges are stopped meanwhile, so that it
+//! A history is what happens to one table, or to two by turns. The bridges are stopped meanwhile, so that it
 //! piles up; a statement that goes alone ends each pile, so that each history is folded by
 //! itself or not at all; every third one is a single transaction, which is folded in parts.
 //! The server that applies in order has a trigger on each table,
@@ -391,10 +391,10 @@ impl Table {
     }
 }
 
-/// One table's history.
+/// The history of one or two tables.
 struct History {
     seed: u64,
-    table: Table,
+    tables: Vec<Table>,
     /// Those that were committed, or the steps of a single one.
     transactions: Vec<String>,
 }
@@ -402,11 +402,16 @@ struct History {
 impl History {
     fn of(seed: u64) -> (History, Random) {
         let mut random = Random::new(seed);
-        let table = Table::random(&mut random, format!("h{seed}"));
+        let names = (0..1 + random.below(2)).map(|number| format!("h{seed}_{number}"));
+        let names: Vec<String> = names.collect();
+        let tables = names
+            .into_iter()
+            .map(|name| Table::random(&mut random, name));
+        let tables = tables.collect();
         let transactions = Vec::new();
         let history = History {
             seed,
-            table,
+            tables,
             transactions,
         };
         (history, random)
@@ -436,7 +441,8 @@ impl History {
         for _ in 0..if at_once { 3 * steps } else { steps } {
             let mut sql = String::from(begin);
             for _ in 0..=random.below(4) {
-                sql += &self.table.statement(random);
+                let table = &self.tables[random.below(self.tables.len())];
+                sql += &table.statement(random);
                 sql.push(';');
             }
             if at_once && random.one_in(30) {
@@ -445,7 +451,7 @@ impl History {
                 let _ = write!(
                     sql,
                     "ALTER TABLE {} SET (fillfactor = {fill});",
-                    self.table.name
+                    self.tables[0].name
                 );
             }
             sql += end;
@@ -458,22 +464,25 @@ impl History {
 
     /// Ends the pile.
     fn end(&self, top: &mut Client) {
-        let name = &self.table.name;
+        let name = &self.tables[0].name;
         let sql = format!("SELECT terrace.replicate_ddl('COMMENT ON TABLE {name} IS ''done''')");
         top.batch_execute(&sql).expect("end a history");
     }
 
     fn must_be_everywhere(&self, tree: &Tree) {
-        let digest = self.table.digest();
-        let wanted = tree.top.value(&digest);
         let [one, other] = [0, 1].map(|node| &tree.nodes[node].server);
-        for server in [one, other] {
-            self.must_be(server, server.value(&digest), &wanted);
+        for table in &self.tables {
+            let digest = table.digest();
+            let wanted = tree.top.value(&digest);
+            for server in [one, other] {
+                self.must_be(server, server.value(&digest), &wanted);
+            }
         }
+        // In one order, whichever table it was.
         let said = format!(
-            "SELECT count(*) || ' ' || coalesce(md5(string_agg(concat(what, old, new), E'\\n' ORDER BY n)), '') \
-             FROM said WHERE name = '{}'",
-            self.table.name
+            "SELECT count(*) || ' ' || coalesce(md5(string_agg(concat(name, what, old, new), E'\\n' ORDER BY n)), '') \
+             FROM said WHERE name LIKE 'h{}\\_%'",
+            self.seed
         );
         self.must_be(one, one.value(&said), &other.value(&said));
     }
@@ -485,7 +494,10 @@ impl History {
             "{} after history {}:\n{}\n{}",
             server.name,
             self.seed,
-            self.table.create(None),
+            self.tables
+                .iter()
+                .map(|table| table.create(None))
+                .collect::<String>(),
             self.transactions.join("\n")
         );
     }
@@ -565,28 +577,29 @@ fn make_tables(tree: &Tree, histories: &mut [(History, Random)]) {
     let mut below: Vec<String> = tree.nodes.iter().map(|_| TYPES.to_owned()).collect();
     let mut names = Vec::new();
     for (history, random) in histories {
-        let table = &history.table;
-        everywhere += &table.create(None);
-        for (node, sql) in tree.nodes.iter().zip(&mut below) {
-            *sql += &table.create(random.one_in(2).then_some(random));
-            if table.says {
-                let name = &table.name;
-                let _ = write!(
-                    sql,
-                    "CREATE TRIGGER says AFTER INSERT OR UPDATE OR DELETE ON {name} FOR EACH ROW \
+        for table in &history.tables {
+            everywhere += &table.create(None);
+            for (node, sql) in tree.nodes.iter().zip(&mut below) {
+                *sql += &table.create(random.one_in(2).then_some(&mut *random));
+                if table.says {
+                    let name = &table.name;
+                    let _ = write!(
+                        sql,
+                        "CREATE TRIGGER says AFTER INSERT OR UPDATE OR DELETE ON {name} FOR EACH ROW \
                      EXECUTE FUNCTION says('{name}'); ALTER TABLE {name} ENABLE ALWAYS TRIGGER says;"
-                );
-            }
-            if node.server.name.starts_with("in_order") {
-                let name = &table.name;
-                let _ = write!(
-                    sql,
-                    "CREATE TRIGGER nothing BEFORE INSERT OR UPDATE ON {name} FOR EACH ROW EXECUTE FUNCTION nothing(); \
+                    );
+                }
+                if node.server.name.starts_with("in_order") {
+                    let name = &table.name;
+                    let _ = write!(
+                        sql,
+                        "CREATE TRIGGER nothing BEFORE INSERT OR UPDATE ON {name} FOR EACH ROW EXECUTE FUNCTION nothing(); \
                      ALTER TABLE {name} ENABLE ALWAYS TRIGGER nothing;"
-                );
+                    );
+                }
             }
+            names.push(format!("'{}'", table.name));
         }
-        names.push(format!("'{}'", table.name));
     }
     let run = |server: &Server, sql: &str| {
         let result = server.connect().batch_execute(sql);

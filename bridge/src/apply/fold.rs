@@ -17,7 +17,7 @@ mod binary;
 mod write;
 
 use std::cmp::Ordering;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{BuildHasher, Hash, Hasher};
 use std::sync::Arc;
 
@@ -93,6 +93,8 @@ struct Table<'a> {
 #[derive(Default)]
 pub struct Fold<'a> {
     tables: BTreeMap<u32, Table<'a>>,
+    /// Tables all of whose changes go in order, before or after what is folded.
+    left_out: BTreeSet<u32>,
     /// The row at hand.
     new: Vec<Datum<'a>>,
     old: Vec<Datum<'a>>,
@@ -106,6 +108,9 @@ impl<'a> Fold<'a> {
         shape: &Arc<Shape>,
         message: &Message<'a>,
     ) -> Result<(), NotFoldable> {
+        if self.left_out.contains(&relid) {
+            return Err(NotFoldable);
+        }
         let table = self
             .tables
             .entry(relid)
@@ -135,6 +140,22 @@ impl<'a> Fold<'a> {
             }
             _ => Err(NotFoldable),
         }
+    }
+
+    /// Leaves out all changes of a table: those so far, and those to come.
+    pub fn leave_out(&mut self, relid: u32) {
+        self.tables.remove(&relid);
+        self.left_out.insert(relid);
+    }
+
+    /// What has been left out.
+    pub fn left_out(&self) -> impl Iterator<Item = u32> {
+        self.left_out.iter().copied()
+    }
+
+    /// Whether all has been left out.
+    pub fn is_empty(&self) -> bool {
+        self.tables.is_empty()
     }
 
     /// What the statements are made for.

@@ -107,7 +107,7 @@ impl Session<'_> {
         if let Some(sets) = self.fold(records, batch).await? {
             self.drain(batch).await?;
             tracing::debug!(statements = sets.statements.len(), "a part went set-wise");
-            self.send_sets(sets)?;
+            self.send_sets(sets, batch).await?;
             // The answers are not waited for: what comes next is folded meanwhile.
             return Ok(self.client.send_all().await?);
         }
@@ -120,40 +120,48 @@ impl Session<'_> {
     async fn send_changes(&mut self, record: &Record, batch: &mut Batch) -> Result<(), Failed> {
         for frame in record.frames() {
             let payload = record.bytes.slice_ref(frame.context("frame")?.payload);
-            let steps = match self.planner.plan(&payload, true) {
-                Ok(Planned::Steps(steps)) => steps,
-                Ok(Planned::Nothing) => continue,
-                Ok(Planned::Order(_)) => {
-                    self.drain(batch).await?;
-                    return Err(Failed::Unexpected(BY_ITSELF.into()));
-                }
-                // The catalog must be asked, for which the pipeline must be empty.
-                Ok(Planned::Lookup(relid)) => {
-                    self.drain(batch).await?;
-                    self.planner
-                        .lookup(&mut self.client, relid)
-                        .await
-                        .map_err(unexpected)?;
-                    match self.planner.plan(&payload, true)? {
-                        Planned::Steps(steps) => steps,
-                        _ => continue,
-                    }
-                }
-                Err(error) => return Err(Failed::Unexpected(format!("{error:#}"))),
-            };
-            for step in steps {
-                if let Step {
-                    notify: Some(content),
-                    ..
-                } = &step
-                {
-                    batch.notified.insert(content.clone());
-                }
-                self.send(&step)?;
-            }
-            if self.unflushed > PIPELINE_BYTES {
+            self.send_change(&payload, batch).await?;
+        }
+        Ok(())
+    }
+
+    /// Sends what a message asks for.
+    pub(super) async fn send_change(
+        &mut self,
+        payload: &Bytes,
+        batch: &mut Batch,
+    ) -> Result<(), Failed> {
+        let steps = match self.planner.plan(payload, true) {
+            Ok(Planned::Steps(steps)) => steps,
+            Ok(Planned::Nothing) => return Ok(()),
+            Ok(Planned::Order(_)) => {
                 self.drain(batch).await?;
+                return Err(Failed::Unexpected(BY_ITSELF.into()));
             }
+            // The catalog must be asked, for which the pipeline must be empty.
+            Ok(Planned::Lookup(relid)) => {
+                self.drain(batch).await?;
+                let looked_up = self.planner.lookup(&mut self.client, relid).await;
+                looked_up.map_err(unexpected)?;
+                match self.planner.plan(payload, true)? {
+                    Planned::Steps(steps) => steps,
+                    _ => return Ok(()),
+                }
+            }
+            Err(error) => return Err(Failed::Unexpected(format!("{error:#}"))),
+        };
+        for step in steps {
+            if let Step {
+                notify: Some(content),
+                ..
+            } = &step
+            {
+                batch.notified.insert(content.clone());
+            }
+            self.send(&step)?;
+        }
+        if self.unflushed > PIPELINE_BYTES {
+            self.drain(batch).await?;
         }
         Ok(())
     }

@@ -42,7 +42,7 @@ pub enum Folded {
     Added,
     /// First [`Planner::lookup`] this relation, then fold again.
     Lookup(u32),
-    /// It must go in order.
+    /// All of it must go in order.
     Not,
 }
 
@@ -198,6 +198,7 @@ impl Planner {
             oid: String::new(),
             routed: self.is_routed(relation.namespace, relation.name),
             only: false,
+            plain: false,
             identity: relation.identity,
             local_since: None,
             shape: None,
@@ -399,18 +400,36 @@ impl Planner {
             .relations
             .get(&relid)
             .context("change of an undefined relation")?;
-        Ok(match &relation.shape {
+        if relation.namespace == "terrace" {
             // What it says of the routing must be seen.
-            _ if relation.namespace == "terrace" => Folded::Not,
-            _ if self.is_unknown(relation) => Folded::Lookup(relid),
-            _ if !relation.routed => Folded::Added,
-            None => Folded::Not,
-            Some(shape) if shape.is_constrained && !self.folds_constrained => Folded::Not,
-            Some(shape) => match fold.add(relid, shape, &message) {
-                Ok(()) => Folded::Added,
-                Err(NotFoldable) => Folded::Not,
-            },
+            return Ok(Folded::Not);
+        }
+        if self.is_unknown(relation) {
+            return Ok(Folded::Lookup(relid));
+        }
+        if !relation.routed {
+            return Ok(Folded::Added);
+        }
+        let shape = relation.shape.as_ref();
+        let shape = shape.filter(|shape| self.folds_constrained || !shape.is_constrained);
+        let added = shape.map_or(Err(NotFoldable), |shape| fold.add(relid, shape, &message));
+        Ok(match added {
+            Ok(()) => Folded::Added,
+            Err(NotFoldable) if relation.stands_alone() => {
+                fold.leave_out(relid);
+                Folded::Added
+            }
+            Err(NotFoldable) => Folded::Not,
         })
+    }
+
+    /// Whether nothing that a fold leaves out is of a table that it writes to.
+    pub fn is_apart(&self, fold: &Fold<'_>) -> bool {
+        let left_out = fold
+            .left_out()
+            .filter_map(|relid| self.relations.get(&relid));
+        let mut left_out = left_out.map(|relation| &relation.oid);
+        left_out.all(|oid| fold.shapes().all(|shape| shape.oid != *oid))
     }
 
     /// Whether a table must be looked up first. One that goes elsewhere need not be, unless

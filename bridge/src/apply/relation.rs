@@ -111,6 +111,8 @@ pub(super) struct Relation {
     /// Where it is known who wrote a row last: after the transaction of this number that may have been
     /// a session of this server.
     pub local_since: Option<String>,
+    /// An ordinary table here, for whose rows nothing else is done.
+    pub plain: bool,
     /// How to change it set-wise; known once looked up.
     pub shape: Option<Arc<Shape>>,
 }
@@ -159,6 +161,12 @@ impl Relation {
             .filter(|(_, c)| c.local.as_ref().is_some_and(|local| !local.generated))
     }
 
+    /// Its changes may go before or after those of other tables: nothing that is done for its rows
+    /// looks at any. Who holds the rows of a partition of the top holds those of others as well.
+    pub fn stands_alone(&self) -> bool {
+        self.plain && self.place.is_none()
+    }
+
     /// What the table is here.
     pub fn here(&self) -> Here {
         let columns = self.columns.iter().map(|column| column.local.clone());
@@ -185,9 +193,8 @@ impl Relation {
                                 WHEN t.typcategory = 'A' THEN 'anyarray'::regtype \
                                 WHEN t.typname = 'varchar' THEN 'text'::regtype ELSE t.oid END), \
                  pg_catalog.format_type(a.atttypid, -1), \
-                 (SELECT c.relkind = 'r' AND NOT c.relhasrules AND NOT EXISTS \
-                      (SELECT FROM pg_trigger g WHERE g.tgrelid = c.oid AND g.tgenabled IN ('R', 'A')) \
-                  FROM pg_class c WHERE c.oid = a.attrelid), \
+                 k.relkind = 'r' AND NOT k.relhasrules AND NOT EXISTS \
+                     (SELECT FROM pg_trigger g WHERE g.tgrelid = k.oid AND g.tgenabled IN ('R', 'A')), \
                  a.attidentity = 'a', \
                  k.relkind = 'r', \
                  (t.typtype = 'e' OR t.oid IN ('bool'::regtype, 'int2'::regtype, 'int4'::regtype, \
@@ -246,7 +253,7 @@ impl Relation {
         self.local_since = since.filter(|_| self.namespace != "terrace");
         self.only = rows.iter().all(|row| row[7].as_deref() == Some("t"));
         let is_constrained = rows.iter().any(|row| row[14].as_deref() == Some("t"));
-        let mut plain = true;
+        self.plain = rows.iter().all(|row| row[5].as_deref() == Some("t"));
         let locals: HashMap<String, LocalColumn> = rows
             .into_iter()
             .filter_map(|row| {
@@ -265,9 +272,7 @@ impl Relation {
                         plain: is(11),
                     },
                 };
-                let name = row[0].clone()?;
-                plain &= is(5);
-                Some((name, local))
+                Some((row[0].clone()?, local))
             })
             .collect();
         let table = self.table();
@@ -290,7 +295,7 @@ impl Relation {
             }
         }
         self.looked_up = true;
-        let shape = plain.then(|| shape(self, &locals, is_constrained));
+        let shape = self.plain.then(|| shape(self, &locals, is_constrained));
         self.shape = shape.flatten().map(Arc::new);
         Ok(())
     }

@@ -1,6 +1,9 @@
 //! The set-wise way: what has piled up is folded ([`super::fold`]) and written with
-//! few statements. Taken by itself when there is enough and all of it can be folded;
-//! otherwise, and when a statement did not do what it should, the same records go the way in
+//! few statements. Taken by itself when there is enough. Changes of a table some of which cannot be
+//! folded go in order, all of them and in the same local transaction, before what is folded: nothing
+//! but the order of one table's own changes matters to what comes of them, where nobody looks at
+//! other tables meanwhile ([`Relation::stands_alone`](super::relation::Relation::stands_alone)).
+//! When somebody might, and when a statement did not do what it should, the same records go the way in
 //! order. A large transaction is folded in parts, each of which goes its own way: within one
 //! local transaction the one after the other comes to the same as all in order.
 
@@ -10,6 +13,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use bytes::Bytes;
 use postgres_protocol::message::frontend;
 use tokio::time::sleep;
 
@@ -18,6 +22,7 @@ use super::plan::Folded;
 use super::sealed::goes_alone;
 use super::{Batch, Expect, Failed, MAX_BYTES, MAX_TRANSACTIONS, Session};
 use crate::client::bind_binary;
+use crate::pgoutput::{self, Message};
 use crate::record::{Frame, Kind, Record};
 
 /// Fewer transactions are not waited for: they go in order before the next look.
@@ -48,6 +53,8 @@ pub(super) struct Pile {
 pub(super) struct Sets {
     pub(super) statements: Vec<Statement>,
     shapes: Vec<Arc<Shape>>,
+    /// Messages of tables that are not folded, in order.
+    left_out: Vec<Bytes>,
 }
 
 /// Whether tables with constraints beside the primary key are folded. Where unique values go
@@ -96,6 +103,26 @@ fn is_worthwhile(records: &[Record]) -> bool {
     messages.take(WORTHWHILE).count() == WORTHWHILE
 }
 
+/// Changes of these tables.
+fn messages_of(records: &[Record], relids: &BTreeSet<u32>) -> Vec<Bytes> {
+    if relids.is_empty() {
+        return Vec::new();
+    }
+    let frames = records.iter().flat_map(|record| {
+        let frames = record.frames().flatten();
+        frames.map(|frame| record.bytes.slice_ref(frame.payload))
+    });
+    let is_of_these = |payload: &Bytes| match pgoutput::decode(payload) {
+        Ok(
+            Message::Insert { relid, .. }
+            | Message::Update { relid, .. }
+            | Message::Delete { relid, .. },
+        ) => relids.contains(&relid),
+        _ => false,
+    };
+    frames.filter(is_of_these).collect()
+}
+
 /// What came of folding.
 enum Attempt {
     Folded(Sets),
@@ -132,8 +159,9 @@ impl Session<'_> {
             }
         }
         let transactions = batch.transactions;
+        self.attempted = batch.end;
         self.begin()?;
-        self.send_sets(sets)?;
+        self.send_sets(sets, &mut batch).await?;
         self.close(&batch)?;
         self.client.send_all().await?;
         // Postgres is at work meanwhile.
@@ -284,13 +312,17 @@ impl Session<'_> {
                 Ok(Folded::Not) | Err(_) => return Attempt::Not,
             }
         }
-        match unknown.is_empty() {
-            true => Attempt::Folded(Sets {
-                statements: fold.statements(),
-                shapes: fold.shapes().collect(),
-            }),
-            false => Attempt::Unknown(unknown),
+        if !unknown.is_empty() {
+            return Attempt::Unknown(unknown);
         }
+        if fold.is_empty() || !self.planner.is_apart(&fold) {
+            return Attempt::Not;
+        }
+        Attempt::Folded(Sets {
+            statements: fold.statements(),
+            shapes: fold.shapes().collect(),
+            left_out: messages_of(records, &fold.left_out().collect()),
+        })
     }
 
     /// Whether what is next has been folded in vain.
@@ -298,8 +330,11 @@ impl Session<'_> {
         self.committed < self.plain_until
     }
 
-    pub(super) fn send_sets(&mut self, sets: Sets) -> Result<(), Failed> {
+    pub(super) async fn send_sets(&mut self, sets: Sets, batch: &mut Batch) -> Result<(), Failed> {
         self.sent_sets.extend(sets.shapes);
+        for payload in &sets.left_out {
+            self.send_change(payload, batch).await?;
+        }
         sets.statements
             .into_iter()
             .try_for_each(|set| self.send_set(set))

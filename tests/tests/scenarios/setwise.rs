@@ -231,6 +231,61 @@ fn a_pile_that_a_constraint_refuses_goes_in_order() {
     tree.wait_for_equal(&["t"]);
 }
 
+/// Changes that pile up by turns: what can be folded, and what of a table without a key cannot.
+fn by_turns(tree: &mut Tree, count: i32) {
+    tree.nodes[0].bridge.stop();
+    let mut client = tree.top.connect();
+    for id in 0..count {
+        let sql = format!(
+            "BEGIN; INSERT INTO t VALUES ({id}, 'v'); UPDATE keyless SET b = b || {id} % 10 WHERE a = {id} % 7;
+             UPDATE t SET v = 'w' WHERE id = {id} - 3; DELETE FROM keyless WHERE a = {id} - 7;
+             INSERT INTO keyless VALUES ({id}, 'x'), ({id}, 'x'); COMMIT"
+        );
+        client.batch_execute(&sql).expect("change");
+    }
+    tree.start_bridges_on_a_pile();
+}
+
+#[test]
+fn what_cannot_be_folded_goes_in_order_beside_what_can() {
+    const COUNT: i32 = 400;
+    let schema =
+        "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE keyless (a int, b text);
+                  SELECT terrace.add_table('t'), terrace.add_table('keyless')";
+    let mut tree = Tree::grow(schema, &[("region", None, 1)]);
+    by_turns(&mut tree, COUNT);
+    tree.wait_for_equal(&["t", "keyless"]);
+    let log = tree.nodes[0].bridge.logged();
+    let folded = histories::folded(&log);
+    assert!(folded >= COUNT as usize - 20, "{folded} were folded");
+    assert!(!log.contains("applying in order"), "{log}");
+
+    // A row that is missing is resolved and counted all the same.
+    let server = &tree.nodes[0].server;
+    server.sql("SET session_replication_role = replica; DELETE FROM keyless WHERE a = 398");
+    tree.top.sql(
+        "BEGIN; INSERT INTO t SELECT g, 'z' FROM generate_series(1000, 1100) g; \
+         UPDATE keyless SET b = 'y' WHERE a = 398; COMMIT",
+    );
+    let missing = "SELECT sum(count) FROM terrace.conflicts WHERE kind = 'update_missing'";
+    wait_until("they are counted", || tree.top.value(missing) == "2");
+    tree.wait_for_equal(&["t", "keyless"]);
+
+    // Who may look at other tables sees them as they were.
+    server.sql(
+        "CREATE TABLE seen (a int, there bigint);
+         CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS
+             'BEGIN INSERT INTO public.seen SELECT NEW.a, count(*) FROM public.t; RETURN NULL; END';
+         CREATE TRIGGER see AFTER INSERT ON keyless FOR EACH ROW EXECUTE FUNCTION see();
+         ALTER TABLE keyless ENABLE ALWAYS TRIGGER see",
+    );
+    tree.top.sql("TRUNCATE t, keyless");
+    by_turns(&mut tree, 100);
+    tree.wait_for_equal(&["t", "keyless"]);
+    let seen = "SELECT count(*) FROM seen WHERE there = a + 1";
+    assert_eq!(tree.nodes[0].server.value(seen), "200");
+}
+
 #[test]
 fn what_is_altered_here_while_the_bridge_runs_counts_at_once() {
     let schema = "CREATE TABLE t (id int PRIMARY KEY, v text); SELECT terrace.add_table('t')";
@@ -357,7 +412,7 @@ fn what_is_altered_here_counts_for_what_was_sent_before() {
                  ALTER TABLE t ADD COLUMN own text DEFAULT 'new'; UPDATE t SET own = 'kept'";
     second.batch_execute(alter).expect("alter");
     // The first is no matter for a fold, so all go in order, but for the second, which is large.
-    top.sql("UPDATE keyless SET a = 3");
+    top.sql("UPDATE keyless SET a = 3; SELECT terrace.send('c', 'x')");
     top.sql("UPDATE t SET id = id + 1000");
     top.sql("ALTER TABLE t ADD COLUMN c int");
     top.sql("UPDATE t SET c = 7 WHERE id = 1001");
