@@ -436,6 +436,12 @@ impl History {
         if at_once {
             run("BEGIN".into(), "");
         }
+        // A table that is seen for the first time ends a pile.
+        let first = self.tables.iter().map(|table| {
+            let (written, row) = (table.written(), table.row(random, 0));
+            format!("INSERT INTO {} ({written}) VALUES ({row});", table.name)
+        });
+        run(format!("{begin}{}{end}", first.collect::<String>()), back);
         let (few, many) = TRANSACTIONS;
         let steps = few + random.below(many - few);
         for _ in 0..if at_once { 3 * steps } else { steps } {

@@ -181,11 +181,12 @@ impl Session<'_> {
             self.gather(&mut heap).await?;
         }
         let folded = self.fold(&heap.records, &mut Batch::default()).await?;
-        self.folds = folded.is_some() || self.folds && !is_worthwhile(&heap.records);
+        let is_worthwhile = is_worthwhile(&heap.records);
+        self.folds = folded.is_some() || self.folds && !is_worthwhile;
         // What stood in the way may be over soon, or all of it may be of its kind.
-        self.in_order = match heap.records.len() < FEW {
-            true => FEW,
-            false => MAX_TRANSACTIONS,
+        self.in_order = match is_worthwhile {
+            false => FEW.max(heap.records.len()),
+            true => MAX_TRANSACTIONS,
         };
         Ok(self.keep_or_put_back(heap, folded))
     }
