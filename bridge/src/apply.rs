@@ -329,9 +329,7 @@ impl<'a> Session<'a> {
         let folded = !self.sent_sets.is_empty() && problem != BY_ITSELF;
         let is_constrained = self.sent_sets.iter().any(|shape| shape.is_constrained);
         self.leave_behind().await?;
-        // Once: what is altered all the time goes another way.
-        if problem == ALTERED && self.altered_after.replace(self.committed) != Some(self.committed)
-        {
+        if problem == ALTERED && self.is_altered_anew() {
             return Ok(());
         }
         if folded && self.plain_until < until {
@@ -454,6 +452,12 @@ impl<'a> Session<'a> {
         let mut sent = self.sent_sets.iter();
         let outdated = sent.any(|shape| oids.contains(&shape.oid) && !self.planner.has(shape));
         Ok(altered || outdated)
+    }
+
+    /// Whether what is next is to be tried once more as it was, with tables as they are now. Once:
+    /// what is altered all the time goes another way.
+    fn is_altered_anew(&mut self) -> bool {
+        self.altered_after.replace(self.committed) != Some(self.committed)
     }
 
     /// Takes in what [`Session::progress_step`] returned.

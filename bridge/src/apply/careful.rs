@@ -12,7 +12,7 @@ use super::obstacle::{Clearing, Unanswered, is_in_the_way};
 use super::plan::Planned;
 use super::skip::is_of_the_transaction;
 use super::statement::{Expect, Step};
-use super::{Batch, Session, fatal};
+use super::{ALTERED, Batch, Session, fatal};
 use crate::client::PgError;
 use crate::lsn::Lsn;
 use crate::record::Kind;
@@ -102,6 +102,7 @@ impl Session<'_> {
         Ok(())
     }
 
+    /// Does one transaction; or nothing yet, if a table was altered here meanwhile.
     async fn careful_transaction(&mut self) -> anyhow::Result<()> {
         let mut batch = Batch::default();
         let mut open = false;
@@ -140,7 +141,12 @@ impl Session<'_> {
         for step in self.closing_steps(&batch) {
             self.run_step(&step).await?;
         }
-        self.look_at_altered().await?;
+        if self.look_at_altered().await? && self.is_altered_anew() {
+            tracing::info!(problem = ALTERED, from = %self.committed, "once more with care");
+            self.client.simple("ROLLBACK").await?;
+            self.conflicts = 0;
+            return self.rewind();
+        }
         self.client.simple("COMMIT").await?;
         self.committed = batch.end;
         self.sum_up_slices().await;
