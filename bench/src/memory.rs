@@ -28,55 +28,63 @@ impl Workload for Memory {
     }
 
     fn about(&self) -> &'static str {
-        "one large transaction through the tree, one of many rows through top -> 1 -> 1"
+        "one large transaction through the tree; one of many rows, and one that changes them, through top -> 1 -> 1"
     }
 
     fn run(&self, stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
         let (large, many) = (plan.large_rows, plan.many_rows);
-        let rows = large_rows(large);
+        let insert = |rows: String| format!("INSERT INTO bench_large SELECT {rows}");
         let shape = plan.large_shape;
         // A subscription that is only paused, such as pglogical's of a workload before, would have the top keep it all.
         stage.clear();
         let world = stage.world(shape, plan)?;
-        measure(
-            world,
-            shape,
-            plan,
-            report,
-            &format!("{} MiB", large >> 10),
-            &rows,
-        )?;
+        let bytes = Large::new(format!("{} MiB", large >> 10), insert(large_rows(large)));
+        measure(world, shape, plan, report, &mut [bytes])?;
         if many > 0 {
-            let rows = format!("{large} + g, 'x' FROM generate_series(1, {many}) g");
             let what = format!("{} million rows", many / 1_000_000);
-            measure(stage.world(CHAIN, plan)?, CHAIN, plan, report, &what, &rows)?;
+            let rows = format!("{large} + g, 'x' FROM generate_series(1, {many}) g");
+            let change = "BEGIN; UPDATE bench_large SET body = 'y'; DELETE FROM bench_large WHERE id % 2 = 0; COMMIT";
+            let changed = Large::new(
+                format!("{what} updated, half of them deleted"),
+                change.into(),
+            );
+            let rows = Large::new(what, insert(rows));
+            let world = stage.world(CHAIN, plan)?;
+            measure(world, CHAIN, plan, report, &mut [rows, changed])?;
         }
         Ok(())
     }
 }
 
-/// One transaction with these rows in each round.
-fn measure(
-    world: &mut World,
-    shape: Shape,
-    plan: &Plan,
-    report: &mut Report,
-    what: &str,
-    rows: &str,
-) -> Result<()> {
-    let servers = shape.region + shape.branch;
-    let (mut terrace, mut native) = (Vec::new(), Vec::new());
-    for round in 0..plan.memory_rounds {
-        world
-            .top()
-            .sql(&format!("INSERT INTO bench_large SELECT {rows}"));
+/// A transaction, and how it went.
+struct Large {
+    what: String,
+    sql: String,
+    terrace: Vec<Passage>,
+    native: Vec<Passage>,
+}
+
+impl Large {
+    fn new(what: String, sql: String) -> Large {
+        let (terrace, native) = (Vec::new(), Vec::new());
+        Large {
+            what,
+            sql,
+            terrace,
+            native,
+        }
+    }
+
+    /// Once, by each side in its turn.
+    fn pass(&mut self, world: &mut World, servers: usize, round: usize) -> Result<()> {
+        world.top().sql(&self.sql);
         let marker = mark(world.top())?;
         world.tidy()?;
         let top = world.top_pid()?;
         for which in rotated(&[Which::Terrace, Which::Native], round) {
             let (name, passed) = match which {
-                Which::Terrace => ("bridges", &mut terrace),
-                Which::Native => ("apply workers", &mut native),
+                Which::Terrace => ("bridges", &mut self.terrace),
+                Which::Native => ("apply workers", &mut self.native),
             };
             let passage = match which {
                 Which::Terrace => {
@@ -85,14 +93,44 @@ fn measure(
                 }
                 Which::Native => apply_workers(world, top, marker, servers)?,
             };
-            let Passage { elapsed, peaks } = &passage;
+            let (what, Passage { elapsed, peaks }) = (&self.what, &passage);
             println!("    {what}: {name} {peaks:.0?} MiB in {elapsed:.1} s");
             passed.push(passage);
         }
         must_be_equal(&world.terrace, world.top(), &["bench_large"])?;
-        must_be_equal(&world.native, world.top(), &["bench_large"])?;
+        must_be_equal(&world.native, world.top(), &["bench_large"])
+    }
+}
+
+/// These transactions, one after the other in each round.
+fn measure(
+    world: &mut World,
+    shape: Shape,
+    plan: &Plan,
+    report: &mut Report,
+    all: &mut [Large],
+) -> Result<()> {
+    let servers = shape.region + shape.branch;
+    for round in 0..plan.memory_rounds {
+        for large in &mut *all {
+            large.pass(world, servers, round)?;
+        }
         world.top().sql("TRUNCATE bench_large");
     }
+    for large in all {
+        figures(large, shape, report);
+    }
+    Ok(())
+}
+
+fn figures(large: &Large, shape: Shape, report: &mut Report) {
+    let Large {
+        what,
+        terrace,
+        native,
+        ..
+    } = large;
+    let servers = shape.region + shape.branch;
     let mut add = |workload: String, figure, unit, of: &dyn Fn(&Passage) -> f64| {
         report.add(Figure {
             workload,
@@ -120,7 +158,6 @@ fn measure(
     }
     let workload = format!("memory: all {servers} servers, {what}");
     add(workload, "elapsed", "s", &|passage| passage.elapsed);
-    Ok(())
 }
 
 /// What a transaction took on its way, and the memory of each process that it went through.
