@@ -12,7 +12,8 @@ use terrace_tests::Server;
 use terrace_tests::server::program;
 
 use crate::pgbench::{
-    CLIENTS, HOT, INSERT, LARGE, Script, TABLES, TINY, TPCB, UNIQUE, WIDE, Work, fill,
+    CLIENTS, HOT, INSERT, KEYLESS, LARGE, MIXED, Script, TABLES, TINY, TPCB, UNIQUE, WIDE, Work,
+    fill,
 };
 use crate::proc::cpu_seconds;
 use crate::report::{Better, Figure, Report};
@@ -34,7 +35,7 @@ impl Drain {
             name: "drain",
             about: "a backlog over one hop, top -> 1",
             shape: HOP,
-            scripts: &[TPCB, INSERT, HOT, WIDE, TINY, UNIQUE],
+            scripts: &[TPCB, INSERT, HOT, WIDE, TINY, UNIQUE, MIXED],
         }
     }
 
@@ -140,6 +141,9 @@ impl Workload for Drain {
     fn run(&self, stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
         let world = stage.world_with_pglogical(self.shape, plan)?;
         for script in self.scripts {
+            if plan.quick && script.name == MIXED.name {
+                continue;
+            }
             let result = self.script(world, plan, *script, report);
             world.explain(result)?;
         }
@@ -179,8 +183,10 @@ impl Drain {
             Work::TpcB => &TABLES[..4],
             _ => &[script.table][..],
         };
-        must_be_equal(&world.terrace, world.top(), tables)?;
-        must_be_equal(&world.native, world.top(), tables)?;
+        for side in [&world.terrace as &dyn Side, &world.native] {
+            must_be_equal(side, world.top(), tables)?;
+            must_be_equal(side, world.top(), &[KEYLESS])?;
+        }
         if let Some(side) = &world.pglogical {
             must_be_equal(side, world.top(), tables)?;
         }

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use terrace_tests::server::program;
 use terrace_tests::{Server, Tree};
 
-use crate::pgbench::{SCHEMA, TABLES, create_tables};
+use crate::pgbench::{KEYLESS, SCHEMA, TABLES, create_tables};
 use crate::side::Side;
 use crate::workload::{Plan, wait};
 use crate::world::{Shape, at_once, bare};
@@ -76,6 +76,7 @@ fn provide(server: &Server) {
     for table in TABLES {
         // One without a key can only be added to.
         let set = match table {
+            KEYLESS => continue,
             "pgbench_history" => "default_insert_only",
             _ => "default",
         };
