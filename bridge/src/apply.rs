@@ -197,8 +197,10 @@ struct Session<'a> {
     folded: Option<setwise::Pile>,
     /// The last pile that was large enough could be folded.
     folds: bool,
-    /// What the local transaction under way has statements of a fold for.
+    /// What the local transaction under way has statements of a fold for …
     sent_sets: Vec<Arc<Shape>>,
+    /// … and OIDs of tables here that folds have left out.
+    sent_apart: Vec<String>,
     /// In the next transaction what is in the way of unique values, and nobody's, makes way.
     clears: Option<Clearing>,
     /// Rows that have been resolved in the local transaction under way.
@@ -286,6 +288,7 @@ impl<'a> Session<'a> {
             folded: None,
             folds: true,
             sent_sets: Vec::new(),
+            sent_apart: Vec::new(),
             clears: None,
             conflicts: 0,
             plain_until: Lsn::ZERO,
@@ -327,13 +330,16 @@ impl<'a> Session<'a> {
     async fn try_another_way(&mut self, problem: &str) -> anyhow::Result<()> {
         let until = self.attempted.max(Lsn(self.committed.0 + 1));
         let folded = !self.sent_sets.is_empty() && problem != BY_ITSELF;
+        // The statement that failed is still to be answered.
+        let is_refused = matches!(self.expected.front(), Some(Expect::Rows(_)));
         let is_constrained = self.sent_sets.iter().any(|shape| shape.is_constrained);
         self.leave_behind().await?;
         if problem == ALTERED && self.is_altered_anew() {
+            tracing::info!(problem, from = %self.committed, "once more");
             return Ok(());
         }
         if folded && self.plain_until < until {
-            if is_constrained {
+            if is_constrained && is_refused {
                 self.constrained.refused();
             }
             tracing::info!(problem, from = %self.committed, "applying in order");
@@ -391,13 +397,19 @@ impl<'a> Session<'a> {
         self.ahead.clear();
         self.place = None;
         self.folded = None;
-        self.sent_sets.clear();
+        self.forget_sent();
+        self.attempted = self.committed;
         self.expected.clear();
         self.unflushed = 0;
         self.planner.forget_relations();
         self.planner.forget_statements();
         self.reader = self.queue.reader(self.committed)?;
         Ok(())
+    }
+
+    fn forget_sent(&mut self) {
+        self.sent_sets.clear();
+        self.sent_apart.clear();
     }
 
     /// Not as a simple query, whose answer would come by itself.
@@ -431,7 +443,7 @@ impl<'a> Session<'a> {
         if self.sent_sets.iter().any(|shape| shape.is_constrained) {
             self.constrained.went_well();
         }
-        self.sent_sets.clear();
+        self.forget_sent();
         self.progress_written = Instant::now();
         self.committed = batch.end;
         self.announce(&batch);
@@ -449,8 +461,9 @@ impl<'a> Session<'a> {
             return Ok(false);
         }
         let altered = self.planner.look_again(&mut self.client, &oids).await?;
-        let mut sent = self.sent_sets.iter();
-        let outdated = sent.any(|shape| oids.contains(&shape.oid) && !self.planner.has(shape));
+        let (mut sent, mut apart) = (self.sent_sets.iter(), self.sent_apart.iter());
+        let outdated = sent.any(|shape| oids.contains(&shape.oid) && !self.planner.has(shape))
+            || apart.any(|oid| oids.contains(oid) && !self.planner.stands_alone(oid));
         Ok(altered || outdated)
     }
 

@@ -204,7 +204,7 @@ impl Session<'_> {
                         Expect::Simple | Expect::Done => {}
                         Expect::One | Expect::Place if count == 1 => {}
                         Expect::One | Expect::Place => {
-                            return Err(Failed::Unexpected("a row to update is missing".into()));
+                            return Err(Failed::Unexpected("a row is missing".into()));
                         }
                         Expect::Rows(rows) if count == *rows => {}
                         Expect::Rows(rows) => {

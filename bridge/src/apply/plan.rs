@@ -266,13 +266,13 @@ impl Planner {
         })
     }
 
-    /// Whether nothing that a fold leaves out is of a table that it writes to.
-    pub fn is_apart(&self, fold: &Fold<'_>) -> bool {
-        let left_out = fold
-            .left_out()
-            .filter_map(|relid| self.relations.get(&relid));
-        let mut left_out = left_out.map(|relation| &relation.oid);
-        left_out.all(|oid| fold.shapes().all(|shape| shape.oid != *oid))
+    /// OIDs here of the tables that a fold leaves out; `None` if it writes to one of them.
+    pub fn apart(&self, fold: &Fold<'_>) -> Option<Vec<String>> {
+        let left_out = fold.left_out();
+        let known = left_out.filter_map(|relid| self.relations.get(&relid));
+        let oids: Vec<String> = known.map(|relation| relation.oid.clone()).collect();
+        let is_written = fold.shapes().any(|shape| oids.contains(&shape.oid));
+        (!is_written).then_some(oids)
     }
 
     /// Name of the prepared statement of this text, and whether it is to be prepared.

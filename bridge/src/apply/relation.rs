@@ -86,7 +86,7 @@ impl Input {
 /// What a table is on this server.
 type Here = (
     Option<String>,
-    bool,
+    [bool; 2],
     Vec<Option<LocalColumn>>,
     Option<Arc<Shape>>,
 );
@@ -161,8 +161,10 @@ impl Relation {
             .filter(|(_, c)| c.local.as_ref().is_some_and(|local| !local.generated))
     }
 
-    /// Its changes may go before or after those of other tables: nothing that is done for its rows
-    /// looks at any. Who holds the rows of a partition of the top holds those of others as well.
+    /// Its changes may go before or after those of other tables: nothing that is run for each of its
+    /// rows looks at any. (A CHECK that does so may refuse it then, and a default of a column of this
+    /// server alone is nothing of the top's.) Who holds the rows of a partition of the top holds those of
+    /// others as well.
     pub fn stands_alone(&self) -> bool {
         self.plain && self.place.is_none()
     }
@@ -171,7 +173,8 @@ impl Relation {
     pub fn here(&self) -> Here {
         let columns = self.columns.iter().map(|column| column.local.clone());
         let columns = columns.collect();
-        (self.place.clone(), self.only, columns, self.shape.clone())
+        let whole = [self.only, self.plain];
+        (self.place.clone(), whole, columns, self.shape.clone())
     }
 
     /// Reads what the table looks like here, and has the session told when that changes.

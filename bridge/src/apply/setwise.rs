@@ -1,6 +1,6 @@
 //! The set-wise way: what has piled up is folded ([`super::fold`]) and written with
 //! few statements. Taken by itself when there is enough. Changes of a table some of which cannot be
-//! folded go in order, all of them and in the same local transaction, before what is folded: nothing
+//! folded go in order, all of them and in the same local transaction, after what is folded: nothing
 //! but the order of one table's own changes matters to what comes of them, where nobody looks at
 //! other tables meanwhile ([`Relation::stands_alone`](super::relation::Relation::stands_alone)).
 //! When somebody might, and when a statement did not do what it should, the same records go the way in
@@ -53,8 +53,9 @@ pub(super) struct Pile {
 pub(super) struct Sets {
     pub(super) statements: Vec<Statement>,
     shapes: Vec<Arc<Shape>>,
-    /// Messages of tables that are not folded, in order.
+    /// Messages of tables that are not folded, in order, and the OIDs of those here.
     left_out: Vec<Bytes>,
+    apart: Vec<String>,
 }
 
 /// Whether tables with constraints beside the primary key are folded. Where unique values go
@@ -181,13 +182,9 @@ impl Session<'_> {
             self.gather(&mut heap).await?;
         }
         let folded = self.fold(&heap.records, &mut Batch::default()).await?;
-        let is_worthwhile = is_worthwhile(&heap.records);
-        self.folds = folded.is_some() || self.folds && !is_worthwhile;
-        // What stood in the way may be over soon, or all of it may be of its kind.
-        self.in_order = match is_worthwhile {
-            false => FEW.max(heap.records.len()),
-            true => MAX_TRANSACTIONS,
-        };
+        self.folds = folded.is_some() || self.folds && !is_worthwhile(&heap.records);
+        // What comes next has not been looked at.
+        self.in_order = FEW.max(heap.records.len());
         Ok(self.keep_or_put_back(heap, folded))
     }
 
@@ -316,13 +313,18 @@ impl Session<'_> {
         if !unknown.is_empty() {
             return Attempt::Unknown(unknown);
         }
-        if fold.is_empty() || !self.planner.is_apart(&fold) {
+        let left_out: BTreeSet<u32> = fold.left_out().collect();
+        let Some(apart) = self.planner.apart(&fold) else {
+            return Attempt::Not;
+        };
+        if fold.is_empty() && !left_out.is_empty() {
             return Attempt::Not;
         }
         Attempt::Folded(Sets {
             statements: fold.statements(),
             shapes: fold.shapes().collect(),
-            left_out: messages_of(records, &fold.left_out().collect()),
+            left_out: messages_of(records, &left_out),
+            apart,
         })
     }
 
@@ -333,12 +335,15 @@ impl Session<'_> {
 
     pub(super) async fn send_sets(&mut self, sets: Sets, batch: &mut Batch) -> Result<(), Failed> {
         self.sent_sets.extend(sets.shapes);
+        self.sent_apart.extend(sets.apart);
+        // First what costs little, should it be refused.
+        for set in sets.statements {
+            self.send_set(set)?;
+        }
         for payload in &sets.left_out {
             self.send_change(payload, batch).await?;
         }
-        sets.statements
-            .into_iter()
-            .try_for_each(|set| self.send_set(set))
+        Ok(())
     }
 
     fn send_set(&mut self, statement: Statement) -> Result<(), Failed> {

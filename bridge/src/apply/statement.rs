@@ -20,7 +20,7 @@ pub enum Expect {
     One,
     /// The same, and it tells where `terrace.progress` is now.
     Place,
-    /// Exactly as many rows.
+    /// Of a fold: exactly as many rows.
     Rows(u64),
     /// One row; none is a conflict that needs no repair. This is the change.
     Delete(Bytes),
@@ -204,7 +204,7 @@ pub(super) fn delete(
     let clause = row_clause(relation, kind, old, payload, &mut values)?;
     let expect = match minds && relation.is_from_above(kind).is_some() {
         // A row that is not found may be missing or be a session's of this server.
-        true => Expect::Rows(1),
+        true => Expect::One,
         false => Expect::Delete(payload.clone()),
     };
     let clause = minding(clause, minds, relation, kind);

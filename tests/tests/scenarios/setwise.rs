@@ -432,3 +432,52 @@ fn what_is_altered_here_counts_for_what_was_sent_before() {
     let kept = "SELECT count(*) FROM t WHERE own = 'kept' AND id > 1000";
     assert_eq!(node.server.value(kept), "200");
 }
+
+// A table that is left out of a fold, as its rows are told whole, gets a trigger meanwhile.
+#[test]
+fn who_may_look_at_other_tables_from_now_on_sees_them_as_they_were() {
+    let schema = "CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE z (id int PRIMARY KEY);
+                  CREATE TABLE whole (id int PRIMARY KEY, v int); INSERT INTO whole VALUES (1, 0);
+                  ALTER TABLE whole REPLICA IDENTITY FULL;
+                  SELECT terrace.add_table('t'), terrace.add_table('z'), terrace.add_table('whole')";
+    let tree = Tree::grow(schema, &[("region", None, 1)]);
+    let (top, server) = (&tree.top, &tree.nodes[0].server);
+    server.sql(
+        "CREATE TABLE seen (v int, there bigint);
+         CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS
+             'BEGIN INSERT INTO public.seen SELECT NEW.v, count(*) FROM public.t; RETURN NULL; END'",
+    );
+    top.sql("INSERT INTO t VALUES (0); INSERT INTO z VALUES (0); UPDATE whole SET v = 0");
+    tree.wait_for_equal(&["t", "z", "whole"]);
+    let waits = |table: &str| {
+        let sql = format!(
+            "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = '{table}'::regclass"
+        );
+        wait_until("the apply waits", || server.value(&sql) == "1");
+    };
+    let first = server.lock("z");
+    top.sql("INSERT INTO z VALUES (1)");
+    waits("z");
+    let second = server.lock("t");
+    let mut client = top.connect();
+    for v in 1..=100 {
+        let sql = format!("BEGIN; INSERT INTO t VALUES ({v}); UPDATE whole SET v = {v}; COMMIT");
+        client.batch_execute(&sql).expect("change");
+    }
+    let end = top.value("SELECT pg_current_wal_lsn()");
+    let received =
+        format!("SELECT bool_and(flush_lsn >= '{end}') FROM terrace.lag WHERE level > 0");
+    wait_until("all is there", || top.value(&received) == "t");
+    drop(first);
+    waits("t");
+    server.sql(
+        "CREATE TRIGGER see AFTER UPDATE ON whole FOR EACH ROW EXECUTE FUNCTION see();
+         ALTER TABLE whole ENABLE ALWAYS TRIGGER see",
+    );
+    drop(second);
+    tree.wait_for_equal(&["t", "z", "whole"]);
+    let log = tree.nodes[0].bridge.logged();
+    assert!(log.contains("a table was altered"), "{log}");
+    let seen = "SELECT count(*) FROM seen WHERE there = v + 1";
+    assert_eq!(server.value(seen), "100");
+}

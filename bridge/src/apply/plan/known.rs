@@ -151,6 +151,12 @@ impl Planner {
         Ok(altered)
     }
 
+    /// Whether the table here of this OID is known to stand alone.
+    pub fn stands_alone(&self, oid: &str) -> bool {
+        let mut known = self.relations.values().filter(|one| one.looked_up);
+        known.any(|relation| relation.oid == oid && relation.stands_alone())
+    }
+
     /// Whether a table is known to be like this.
     pub fn has(&self, shape: &Arc<Shape>) -> bool {
         let mut known = self.relations.values().filter(|one| one.looked_up);
