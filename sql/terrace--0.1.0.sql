@@ -523,8 +523,8 @@ BEGIN
     END IF;
     FOREACH part IN ARRAY parts LOOP
         PERFORM terrace.ensure_identity(part, setting.columns, adding);
-        -- Where a bridge writes, nobody else does.
-        IF current_setting('session_replication_role') = 'replica'
+        -- Where a bridge writes, nobody else does; also to what somebody makes there by hand.
+        IF (current_setting('session_replication_role') = 'replica' OR NOT terrace.is_top())
            AND NOT EXISTS (SELECT FROM terrace.unprotected u
                            WHERE u.nspname = schema_name AND u.relname = table_name) THEN
             PERFORM terrace.guard_table(part);
@@ -619,6 +619,9 @@ BEGIN
         JOIN terrace.sync_table s ON s.nspname = n.nspname AND s.relname = c.relname
         WHERE made.classid = 'pg_class'::regclass
     LOOP
+        IF terrace.is_top() THEN
+            PERFORM terrace.must_be_logged(to_regclass(format('%I.%I', found.nspname, found.relname)));
+        END IF;
         IF found.parts <> '{}' THEN
             PERFORM terrace.attach_table(found.nspname, found.relname);
         ELSIF terrace.is_top() THEN
@@ -631,6 +634,11 @@ BEGIN
             END IF;
         END LOOP;
     END LOOP;
+    -- What was detached.
+    IF EXISTS (SELECT FROM pg_event_trigger_ddl_commands() made JOIN pg_class c ON c.oid = made.objid
+               WHERE made.classid = 'pg_class'::regclass AND made.command_tag = 'ALTER TABLE' AND c.relkind = 'p') THEN
+        PERFORM terrace.detach_unlisted();
+    END IF;
     IF terrace.is_top() THEN
         PERFORM terrace.say_left_out(c.oid) FROM pg_event_trigger_ddl_commands() made
         JOIN pg_class c ON c.oid = made.objid AND c.relkind = 'r' AND c.relpersistence = 'u'
@@ -1008,6 +1016,7 @@ BEGIN
             CASE WHEN domains IS NOT NULL THEN 'for some domains only' ELSE 'synchronised in part' END
             USING ERRCODE = 'feature_not_supported', HINT = 'Add its partitions one by one.';
     END IF;
+    PERFORM terrace.must_be_logged(rel);
     domains := terrace.with_ancestors(domains);
     IF cardinality(columns) > (SELECT count(DISTINCT c) FROM unnest(columns) c) THEN
         RAISE EXCEPTION 'a column of table "%" is listed twice', rel
@@ -1054,6 +1063,20 @@ BEGIN
     RAISE EXCEPTION USING ERRCODE = 'TR000';
 EXCEPTION WHEN SQLSTATE 'TR000' THEN
     NULL;
+END $$;
+
+-- PostgreSQL would publish the table, but not what is in such a partition.
+CREATE FUNCTION must_be_logged(rel regclass) RETURNS void
+    LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    part regclass;
+BEGIN
+    SELECT c.oid INTO part FROM terrace.parts_of(rel) p JOIN pg_class c ON c.oid = p WHERE c.relpersistence = 'u' LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION 'partition "%" of a synchronised table cannot be unlogged', part
+            USING ERRCODE = 'wrong_object_type', DETAIL = 'Such tables leave nothing in the WAL.',
+                  HINT = format('ALTER TABLE %s SET LOGGED, or detach it.', part);
+    END IF;
 END $$;
 
 CREATE FUNCTION say_left_out(rel regclass) RETURNS void
@@ -1157,7 +1180,7 @@ BEGIN
     IF current_setting('transaction_isolation') <> 'read committed'
        AND NOT EXISTS (SELECT FROM pg_type WHERE typrelid = part AND xmin = pg_current_xact_id()::xid) THEN
         RAISE EXCEPTION 'rows can be sent in transactions of isolation level READ COMMITTED only'
-            USING ERRCODE = 'active_sql_transaction';
+            USING ERRCODE = 'active_sql_transaction', HINT = 'BEGIN ISOLATION LEVEL READ COMMITTED and try it again.';
     END IF;
     EXECUTE format('LOCK TABLE ONLY %s IN SHARE MODE', part);
     SELECT n.nspname, c.relname INTO class

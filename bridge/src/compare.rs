@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use serde::Deserialize;
 use tokio::time::{Instant, sleep_until};
 
@@ -65,12 +65,6 @@ impl Finding {
             conditions.join("; ")
         )
     }
-}
-
-/// How many did not answer.
-fn count_silent(findings: &[Finding]) -> usize {
-    let silent = findings.iter().filter(|finding| finding.differ.is_none());
-    silent.count()
 }
 
 /// A comparison that has begun.
@@ -132,18 +126,18 @@ pub async fn compare(
     table: Option<&str>,
     domain: Option<&str>,
 ) -> anyhow::Result<()> {
-    let (mut differ, mut silent) = (0, 0);
-    let mut comparisons = Comparisons::of(config, table).await?;
-    while let Some(mut comparison) = comparisons.next(config).await? {
-        let findings = comparison.end(config, domain).await?;
-        differ += findings.iter().filter(|finding| finding.differs()).count();
-        silent += count_silent(&findings);
-    }
+    let tally = each(config, table, domain, false).await?;
     ensure!(
-        differ == 0,
-        "{differ} differences; terrace-bridge repair sends those rows again"
+        tally.differ == 0,
+        "{} differences; terrace-bridge repair sends those rows again",
+        tally.differ
     );
-    ensure!(silent == 0, "{silent} answers are missing");
+    ensure!(tally.silent == 0, "{} answers are missing", tally.silent);
+    ensure!(
+        tally.failed == 0,
+        "could not compare {} of the tables",
+        tally.failed
+    );
     Ok(())
 }
 
@@ -153,38 +147,78 @@ pub async fn repair(
     table: Option<&str>,
     domain: Option<&str>,
 ) -> anyhow::Result<()> {
-    let mut silent = 0;
-    let mut comparisons = Comparisons::of(config, table).await?;
-    while let Some(mut comparison) = comparisons.next(config).await? {
-        let mut findings = comparison.end(config, domain).await?;
-        let wrong = || findings.iter().filter(|finding| finding.differs());
-        let ranges: BTreeSet<i64> = wrong()
-            .flat_map(|f| f.differ.clone().unwrap_or_default())
-            .collect();
-        if ranges.is_empty() {
-            silent += count_silent(&findings);
-            continue;
-        }
-        let domains: BTreeSet<String> = wrong().map(|finding| finding.domain.clone()).collect();
-        let request = Request::Repair {
-            id: comparison.id,
-            ranges: ranges.into_iter().collect(),
-            domains: domains.into_iter().collect(),
-        };
-        let rows = ask(config, &request).await?;
-        let table = &comparison.table;
-        say(format!("{table}: {rows} rows sent again"));
-        let mut again = Comparison::begin(config, table).await?;
-        findings = again.end(config, domain).await?;
-        silent += count_silent(&findings);
-        let left = findings.iter().filter(|finding| finding.differs()).count();
-        ensure!(left == 0, "table {table} still differs on {left} servers");
-    }
+    let tally = each(config, table, domain, true).await?;
     ensure!(
-        silent == 0,
-        "{silent} answers are missing; run terrace-bridge repair again when those servers are back"
+        tally.silent == 0,
+        "{} answers are missing; run terrace-bridge repair again when those servers are back",
+        tally.silent
+    );
+    ensure!(
+        tally.failed == 0,
+        "could not repair {} of the tables",
+        tally.failed
     );
     Ok(())
+}
+
+/// What was found of all tables.
+#[derive(Default)]
+struct Tally {
+    /// Servers, once for each table that flows to them …
+    servers: usize,
+    /// … those of them that differ …
+    differ: usize,
+    /// … and those that did not answer.
+    silent: usize,
+    /// Tables that something is wrong with.
+    failed: usize,
+}
+
+impl Tally {
+    fn take_in(&mut self, findings: &[Finding]) {
+        self.servers += findings.len();
+        self.differ += findings.iter().filter(|found| found.differs()).count();
+        let silent = findings.iter().filter(|found| found.differ.is_none());
+        self.silent += silent.count();
+    }
+}
+
+/// Compares each table, and repairs it where it `mends`. What is wrong with one that nobody named is
+/// said, and the others go on.
+async fn each(
+    config: &Config,
+    table: Option<&str>,
+    domain: Option<&str>,
+    mends: bool,
+) -> anyhow::Result<Tally> {
+    let mut tally = Tally::default();
+    let mut comparisons = Comparisons::of(config, table, domain).await?;
+    while let Some((name, begun)) = comparisons.next(config).await {
+        let looked = async {
+            let mut comparison = begun?;
+            match mends {
+                true => comparison.mend(config, domain).await,
+                false => comparison.end(config, domain).await,
+            }
+        };
+        match looked.await {
+            Ok(findings) => tally.take_in(&findings),
+            Err(error) if table.is_some() => return Err(error),
+            Err(error) => {
+                say(format!("{name}: {error:#}"));
+                tally.failed += 1;
+                // When the top cannot be asked any more, so it is for the rest of them.
+                Comparisons::of(config, table, domain).await?;
+            }
+        }
+    }
+    ensure!(
+        tally.servers + tally.failed > 0,
+        "no server {}that {} flows to is known; see terrace.lag at the top",
+        domain.map_or(String::new(), |name| format!("of domain \"{name}\" ")),
+        table.map_or("a table".into(), |name| format!("table {name}"))
+    );
+    Ok(tally)
 }
 
 /// `terrace-bridge resync --table`: the table's rows once more, for this domain or all.
@@ -205,29 +239,37 @@ pub async fn resync_table(config: &Config, table: &str, everywhere: bool) -> any
 /// Several, of which the next ones begin while the servers are at work on one.
 struct Comparisons {
     waiting: VecDeque<String>,
-    begun: VecDeque<Comparison>,
+    begun: VecDeque<Begun>,
 }
 
+/// The table, and what came of beginning with it.
+type Begun = (String, anyhow::Result<Comparison>);
+
 impl Comparisons {
-    /// Of this table, or of every one.
-    async fn of(config: &Config, table: Option<&str>) -> anyhow::Result<Comparisons> {
+    /// Of this table, or of every one that is for the domain.
+    async fn of(
+        config: &Config,
+        table: Option<&str>,
+        domain: Option<&str>,
+    ) -> anyhow::Result<Comparisons> {
+        let domain = domain.map(str::to_owned);
         let waiting: VecDeque<String> = match table {
             Some(table) => [table.to_owned()].into(),
-            None => serde_json::from_value(ask(config, &Request::Tables).await?)?,
+            None => serde_json::from_value(ask(config, &Request::Tables { domain }).await?)?,
         };
         ensure!(!waiting.is_empty(), "no table is synchronised");
         let begun = VecDeque::new();
         Ok(Comparisons { waiting, begun })
     }
 
-    async fn next(&mut self, config: &Config) -> anyhow::Result<Option<Comparison>> {
+    async fn next(&mut self, config: &Config) -> Option<Begun> {
         while self.begun.len() < AHEAD
             && let Some(table) = self.waiting.pop_front()
         {
-            self.begun
-                .push_back(Comparison::begin(config, &table).await?);
+            let begun = Comparison::begin(config, &table).await;
+            self.begun.push_back((table, begun));
         }
-        Ok(self.begun.pop_front())
+        self.begun.pop_front()
     }
 }
 
@@ -275,6 +317,9 @@ impl Comparison {
         let (mut nodes, mut enough) = (Vec::new(), 0);
         let findings = loop {
             let found = self.findings(config, domain, nodes, enough).await?;
+            if found.is_empty() {
+                return Ok(found);
+            }
             let waited = progress.waited(&found, self.begun, self.patience(), Instant::now());
             let done = waited.iter().map(|finding| finding.done).min();
             if self.begun < self.slices && done.is_none_or(|done| done >= enough) {
@@ -301,6 +346,36 @@ impl Comparison {
         Ok(findings)
     }
 
+    /// Sends what differs once more; gives what is found then.
+    async fn mend(
+        &mut self,
+        config: &Config,
+        domain: Option<&str>,
+    ) -> anyhow::Result<Vec<Finding>> {
+        let findings = self.end(config, domain).await?;
+        let wrong = || findings.iter().filter(|finding| finding.differs());
+        let ranges: BTreeSet<i64> = wrong()
+            .flat_map(|f| f.differ.clone().unwrap_or_default())
+            .collect();
+        if ranges.is_empty() {
+            return Ok(findings);
+        }
+        let domains: BTreeSet<String> = wrong().map(|finding| finding.domain.clone()).collect();
+        let request = Request::Repair {
+            id: self.id,
+            ranges: ranges.into_iter().collect(),
+            domains: domains.into_iter().collect(),
+        };
+        let rows = ask(config, &request).await?;
+        let table = &self.table;
+        say(format!("{table}: {rows} rows sent again"));
+        let mut again = Comparison::begin(config, table).await?;
+        let findings = again.end(config, domain).await?;
+        let left = findings.iter().filter(|finding| finding.differs()).count();
+        ensure!(left == 0, "table {table} still differs on {left} servers");
+        Ok(findings)
+    }
+
     async fn findings(
         &self,
         config: &Config,
@@ -315,13 +390,6 @@ impl Comparison {
         };
         let mut found: Vec<Finding> = serde_json::from_value(ask(config, &request).await?)?;
         found.retain(|finding| domain.is_none_or(|domain| finding.domain == domain));
-        if found.is_empty() {
-            bail!(
-                "no server {}that table {} flows to is known; see terrace.lag at the top",
-                domain.map_or(String::new(), |name| format!("of domain \"{name}\" ")),
-                self.table
-            );
-        }
         Ok(found)
     }
 }

@@ -51,7 +51,10 @@ const READS_COMMITTED: &str = "SET default_transaction_isolation = 'read committ
 #[serde(rename_all = "snake_case")]
 pub enum Request {
     /// Names of the synchronised tables.
-    Tables,
+    Tables {
+        /// Only those that are for this domain.
+        domain: Option<String>,
+    },
     /// Prepare to compare a table; gives the comparison's id and its number of slices.
     Compare {
         /// As SQL would name it.
@@ -141,10 +144,11 @@ async fn ask_server(
 
 async fn at_top(mut client: Client, info: &ConnInfo, request: &Request) -> anyhow::Result<Value> {
     let (sql, parameters): (&str, Vec<String>) = match request {
-        Request::Tables => (
+        Request::Tables { domain } => (
             "SELECT coalesce(json_agg(name ORDER BY name), '[]') \
-             FROM terrace.sync_table, format('%I.%I', nspname, relname) name",
-            vec![],
+             FROM terrace.sync_table, format('%I.%I', nspname, relname) name \
+             WHERE $1 = '' OR domains IS NULL OR $1 = ANY (domains)",
+            vec![domain.clone().unwrap_or_default()],
         ),
         Request::Compare { table } => return prepare(client, table).await,
         Request::Slice { id, number } => {

@@ -14,6 +14,7 @@
 //! left out in silence.
 
 mod drop;
+mod fills;
 mod statement;
 
 use std::cell::{Cell, RefCell};
@@ -173,6 +174,13 @@ fn replicate_ddl(sql: Option<&str>) {
              objects are each server's own.",
         );
     };
+    if ddl.when == When::Outside {
+        return raise(
+            PgSqlErrorCode::ERRCODE_ACTIVE_SQL_TRANSACTION,
+            "what is done CONCURRENTLY cannot be run by a function".into(),
+            "SET terrace.ddl = on and run the statement itself.",
+        );
+    }
     let told = begin(ddl);
     run();
     end(told);
@@ -344,7 +352,7 @@ impl Ddl {
                         ddl.when = When::Outside;
                         ddl.within = Some(at_once);
                     }
-                    ddl.refill = statement::fills(alter);
+                    ddl.refill = fills::fills(alter);
                 }
                 _ => {}
             }

@@ -416,8 +416,15 @@ impl Tree {
         for node in &self.nodes {
             let name = &node.server.name;
             assert_eq!(node.server.value(GAPLESS), "t", "numbers on {name}");
-            let conflicts = node.server.rows("SELECT * FROM terrace.conflicts");
-            assert!(conflicts.is_empty(), "{name}: {conflicts:?}");
+        }
+        self.must_have_no_conflict();
+    }
+
+    /// As each server has it itself, for what it has applied.
+    pub fn must_have_no_conflict(&self) {
+        for node in &self.nodes {
+            let conflicts = node.server.rows("SELECT * FROM terrace.conflict");
+            assert!(conflicts.is_empty(), "{}: {conflicts:?}", node.server.name);
         }
     }
 

@@ -24,7 +24,7 @@ pub(super) struct Column {
 pub(super) struct LocalColumn {
     pub generated: bool,
     pub primary: bool,
-    /// Has an order of its own, so that `=` finds what is written in the same way.
+    /// Has an order of its own, or its elements have, so that `=` finds what is written in the same way.
     pub comparable: bool,
     /// What is equal is the same: there is no other way to write it.
     pub exact: bool,
@@ -191,10 +191,9 @@ impl Relation {
                  EXISTS (SELECT FROM pg_opclass o JOIN pg_am m ON m.oid = o.opcmethod \
                          WHERE m.amname = 'btree' AND o.opcdefault \
                            AND o.opcnamespace = 'pg_catalog'::regnamespace AND o.opcintype = \
-                           CASE WHEN t.typtype = 'e' THEN 'anyenum'::regtype \
-                                WHEN t.typtype = 'd' THEN t.typbasetype \
-                                WHEN t.typcategory = 'A' THEN 'anyarray'::regtype \
-                                WHEN t.typname = 'varchar' THEN 'text'::regtype ELSE t.oid END), \
+                           CASE WHEN x.typtype = 'e' THEN 'anyenum'::regtype \
+                                WHEN x.typtype = 'd' THEN x.typbasetype \
+                                WHEN x.typname = 'varchar' THEN 'text'::regtype ELSE x.oid END), \
                  pg_catalog.format_type(a.atttypid, -1), \
                  k.relkind = 'r' AND NOT k.relhasrules AND NOT EXISTS \
                      (SELECT FROM pg_trigger g WHERE g.tgrelid = k.oid AND g.tgenabled IN ('R', 'A')), \
@@ -219,6 +218,7 @@ impl Relation {
                          AND (i.indisunique OR i.indisexclusion) AND NOT (i.indisprimary AND i.indimmediate)) \
              FROM pg_class k \
              LEFT JOIN (pg_attribute a JOIN pg_type t ON t.oid = a.atttypid \
+                        JOIN pg_type x ON x.oid = CASE t.typcategory WHEN 'A' THEN t.typelem ELSE t.oid END \
                         JOIN pg_type b ON b.oid = CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END) \
                ON a.attrelid = k.oid AND a.attnum > 0 AND NOT a.attisdropped \
              WHERE k.oid = pg_catalog.to_regclass($1)"

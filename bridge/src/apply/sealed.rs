@@ -181,6 +181,9 @@ impl Session<'_> {
                 ddl.role
             );
         }
+        if !role {
+            tracing::warn!(role = %ddl.role, "no such superuser here: it is run as the bridge's");
+        }
         let is_super = known
             .first()
             .is_some_and(|row| row[0].as_deref() == Some("true"));

@@ -3,7 +3,7 @@
 //! Nodes are those of PostgreSQL's `nodes/parsenodes.h`. Every function that takes one is
 //! given a statement of the parser with its own tag, which is all that makes its casts sound.
 
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::{CStr, c_char, c_int};
 
 use pgrx::pg_sys::{self, AlterTableType, NodeTag, ObjectType};
 
@@ -401,115 +401,6 @@ pub unsafe fn detach_at_once(alter: &pg_sys::AlterTableStmt) -> Option<String> {
     }
 }
 
-/// The table whose rows an ALTER TABLE may change in a way of its own on every server, as
-/// by a default that calls a function.
-///
-/// # Safety
-/// The statement comes from the parser.
-pub unsafe fn fills(alter: &pg_sys::AlterTableStmt) -> Option<pg_sys::Oid> {
-    const OWN: [&str; 6] = [
-        "{FUNCCALL",
-        "{SQLVALUEFUNCTION",
-        "{SUBLINK",
-        // An operator is a function too.
-        "{A_EXPR",
-        ":contype IDENTITY",
-        "serial",
-    ];
-    // In what is written as text: the types of times take blanks and capitals.
-    const MOMENTS: [&str; 4] = ["now", "today", "tomorrow", "yesterday"];
-    // SAFETY: the command's kind says what its definition is; outfuncs.c knows its nodes.
-    unsafe {
-        let fills = elements::<pg_sys::AlterTableCmd>(alter.cmds)
-            .into_iter()
-            .any(|command| {
-                let subtype = (*command).subtype;
-                let adds = subtype == AlterTableType::AT_AddColumn
-                    || subtype == AlterTableType::AT_AlterColumnType;
-                adds && !(*command).def.is_null() && {
-                    let tree = text(pg_sys::nodeToString((*command).def.cast::<c_void>()));
-                    // What was text may be such a word in any row.
-                    let converts = subtype == AlterTableType::AT_AlterColumnType;
-                    let mut texts = tree.split('"').skip(1).step_by(2).map(str::to_lowercase);
-                    OWN.iter().any(|word| tree.contains(word))
-                        || (converts || tree.contains(":contype DEFAULT"))
-                            && is_of_money(alter.relation, command)
-                        || converts && tree.contains("{TYPECAST")
-                        || converts && is_cast_by_a_user(alter.relation, command)
-                        || texts.any(|text| MOMENTS.iter().any(|word| text.contains(word)))
-                        || has_default((*command).def)
-                }
-            });
-        let table = fills.then(|| look_up(alter.relation))?;
-        (table != pg_sys::InvalidOid).then_some(table)
-    }
-}
-
-/// The types that a column has and is to have, of those that are there.
-unsafe fn types_of(
-    table: *const pg_sys::RangeVar,
-    command: *const pg_sys::AlterTableCmd,
-) -> [Option<pg_sys::Oid>; 2] {
-    // SAFETY: a command that adds a column or gives one another type; look-ups find nothing where
-    // there is nothing.
-    unsafe {
-        let column = (*command).def.cast::<pg_sys::ColumnDef>();
-        if (*column).type_ != NodeTag::T_ColumnDef {
-            return [None; 2];
-        }
-        let table = look_up(table);
-        let old = match table == pg_sys::InvalidOid || (*command).name.is_null() {
-            true => pg_sys::InvalidOid,
-            false => pg_sys::get_atttype(table, pg_sys::get_attnum(table, (*command).name)),
-        };
-        let new = pg_sys::LookupTypeNameOid(std::ptr::null_mut(), (*column).typeName, true);
-        [old, new].map(|found| Some(found).filter(|found| *found != pg_sys::InvalidOid))
-    }
-}
-
-/// Whether a column is or was of a type that is written by `lc_monetary`, which is each server's own.
-unsafe fn is_of_money(
-    table: *const pg_sys::RangeVar,
-    command: *const pg_sys::AlterTableCmd,
-) -> bool {
-    const MONEY: [pg_sys::Oid; 2] = [pg_sys::MONEYOID, pg_sys::MONEYARRAYOID];
-    // SAFETY: as in `types_of`; the types are there.
-    unsafe {
-        let mut types = types_of(table, command).into_iter().flatten();
-        types.any(|found| MONEY.contains(&pg_sys::getBaseType(found)))
-    }
-}
-
-/// Whether a column comes to its new type by a cast that a user has made.
-unsafe fn is_cast_by_a_user(
-    table: *const pg_sys::RangeVar,
-    command: *const pg_sys::AlterTableCmd,
-) -> bool {
-    // SAFETY: as in `types_of`; the types are there.
-    unsafe {
-        let [Some(old), Some(new)] = types_of(table, command) else {
-            return false;
-        };
-        let mut function = pg_sys::InvalidOid;
-        let assignment = pg_sys::CoercionContext::COERCION_ASSIGNMENT;
-        pg_sys::find_coercion_pathway(new, old, assignment, &mut function);
-        function.to_u32() >= pg_sys::FirstNormalObjectId
-    }
-}
-
-/// Whether a new column is of a type, as a domain may be one, that says what stands in it.
-unsafe fn has_default(column: *mut pg_sys::Node) -> bool {
-    // SAFETY: what a column is made by; the look-up finds nothing where there is no such type yet.
-    unsafe {
-        if (*column).type_ != NodeTag::T_ColumnDef {
-            return false;
-        }
-        let name = (*column.cast::<pg_sys::ColumnDef>()).typeName;
-        let found = pg_sys::LookupTypeNameOid(std::ptr::null_mut(), name, true);
-        found != pg_sys::InvalidOid && !pg_sys::get_typdefault(found).is_null()
-    }
-}
-
 /// # Safety
 /// A list of pointers to `T`, or null.
 pub unsafe fn elements<T>(list: *const pg_sys::List) -> Vec<*mut T> {
@@ -542,7 +433,10 @@ unsafe fn is_terrace(name: *const c_char) -> bool {
 }
 
 /// The relation of this name, if there is one.
-unsafe fn look_up(name: *const pg_sys::RangeVar) -> pg_sys::Oid {
+///
+/// # Safety
+/// A name from the parser.
+pub unsafe fn look_up(name: *const pg_sys::RangeVar) -> pg_sys::Oid {
     let missing = pg_sys::RVROption::RVR_MISSING_OK;
     let lock = pg_sys::NoLock as c_int;
     // SAFETY: a name from the parser; a look-up that takes no lock may find nothing.

@@ -80,6 +80,8 @@ fn what_cannot_be_synchronised_is_refused_with_a_hint() {
          CREATE UNLOGGED TABLE u (); CREATE TABLE t (id int PRIMARY KEY, v text);
          CREATE TABLE twice (id int PRIMARY KEY); SELECT terrace.add_table('twice');
          CREATE TABLE p (id int) PARTITION BY HASH (id);
+         CREATE TABLE half (id int) PARTITION BY HASH (id);
+         CREATE UNLOGGED TABLE half_0 PARTITION OF half FOR VALUES WITH (MODULUS 2, REMAINDER 0);
          CREATE FOREIGN DATA WRAPPER nothing; CREATE SERVER nowhere FOREIGN DATA WRAPPER nothing;
          CREATE FOREIGN TABLE f (id int) SERVER nowhere;
          SELECT terrace.create_domain('region')",
@@ -91,6 +93,11 @@ fn what_cannot_be_synchronised_is_refused_with_a_hint() {
         ("add_table('f')", "42809", "not a table"),
         ("add_table('u')", "42809", "unlogged"),
         ("add_table('own')", "42809", "temporary or unlogged"),
+        (
+            "add_table('half')",
+            "42809",
+            "partition \"public.half_0\" of a synchronised table cannot be unlogged",
+        ),
         ("add_table('pg_class')", "42809", "belongs to the system"),
         ("add_table('twice')", "42710", "synchronised already"),
         (
@@ -176,6 +183,16 @@ fn what_cannot_be_synchronised_is_refused_with_a_hint() {
         ),
         ("replicate_ddl(NULL)", "22023", "takes one statement"),
         (
+            "replicate_ddl('CREATE INDEX CONCURRENTLY i ON t (v)')",
+            "25001",
+            "cannot be run by a function",
+        ),
+        (
+            "replicate_ddl('DROP INDEX CONCURRENTLY t_pkey')",
+            "25001",
+            "cannot be run by a function",
+        ),
+        (
             "replicate_ddl('INSERT INTO t VALUES (1)')",
             "22023",
             "cannot be replicated as DDL",
@@ -194,6 +211,37 @@ fn what_cannot_be_synchronised_is_refused_with_a_hint() {
     }
     let left = "SELECT count(*) FROM terrace.tables";
     assert_eq!(top.value(left), "1");
+}
+
+#[test]
+fn a_partition_leaves_no_mark_when_it_is_detached_and_none_is_unlogged() {
+    let (top, _scratch) = top();
+    top.sql(
+        "CREATE TABLE p (id int) PARTITION BY LIST (id); CREATE TABLE p_1 PARTITION OF p FOR VALUES IN (1);
+         SELECT terrace.add_table('p')",
+    );
+    let marks = "SELECT (SELECT count(*) FROM pg_trigger WHERE tgrelid = 'p_1'::regclass AND tgname LIKE 'terrace%'),
+        has_table_privilege('terrace_reader', 'p_1', 'SELECT')";
+    let marked = |expected: [&str; 2]| assert_eq!(top.rows(marks), [expected]);
+    marked(["1", "t"]);
+    top.sql("ALTER TABLE p DETACH PARTITION p_1");
+    marked(["0", "f"]);
+    top.sql("ALTER TABLE p ATTACH PARTITION p_1 FOR VALUES IN (1)");
+    marked(["1", "t"]);
+    for sql in [
+        "CREATE UNLOGGED TABLE p_2 PARTITION OF p FOR VALUES IN (2)",
+        "CREATE UNLOGGED TABLE p_2 (id int); ALTER TABLE p ATTACH PARTITION p_2 FOR VALUES IN (2)",
+        "ALTER TABLE p_1 SET UNLOGGED",
+    ] {
+        let error = top.connect().batch_execute(sql).expect_err(sql);
+        let said = error.as_db_error().expect("of the database");
+        assert_eq!(said.code().code(), "42809", "{sql}: {said}");
+        assert!(said.message().contains("cannot be unlogged"), "{said}");
+        assert!(
+            said.hint().is_some_and(|hint| hint.contains("SET LOGGED")),
+            "{said}"
+        );
+    }
 }
 
 /// Every transaction has one tag; rolled back and unsynchronised ones are told apart.

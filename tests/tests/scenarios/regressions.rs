@@ -322,8 +322,7 @@ fn a_row_filter_holds_at_the_copy_and_in_the_stream() {
         log.contains("applied set-wise") && !log.contains("applying"),
         "{log}"
     );
-    let conflicts = tree.top.rows("SELECT * FROM terrace.conflicts");
-    assert!(conflicts.is_empty(), "{conflicts:?}");
+    tree.must_have_no_conflict();
 }
 
 /// What is published changes again and again, also behind our back, while the masters do.

@@ -7,6 +7,8 @@ use terrace_tests::load::{Background, STEPS, count_up};
 use terrace_tests::server::{explain, rows};
 use terrace_tests::{Tree, wait_until};
 
+use super::stalls::wait_stalled;
+
 const TREE: [(&str, Option<&str>, usize); 2] = [("region", None, 2), ("branch", Some("region"), 2)];
 
 /// A table with a key, one without, and one in parts; made on every server.
@@ -186,6 +188,28 @@ fn what_differs_is_found_and_repaired() {
     assert!(first > 5 && from <= 6789 && 6789 < to, "{text}");
     let (well, text) = command(&mut tree, "region-1", "compare", &["--domain", "region"]);
     assert!(well, "{text}");
+    // One that is not for that domain is none of it.
+    tree.top.sql(
+        "CREATE TABLE above (id int PRIMARY KEY); SELECT terrace.replicate_ddl('CREATE TABLE aabove (id int PRIMARY KEY)');
+         SELECT terrace.create_domain('later', 'region')",
+    );
+    for node in &tree.nodes {
+        node.server
+            .sql("CREATE TABLE IF NOT EXISTS above (id int PRIMARY KEY)");
+    }
+    tree.top.sql(
+        "SELECT terrace.add_table('above', '{region}'); SELECT terrace.add_table('aabove', '{later}')",
+    );
+    let (well, text) = command(&mut tree, "branch-2", "compare", &["--domain", "branch"]);
+    assert!(
+        !well && !text.contains("above") && text.contains("differences"),
+        "{text}"
+    );
+    let (well, text) = command(&mut tree, "branch-2", "compare", &["--domain", "later"]);
+    assert!(
+        !well && text.contains("no server of domain \"later\" that a table flows to is known"),
+        "{text}"
+    );
 
     let (well, text) = command(&mut tree, "branch-2", "repair", &[]);
     assert!(well, "{text}");
@@ -250,6 +274,21 @@ fn sequences_are_ahead_and_local_writes_are_refused() {
          AND (sequences ->> 'small')::int >= 30001 FROM terrace.tables WHERE \"table\" = 'public.orders'";
     for node in &tree.nodes {
         wait_until("sequences are ahead", || node.server.value(shown) == "t");
+    }
+    // What is made by hand below, as a server that stands still for it asks, is no less protected.
+    tree.top
+        .sql("CREATE TABLE by_hand (id int PRIMARY KEY); SELECT terrace.add_table('by_hand')");
+    tree.top.sql("INSERT INTO by_hand VALUES (1)");
+    for node in &tree.nodes {
+        wait_stalled(node, &["by_hand"]);
+        node.server.sql("CREATE TABLE by_hand (id int PRIMARY KEY)");
+    }
+    tree.wait_for_equal(&["by_hand"]);
+    for node in &tree.nodes {
+        let mut client = node.server.connect();
+        let refused = client.batch_execute("INSERT INTO by_hand VALUES (2)");
+        let refused = explain(&refused.expect_err("it is protected"));
+        assert!(refused.contains("synchronised table"), "{refused}");
     }
     // A server that nothing comes to any more.
     let node = tree.node("branch-2");
@@ -501,7 +540,8 @@ fn slices_that_are_too_many_at_once_are_left_out() {
 // Writers wait behind the lock only for moments, and whoever asked is told in the end.
 #[test]
 fn a_table_that_somebody_writes_to_all_the_time_is_not_compared() {
-    let schema = "CREATE TABLE t (id int PRIMARY KEY); SELECT terrace.add_table('t')";
+    let schema = "CREATE TABLE t (id int PRIMARY KEY); SELECT terrace.add_table('t');
+                  CREATE TABLE z (id int PRIMARY KEY); SELECT terrace.add_table('z')";
     let mut tree = Tree::grow(schema, &[("region", None, 1)]);
     let mut holder = tree.top.connect();
     let write = "BEGIN; INSERT INTO t VALUES (0)";
@@ -521,6 +561,10 @@ fn a_table_that_somebody_writes_to_all_the_time_is_not_compared() {
         "{text}"
     );
     assert_eq!(output.status.code(), Some(1));
+    // It holds up no other one.
+    let other = "public.z:\n  region/region-1: equal";
+    let said = text.contains(other) && text.contains("could not compare 1 of the tables");
+    assert!(said, "{text}");
     writing.stop();
     holder.batch_execute("COMMIT").expect("commit");
     let (well, text) = command(&mut tree, "region-1", "compare", &[]);

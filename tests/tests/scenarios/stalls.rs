@@ -149,10 +149,13 @@ fn rows_that_are_refused_are_put_aside_when_that_is_wanted() {
     tree.wait_for_equal(&["steps"]);
     node.server
         .sql("ALTER TABLE steps ADD CONSTRAINT picky CHECK (n % 100 <> 50)");
+    let position = || tree.top.value("SELECT pg_current_wal_insert_lsn()");
+    let before = position();
     tree.top.sql(
         "BEGIN; INSERT INTO steps VALUES (50), (51); UPDATE steps SET n = 150 WHERE n = 2;
          INSERT INTO trail VALUES (7); DELETE FROM steps WHERE n = 3; COMMIT",
     );
+    let after = position();
     tree.top.sql("INSERT INTO steps VALUES (60)");
     let rows = "SELECT string_agg(n::text, ' ' ORDER BY n) FROM steps";
     wait_until("the rest is applied", || {
@@ -167,6 +170,9 @@ fn rows_that_are_refused_are_put_aside_when_that_is_wanted() {
         node.server.value(aside),
         "public.steps INSERT  50 23514 t; public.steps UPDATE 2 150 23514 t"
     );
+    let there =
+        format!("SELECT bool_and(lsn >= '{before}' AND lsn <= '{after}') FROM terrace.quarantine");
+    assert_eq!(node.server.value(&there), "t");
     let told = "SELECT count(*) > 0 FROM terrace.events WHERE kind = 'quarantine'";
     wait_until("the top is told", || tree.top.value(told) == "t");
     // The value is for those who may read the table.
