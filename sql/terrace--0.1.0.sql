@@ -478,6 +478,18 @@ END $$;
 CREATE TRIGGER follow BEFORE DELETE ON partition FOR EACH ROW EXECUTE FUNCTION follow_partition();
 ALTER TABLE partition ENABLE ALWAYS TRIGGER follow;
 
+CREATE FUNCTION leave_partition() RETURNS trigger
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF current_setting('session_replication_role') = 'replica' THEN
+        PERFORM terrace.detach_loose();
+    END IF;
+    RETURN NULL;
+END $$;
+
+CREATE TRIGGER leave AFTER DELETE ON partition FOR EACH STATEMENT EXECUTE FUNCTION leave_partition();
+ALTER TABLE partition ENABLE ALWAYS TRIGGER leave;
+
 -- What it does here, each server does by itself.
 CREATE FUNCTION attach_table(schema_name text, table_name text, adding boolean DEFAULT false) RETURNS void
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET terrace.ddl = off AS $$
@@ -526,7 +538,8 @@ BEGIN
         -- Where a bridge writes, nobody else does; also to what somebody makes there by hand.
         IF (current_setting('session_replication_role') = 'replica' OR NOT terrace.is_top())
            AND NOT EXISTS (SELECT FROM terrace.unprotected u
-                           WHERE u.nspname = schema_name AND u.relname = table_name) THEN
+                           WHERE to_regclass(format('%I.%I', u.nspname, u.relname))
+                                 IN (SELECT part UNION SELECT relid FROM pg_partition_ancestors(part))) THEN
             PERFORM terrace.guard_table(part);
         END IF;
     END LOOP;
@@ -565,6 +578,17 @@ CREATE FUNCTION detach_unlisted() RETURNS void
     FROM (SELECT DISTINCT tgrelid FROM pg_trigger WHERE tgname IN ('terrace_tag', 'terrace_protect')) t
     JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE n.nspname <> 'terrace' AND terrace.setting_of(c.oid) IS NULL
+$$;
+
+-- What is a partition no more, here and at the top. Of thousands of partitions none is looked at one by one.
+CREATE FUNCTION detach_loose() RETURNS void
+    LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
+    SELECT terrace.detach_table(n.nspname, c.relname)
+    FROM (SELECT DISTINCT tgrelid FROM pg_trigger WHERE tgname IN ('terrace_tag', 'terrace_protect')) t
+    JOIN pg_class c ON c.oid = t.tgrelid AND NOT c.relispartition JOIN pg_namespace n ON n.oid = c.relnamespace
+    LEFT JOIN terrace.sync_table s ON s.nspname = n.nspname AND s.relname = c.relname
+    LEFT JOIN terrace.partition p ON p.nspname = n.nspname AND p.relname = c.relname
+    WHERE n.nspname <> 'terrace' AND s.nspname IS NULL AND p.nspname IS NULL
 $$;
 
 -- Rows that a server below may lack: somebody receives, or is copying.
@@ -619,9 +643,6 @@ BEGIN
         JOIN terrace.sync_table s ON s.nspname = n.nspname AND s.relname = c.relname
         WHERE made.classid = 'pg_class'::regclass
     LOOP
-        IF terrace.is_top() THEN
-            PERFORM terrace.must_be_logged(to_regclass(format('%I.%I', found.nspname, found.relname)));
-        END IF;
         IF found.parts <> '{}' THEN
             PERFORM terrace.attach_table(found.nspname, found.relname);
         ELSIF terrace.is_top() THEN
@@ -629,17 +650,23 @@ BEGIN
         END IF;
         -- What it held before it became a part of a synchronised table.
         FOREACH part IN ARRAY found.new LOOP
+            IF terrace.is_top() THEN
+                PERFORM terrace.must_be_logged(part);
+            END IF;
             IF terrace.is_top() AND terrace.is_received() THEN
                 PERFORM terrace.fill(part);
             END IF;
         END LOOP;
     END LOOP;
-    -- What was detached.
     IF EXISTS (SELECT FROM pg_event_trigger_ddl_commands() made JOIN pg_class c ON c.oid = made.objid
                WHERE made.classid = 'pg_class'::regclass AND made.command_tag = 'ALTER TABLE' AND c.relkind = 'p') THEN
-        PERFORM terrace.detach_unlisted();
+        PERFORM terrace.detach_loose();
     END IF;
     IF terrace.is_top() THEN
+        PERFORM terrace.must_be_logged(c.oid) FROM pg_event_trigger_ddl_commands() made
+        JOIN pg_class c ON c.oid = made.objid AND c.relkind = 'r' AND c.relpersistence = 'u'
+        WHERE made.classid = 'pg_class'::regclass AND made.command_tag = 'ALTER TABLE'
+          AND NOT terrace.setting_of(c.oid) IS NULL;
         PERFORM terrace.say_left_out(c.oid) FROM pg_event_trigger_ddl_commands() made
         JOIN pg_class c ON c.oid = made.objid AND c.relkind = 'r' AND c.relpersistence = 'u'
         JOIN pg_namespace n ON n.oid = c.relnamespace

@@ -202,6 +202,15 @@ async fn each(
             }
         };
         match looked.await {
+            Ok(findings) if findings.is_empty() && table.is_none() => {
+                let listed = Comparisons::of(config, None, domain).await?.waiting;
+                let why = match listed.contains(&name) {
+                    true => "no server that it flows to is known",
+                    false => "it is synchronised no more",
+                };
+                say(format!("{name}: {why}"));
+                tally.failed += usize::from(!listed.contains(&name));
+            }
             Ok(findings) => tally.take_in(&findings),
             Err(error) if table.is_some() => return Err(error),
             Err(error) => {

@@ -191,9 +191,8 @@ impl Relation {
                  EXISTS (SELECT FROM pg_opclass o JOIN pg_am m ON m.oid = o.opcmethod \
                          WHERE m.amname = 'btree' AND o.opcdefault \
                            AND o.opcnamespace = 'pg_catalog'::regnamespace AND o.opcintype = \
-                           CASE WHEN x.typtype = 'e' THEN 'anyenum'::regtype \
-                                WHEN x.typtype = 'd' THEN x.typbasetype \
-                                WHEN x.typname = 'varchar' THEN 'text'::regtype ELSE x.oid END), \
+                           CASE WHEN y.typtype = 'e' AND t.typtype <> 'd' THEN 'anyenum'::regtype \
+                                WHEN y.typname = 'varchar' THEN 'text'::regtype ELSE y.oid END), \
                  pg_catalog.format_type(a.atttypid, -1), \
                  k.relkind = 'r' AND NOT k.relhasrules AND NOT EXISTS \
                      (SELECT FROM pg_trigger g WHERE g.tgrelid = k.oid AND g.tgenabled IN ('R', 'A')), \
@@ -218,7 +217,9 @@ impl Relation {
                          AND (i.indisunique OR i.indisexclusion) AND NOT (i.indisprimary AND i.indimmediate)) \
              FROM pg_class k \
              LEFT JOIN (pg_attribute a JOIN pg_type t ON t.oid = a.atttypid \
-                        JOIN pg_type x ON x.oid = CASE t.typcategory WHEN 'A' THEN t.typelem ELSE t.oid END \
+                        JOIN pg_type x ON x.oid = CASE WHEN t.typcategory = 'A' AND t.typelem <> 0 THEN t.typelem \
+                                                       ELSE t.oid END \
+                        JOIN pg_type y ON y.oid = CASE x.typtype WHEN 'd' THEN x.typbasetype ELSE x.oid END \
                         JOIN pg_type b ON b.oid = CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END) \
                ON a.attrelid = k.oid AND a.attnum > 0 AND NOT a.attisdropped \
              WHERE k.oid = pg_catalog.to_regclass($1)"

@@ -84,6 +84,7 @@ fn what_gives_no_row_a_value_of_its_own_sends_none_again() {
         "ALTER TABLE t ADD COLUMN today date DEFAULT ' Today'",
         "ALTER TABLE t ADD COLUMN made serial",
         "ALTER TABLE t ADD COLUMN late timestamptz DEFAULT 'now' CHECK (late > '2000-01-01')",
+        "ALTER TABLE t ADD COLUMN moments timestamptz[] DEFAULT '{\"now\"}'",
         "ALTER TABLE t ADD COLUMN dice float8 DEFAULT random()",
         "ALTER TABLE t ADD COLUMN number int GENERATED ALWAYS AS IDENTITY",
         "ALTER TABLE t ALTER w TYPE timestamptz USING w::timestamptz",
@@ -97,6 +98,47 @@ fn what_gives_no_row_a_value_of_its_own_sends_none_again() {
         for node in &tree.nodes {
             assert_eq!(node.server.value(kept), count);
         }
+    }
+    tree.must_have_no_conflict();
+}
+
+#[test]
+fn partitions_are_attached_and_detached_in_traffic() {
+    let tree = tree_with_ddl(&format!(
+        "{STEPS} CREATE TABLE parted (a int, n bigint, PRIMARY KEY (a, n)) PARTITION BY LIST (a);
+         CREATE TABLE parted_1 PARTITION OF parted FOR VALUES IN (1);
+         SELECT terrace.add_table('parted');"
+    ));
+    let counting = count_up(&tree.top);
+    let writing = Background::paced(&tree.top, |client, n| {
+        let sql = "INSERT INTO parted SELECT a, $1 FROM unnest($2::int[]) a ON CONFLICT DO NOTHING";
+        let attached = "SELECT array_agg(right(inhrelid::regclass::text, 1)::int) \
+                        FROM pg_inherits WHERE inhparent = 'parted'::regclass";
+        let there: Vec<i32> = client.query_one(attached, &[])?.get(0);
+        client.execute(sql, &[&n, &there]).map(drop)
+    });
+    for (new, old) in [(2, 1), (3, 2), (4, 3)] {
+        writing.go_on(20);
+        tree.top.sql(&format!(
+            "CREATE TABLE parted_{new} (LIKE parted); INSERT INTO parted_{new} SELECT {new}, -g FROM generate_series(1, 50) g"
+        ));
+        let attach =
+            format!("ALTER TABLE parted ATTACH PARTITION parted_{new} FOR VALUES IN ({new})");
+        tree.top.sql(&attach);
+        writing.go_on(20);
+        tree.top
+            .sql(&format!("ALTER TABLE parted DETACH PARTITION parted_{old}"));
+    }
+    writing.go_on(20);
+    writing.stop();
+    tree.all_is_well(counting);
+    wait_for_catalog(&tree);
+    tree.wait_for_equal(&["parted", "parted_1", "parted_2", "parted_3", "parted_4"]);
+    for node in &tree.nodes {
+        node.server.sql("INSERT INTO parted_2 VALUES (2, -100)");
+        let mut client = node.server.connect();
+        let kept = client.batch_execute("INSERT INTO parted_4 VALUES (4, -100)");
+        kept.expect_err("it is protected");
     }
     tree.must_have_no_conflict();
 }

@@ -286,6 +286,11 @@ const TYPES: &[(&str, &[&str])] = &[
     ),
     ("shape.positive", &["1", "2147483647"]),
     ("shape.positive[]", &["'{1,2}'"]),
+    ("shape.tags", &["'{}'", "'{\"a,b\",NULL}'"]),
+    ("shape.feeling", &["'sad'"]),
+    ("shape.feeling[]", &["'{sad,NULL}'"]),
+    ("shape.short", &["''", "'abc'"]),
+    ("shape.short[]", &["'{\"\",abc}'"]),
     (
         "shape.pair",
         &["ROW(1, 'a,\"b\"')", "ROW(NULL, NULL)", "ROW(NULL, '')"],
@@ -303,6 +308,8 @@ const SHAPES: &str = "
     CREATE EXTENSION ltree SCHEMA shape;
     CREATE TYPE shape.mood AS ENUM ('sad', 'čilý, \"ano\"');
     CREATE DOMAIN shape.positive AS int CHECK (VALUE > 0);
+    CREATE DOMAIN shape.tags AS text[]; CREATE DOMAIN shape.feeling AS shape.mood;
+    CREATE DOMAIN shape.short AS varchar(3);
     CREATE TYPE shape.pair AS (a int, b text);
     CREATE TYPE shape.floats AS RANGE (subtype = float8);";
 
