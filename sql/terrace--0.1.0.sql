@@ -478,16 +478,19 @@ END $$;
 CREATE TRIGGER follow BEFORE DELETE ON partition FOR EACH ROW EXECUTE FUNCTION follow_partition();
 ALTER TABLE partition ENABLE ALWAYS TRIGGER follow;
 
+-- A table below, that is a partition of the top's no more, has the marks of one no longer.
 CREATE FUNCTION leave_partition() RETURNS trigger
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    IF current_setting('session_replication_role') = 'replica' THEN
-        PERFORM terrace.detach_loose();
-    END IF;
+    PERFORM terrace.detach_table(gone.nspname, gone.relname)
+    FROM gone JOIN pg_namespace n ON n.nspname = gone.nspname
+    JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = gone.relname
+    WHERE current_setting('session_replication_role') = 'replica' AND terrace.setting_of(c.oid) IS NULL;
     RETURN NULL;
 END $$;
 
-CREATE TRIGGER leave AFTER DELETE ON partition FOR EACH STATEMENT EXECUTE FUNCTION leave_partition();
+CREATE TRIGGER leave AFTER DELETE ON partition REFERENCING OLD TABLE AS gone
+    FOR EACH STATEMENT EXECUTE FUNCTION leave_partition();
 ALTER TABLE partition ENABLE ALWAYS TRIGGER leave;
 
 -- What it does here, each server does by itself.
@@ -658,8 +661,10 @@ BEGIN
             END IF;
         END LOOP;
     END LOOP;
-    IF EXISTS (SELECT FROM pg_event_trigger_ddl_commands() made JOIN pg_class c ON c.oid = made.objid
-               WHERE made.classid = 'pg_class'::regclass AND made.command_tag = 'ALTER TABLE' AND c.relkind = 'p') THEN
+    -- While a server is copied to, the list is not there.
+    IF NOT (terrace.is_top() AND current_setting('session_replication_role') = 'replica')
+       AND EXISTS (SELECT FROM pg_event_trigger_ddl_commands() made JOIN pg_class c ON c.oid = made.objid
+                   WHERE made.classid = 'pg_class'::regclass AND made.command_tag = 'ALTER TABLE' AND c.relkind = 'p') THEN
         PERFORM terrace.detach_loose();
     END IF;
     IF terrace.is_top() THEN

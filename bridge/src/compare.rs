@@ -203,13 +203,14 @@ async fn each(
         };
         match looked.await {
             Ok(findings) if findings.is_empty() && table.is_none() => {
-                let listed = Comparisons::of(config, None, domain).await?.waiting;
-                let why = match listed.contains(&name) {
+                let listed = Comparisons::of(config, None, domain).await;
+                let is_listed = listed.is_ok_and(|listed| listed.waiting.contains(&name));
+                let why = match is_listed {
                     true => "no server that it flows to is known",
                     false => "it is synchronised no more",
                 };
                 say(format!("{name}: {why}"));
-                tally.failed += usize::from(!listed.contains(&name));
+                tally.failed += usize::from(!is_listed);
             }
             Ok(findings) => tally.take_in(&findings),
             Err(error) if table.is_some() => return Err(error),

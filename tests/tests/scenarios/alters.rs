@@ -135,7 +135,7 @@ fn partitions_are_attached_and_detached_in_traffic() {
     wait_for_catalog(&tree);
     tree.wait_for_equal(&["parted", "parted_1", "parted_2", "parted_3", "parted_4"]);
     for node in &tree.nodes {
-        node.server.sql("INSERT INTO parted_2 VALUES (2, -100)");
+        node.server.sql("INSERT INTO parted_3 VALUES (3, -100)");
         let mut client = node.server.connect();
         let kept = client.batch_execute("INSERT INTO parted_4 VALUES (4, -100)");
         kept.expect_err("it is protected");
