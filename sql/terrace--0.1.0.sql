@@ -655,9 +655,9 @@ BEGIN
         FOREACH part IN ARRAY found.new LOOP
             IF terrace.is_top() THEN
                 PERFORM terrace.must_be_logged(part);
-            END IF;
-            IF terrace.is_top() AND terrace.is_received() THEN
-                PERFORM terrace.fill(part);
+                IF terrace.is_received() THEN
+                    PERFORM terrace.fill(part);
+                END IF;
             END IF;
         END LOOP;
     END LOOP;

@@ -70,7 +70,7 @@ pub const UNIQUE: Script = Script {
     table: "bench_unique",
 };
 
-/// Beside the former, in one of ten transactions, a row of a table without a key.
+/// As [`TINY`], and in one of ten transactions a row of a table without a key.
 pub const MIXED: Script = Script {
     name: "mixed",
     work: Work::Text(

@@ -119,6 +119,18 @@ pub fn fill_wide(top: &Server, transactions: std::ops::Range<i32>) {
     }
 }
 
+/// Writes a row to each partition that table `parted`, of columns `a` and `n`, has at the moment; the last
+/// character of a partition's name is the value of `a` that it is for.
+pub fn fill_partitions(server: &Server) -> Background {
+    Background::paced(server, |client, n| {
+        let sql = "INSERT INTO parted SELECT a, $1 FROM unnest($2::int[]) a ON CONFLICT DO NOTHING";
+        let attached = "SELECT array_agg(right(inhrelid::regclass::text, 1)::int) \
+                        FROM pg_inherits WHERE inhparent = 'parted'::regclass";
+        let there: Vec<i32> = client.query_one(attached, &[])?.get(0);
+        client.execute(sql, &[&n, &there]).map(drop)
+    })
+}
+
 /// Writes 1, 2, 3 … without a gap, each once, into `steps` (with a key) and `trail` (without),
 /// going on from what is there, also when the server is killed in the middle.
 pub fn count_up(server: &Server) -> Background {

@@ -1,6 +1,6 @@
 //! What is altered and dropped at the top, while rows flow.
 
-use terrace_tests::load::{Background, STEPS, count_up};
+use terrace_tests::load::{Background, STEPS, count_up, fill_partitions};
 use terrace_tests::tree::Node;
 use terrace_tests::wait_until;
 
@@ -110,13 +110,7 @@ fn partitions_are_attached_and_detached_in_traffic() {
          SELECT terrace.add_table('parted');"
     ));
     let counting = count_up(&tree.top);
-    let writing = Background::paced(&tree.top, |client, n| {
-        let sql = "INSERT INTO parted SELECT a, $1 FROM unnest($2::int[]) a ON CONFLICT DO NOTHING";
-        let attached = "SELECT array_agg(right(inhrelid::regclass::text, 1)::int) \
-                        FROM pg_inherits WHERE inhparent = 'parted'::regclass";
-        let there: Vec<i32> = client.query_one(attached, &[])?.get(0);
-        client.execute(sql, &[&n, &there]).map(drop)
-    });
+    let writing = fill_partitions(&tree.top);
     for (new, old) in [(2, 1), (3, 2), (4, 3)] {
         writing.go_on(20);
         tree.top.sql(&format!(

@@ -1,7 +1,7 @@
 //! Tables that look different below than at the top, or are changed in ways that few are:
 //! by the copy, in order and piled up, on two levels.
 
-use terrace_tests::load::{Background, STEPS};
+use terrace_tests::load::{STEPS, fill_partitions};
 use terrace_tests::{Server, Tree, wait_until};
 
 use super::stalls::wait_stalled;
@@ -254,13 +254,7 @@ fn partitions_are_attached_and_detached_in_traffic() {
          SELECT terrace.add_table('parted')",
         &CHAIN,
     );
-    let writing = Background::paced(&tree.top, |client, n| {
-        let sql = "INSERT INTO parted SELECT a, $1 FROM unnest($2::int[]) a ON CONFLICT DO NOTHING";
-        let attached = "SELECT array_agg(right(inhrelid::regclass::text, 1)::int) \
-                        FROM pg_inherits WHERE inhparent = 'parted'::regclass";
-        let there: Vec<i32> = client.query_one(attached, &[])?.get(0);
-        client.execute(sql, &[&n, &there]).map(drop)
-    });
+    let writing = fill_partitions(&tree.top);
     writing.go_on(20);
     for node in tree.nodes.iter().rev() {
         node.server

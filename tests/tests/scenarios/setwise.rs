@@ -4,7 +4,7 @@
 use std::fmt::Write;
 
 use terrace_tests::random::Random;
-use terrace_tests::{Tree, histories, wait_until};
+use terrace_tests::{Server, Tree, histories, wait_until};
 
 /// Tables that can be folded, and some that cannot.
 const SCHEMA: &str = "
@@ -386,6 +386,22 @@ fn what_is_for_others_does_not_cut_a_pile_short() {
     }
 }
 
+/// Until the bridge's session waits for a lock of the table.
+fn wait_for_lock(server: &Server, table: &str) {
+    let sql = format!(
+        "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = '{table}'::regclass"
+    );
+    wait_until("the apply waits", || server.value(&sql) == "1");
+}
+
+/// Until all that was committed is in the queues, applied or not.
+fn wait_received(top: &Server) {
+    let end = top.value("SELECT pg_current_wal_lsn()");
+    let received =
+        format!("SELECT bool_and(flush_lsn >= '{end}') FROM terrace.lag WHERE level > 0");
+    wait_until("all is there", || top.value(&received) == "t");
+}
+
 // A transaction that goes set-wise among others that go in order waits for who alters its table.
 #[test]
 fn what_is_altered_here_counts_for_what_was_sent_before() {
@@ -397,15 +413,9 @@ fn what_is_altered_here_counts_for_what_was_sent_before() {
     let (top, node) = (&tree.top, &tree.nodes[0]);
     top.sql("UPDATE t SET v = 'w'; INSERT INTO z VALUES (0); UPDATE keyless SET a = 2");
     tree.wait_for_equal(&["t", "z", "keyless"]);
-    let waits = |table: &str| {
-        let sql = format!(
-            "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = '{table}'::regclass"
-        );
-        wait_until("the apply waits", || node.server.value(&sql) == "1");
-    };
     let first = node.server.lock("z");
     top.sql("INSERT INTO z VALUES (1)");
-    waits("z");
+    wait_for_lock(&node.server, "z");
     let mut second = node.server.connect();
     let alter =
         "BEGIN; SET LOCAL session_replication_role = replica; ALTER TABLE t ADD COLUMN c int;
@@ -416,14 +426,11 @@ fn what_is_altered_here_counts_for_what_was_sent_before() {
     top.sql("UPDATE t SET id = id + 1000");
     top.sql("ALTER TABLE t ADD COLUMN c int");
     top.sql("UPDATE t SET c = 7 WHERE id = 1001");
-    let end = top.value("SELECT pg_current_wal_lsn()");
-    let received =
-        format!("SELECT bool_and(flush_lsn >= '{end}') FROM terrace.lag WHERE level > 0");
-    wait_until("all is there", || top.value(&received) == "t");
+    wait_received(top);
     let folded = |log: &str| log.matches("a part went set-wise").count();
     let before = folded(&node.bridge.logged());
     drop(first);
-    waits("t");
+    wait_for_lock(&node.server, "t");
     wait_until("it is folded", || folded(&node.bridge.logged()) > before);
     second.batch_execute("COMMIT").expect("commit");
     wait_until("the rows are there", || {
@@ -449,27 +456,18 @@ fn who_may_look_at_other_tables_from_now_on_sees_them_as_they_were() {
     );
     top.sql("INSERT INTO t VALUES (0); INSERT INTO z VALUES (0); UPDATE whole SET v = 0");
     tree.wait_for_equal(&["t", "z", "whole"]);
-    let waits = |table: &str| {
-        let sql = format!(
-            "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = '{table}'::regclass"
-        );
-        wait_until("the apply waits", || server.value(&sql) == "1");
-    };
     let first = server.lock("z");
     top.sql("INSERT INTO z VALUES (1)");
-    waits("z");
+    wait_for_lock(server, "z");
     let second = server.lock("t");
     let mut client = top.connect();
     for v in 1..=100 {
         let sql = format!("BEGIN; INSERT INTO t VALUES ({v}); UPDATE whole SET v = {v}; COMMIT");
         client.batch_execute(&sql).expect("change");
     }
-    let end = top.value("SELECT pg_current_wal_lsn()");
-    let received =
-        format!("SELECT bool_and(flush_lsn >= '{end}') FROM terrace.lag WHERE level > 0");
-    wait_until("all is there", || top.value(&received) == "t");
+    wait_received(top);
     drop(first);
-    waits("t");
+    wait_for_lock(server, "t");
     server.sql(
         "CREATE TRIGGER see AFTER UPDATE ON whole FOR EACH ROW EXECUTE FUNCTION see();
          ALTER TABLE whole ENABLE ALWAYS TRIGGER see",
