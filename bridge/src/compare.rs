@@ -203,8 +203,7 @@ async fn each(
         };
         match looked.await {
             Ok(findings) if findings.is_empty() && table.is_none() => {
-                let listed = Comparisons::of(config, None, domain).await;
-                let is_listed = listed.is_ok_and(|listed| listed.waiting.contains(&name));
+                let is_listed = listed(config, domain).await?.contains(&name);
                 let why = match is_listed {
                     true => "no server that it flows to is known",
                     false => "it is synchronised no more",
@@ -218,7 +217,7 @@ async fn each(
                 say(format!("{name}: {error:#}"));
                 tally.failed += 1;
                 // When the top cannot be asked any more, so it is for the rest of them.
-                Comparisons::of(config, table, domain).await?;
+                listed(config, domain).await?;
             }
         }
     }
@@ -246,6 +245,13 @@ pub async fn resync_table(config: &Config, table: &str, everywhere: bool) -> any
     Ok(())
 }
 
+/// Names of the tables that are synchronised, for this domain.
+async fn listed(config: &Config, domain: Option<&str>) -> anyhow::Result<VecDeque<String>> {
+    let domain = domain.map(str::to_owned);
+    let names = ask(config, &Request::Tables { domain }).await?;
+    Ok(serde_json::from_value(names)?)
+}
+
 /// Several, of which the next ones begin while the servers are at work on one.
 struct Comparisons {
     waiting: VecDeque<String>,
@@ -262,10 +268,9 @@ impl Comparisons {
         table: Option<&str>,
         domain: Option<&str>,
     ) -> anyhow::Result<Comparisons> {
-        let domain = domain.map(str::to_owned);
-        let waiting: VecDeque<String> = match table {
+        let waiting = match table {
             Some(table) => [table.to_owned()].into(),
-            None => serde_json::from_value(ask(config, &Request::Tables { domain }).await?)?,
+            None => listed(config, domain).await?,
         };
         ensure!(!waiting.is_empty(), "no table is synchronised");
         let begun = VecDeque::new();

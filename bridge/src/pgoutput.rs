@@ -77,6 +77,18 @@ pub enum Message<'a> {
     },
 }
 
+impl Message<'_> {
+    /// The table that a row is changed of; none where it is another message.
+    pub fn changes(&self) -> Option<u32> {
+        match self {
+            Message::Insert { relid, .. }
+            | Message::Update { relid, .. }
+            | Message::Delete { relid, .. } => Some(*relid),
+            _ => None,
+        }
+    }
+}
+
 /// Option bit of a truncate: CASCADE was given at the top.
 pub const TRUNCATE_CASCADE: u8 = 1;
 /// Option bit of a truncate: RESTART IDENTITY was given at the top.

@@ -300,12 +300,7 @@ impl Planner {
     }
 
     pub(super) fn relation_of<'a>(&self, message: &Message<'a>) -> Option<&Relation> {
-        match message {
-            Message::Insert { relid, .. }
-            | Message::Update { relid, .. }
-            | Message::Delete { relid, .. } => self.relations.get(relid),
-            _ => None,
-        }
+        self.relations.get(&message.changes()?)
     }
 
     /// Names of the columns of the table that a message changes a row of.

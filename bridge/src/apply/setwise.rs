@@ -22,7 +22,7 @@ use super::plan::Folded;
 use super::sealed::goes_alone;
 use super::{Batch, Expect, Failed, MAX_BYTES, MAX_TRANSACTIONS, Session};
 use crate::client::bind_binary;
-use crate::pgoutput::{self, Message};
+use crate::pgoutput;
 use crate::record::{Frame, Kind, Record};
 
 /// Fewer transactions are not waited for: they go in order before the next look.
@@ -113,13 +113,9 @@ fn messages_of(records: &[Record], relids: &BTreeSet<u32>) -> Vec<Bytes> {
         let frames = record.frames().flatten();
         frames.map(|frame| record.bytes.slice_ref(frame.payload))
     });
-    let is_of_these = |payload: &Bytes| match pgoutput::decode(payload) {
-        Ok(
-            Message::Insert { relid, .. }
-            | Message::Update { relid, .. }
-            | Message::Delete { relid, .. },
-        ) => relids.contains(&relid),
-        _ => false,
+    let is_of_these = |payload: &Bytes| {
+        let relid = pgoutput::decode(payload).ok().and_then(|m| m.changes());
+        relid.is_some_and(|relid| relids.contains(&relid))
     };
     frames.filter(is_of_these).collect()
 }

@@ -65,9 +65,9 @@ unsafe fn is_converted(
     // SAFETY: a command that gives a column another type.
     unsafe {
         let using = (*(*command).def.cast::<pg_sys::ColumnDef>()).raw_default;
-        // What was text may be the name of a moment in any row.
         is_of_money(table, command)
             || is_cast_by_a_user(table, command)
+            // What was text may be the name of a moment in any row.
             || !using.is_null() && (tree_of(using).contains(CAST) || differs(using, table, command))
     }
 }
