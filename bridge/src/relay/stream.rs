@@ -89,16 +89,19 @@ struct Sender<'a> {
 impl Sender<'_> {
     async fn run(mut self) -> anyhow::Result<Outcome> {
         let mut replayed = self.relay.shared.replayed.subscribe();
+        let mut above = self.relay.shared.upstream_replayed.subscribe();
         let mut written = self.start.queue.written();
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut heard = Instant::now();
         loop {
             replayed.mark_unchanged();
+            above.mark_unchanged();
             written.mark_unchanged();
             // While one waits for a client to take it, what that one says is heard all the same:
             // over a thin link, and where its disk is full, that is what tells that it lives.
             self.fill()?;
+            let follows_above = self.start.bridge && self.relay.shared.is_stuck();
             tokio::select! {
                 biased;
                 message = self.framed.exchange(MAX_UNAUTHENTICATED) => {
@@ -113,6 +116,7 @@ impl Sender<'_> {
                 }
                 _ = written.changed() => {}
                 _ = replayed.changed() => {}
+                _ = above.changed(), if follows_above => {}
                 _ = tick.tick() => {
                     let limit = if self.start.bridge { LEASE } else { SILENCE };
                     if heard.elapsed() > limit {
