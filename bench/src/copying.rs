@@ -79,15 +79,19 @@ impl Workload for Copying {
     }
 }
 
-const SUM: &str = "SELECT count(*) || ' ' || sum(aid) FROM pgbench_accounts";
+/// Of each table of ours, by its definition.
+const INDEXES: &str = "SELECT string_agg(indexdef, '; ' ORDER BY indexdef) FROM pg_indexes \
+     WHERE schemaname = 'public'";
 
+/// Fails unless the server holds the rows and the indexes of the top.
 fn must_be_equal(server: &Server, top: &Server) -> Result<()> {
-    let (found, wanted) = (server.value(SUM), top.value(SUM));
-    ensure!(
-        found == wanted,
-        "{} has {found}, the top {wanted}",
-        server.name
-    );
+    for table in TABLES {
+        let (found, wanted) = (server.checksum(table)?, top.checksum(table)?);
+        let name = &server.name;
+        ensure!(found == wanted, "{table}: {name} has {found}, top {wanted}");
+    }
+    let (found, wanted) = (server.value(INDEXES), top.value(INDEXES));
+    ensure!(found == wanted, "{} has {found}, top {wanted}", server.name);
     Ok(())
 }
 

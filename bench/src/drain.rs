@@ -172,8 +172,10 @@ impl Drain {
             _ => (size as f64 * script.share) as u64 / CLIENTS * CLIENTS,
         };
         let mut samples = Samples::default();
-        for round in 0..rounds + sync_rounds {
-            let sync = round >= rounds;
+        let all = rounds + sync_rounds;
+        for round in 0..all {
+            // Spread among the others, as the machine's speed drifts.
+            let sync = (round + 1) * sync_rounds / all > round * sync_rounds / all;
             let commit = if sync { "on" } else { "off" };
             world.native.synchronous_commit(commit);
             self.round(world, script, amount, round, sync, &mut samples)?;

@@ -23,7 +23,7 @@ use tokio::time::{interval, timeout};
 use crate::pgbench::{INSERT, SCHEMA, pgbench, processed, script_file};
 use crate::proc;
 use crate::report::{Better, Figure, Report};
-use crate::workload::{Plan, Workload};
+use crate::workload::{Plan, Workload, rotated};
 use crate::world::{Stage, boot, go_live, plant};
 
 pub struct Fanout;
@@ -51,7 +51,7 @@ impl Workload for Fanout {
         stage.clear();
         let runtime = Runtime::new().context("start a runtime")?;
         let rounds: Vec<Vec<Used>> = (0..plan.fanout.0)
-            .map(|_| round(&runtime, plan.fanout.1))
+            .map(|n| round(&runtime, n, plan.fanout.1))
             .collect::<Result<_>>()?;
         // Those of all, and of each one more than the first, for whom all is read and checked.
         for (base, each) in [(0, "each"), (1, "each further")] {
@@ -82,15 +82,12 @@ impl Workload for Fanout {
     }
 }
 
-/// A relay without followers and with more and more of them.
-fn round(runtime: &Runtime, seconds: u64) -> Result<Vec<Used>> {
-    let mut tree = plant()?;
-    tree.top.sql(SCHEMA);
-    tree.top.sql("SELECT terrace.add_table('bench_insert')");
-    boot(&mut tree, &[("region", None, 1)])?;
-    go_live(&mut tree)?;
+/// A relay with each number of followers, in another order each round; each time one of its own, so
+/// that none finds what others have left in its memory.
+fn round(runtime: &Runtime, round: usize, seconds: u64) -> Result<Vec<Used>> {
     let mut measured = Vec::new();
-    for followers in COUNTS {
+    for followers in rotated(&COUNTS, round) {
+        let tree = relay()?;
         let crowd = runtime.block_on(Crowd::gather(&tree, followers))?;
         let used = load(&tree, seconds, followers, || crowd.must_be_live(&tree.top))?;
         println!(
@@ -101,7 +98,18 @@ fn round(runtime: &Runtime, seconds: u64) -> Result<Vec<Used>> {
         measured.push(used);
         runtime.block_on(crowd.leave());
     }
+    measured.sort_by_key(|used| used.followers);
     Ok(measured)
+}
+
+/// One server below a top, which streams.
+fn relay() -> Result<Tree> {
+    let mut tree = plant()?;
+    tree.top.sql(SCHEMA);
+    tree.top.sql("SELECT terrace.add_table('bench_insert')");
+    boot(&mut tree, &[("region", None, 1)])?;
+    go_live(&mut tree)?;
+    Ok(tree)
 }
 
 /// What the bridge of the region used.

@@ -28,7 +28,6 @@ mod world;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow};
 use report::Report;
@@ -99,7 +98,6 @@ fn is_meant(word: &str, name: &str) -> bool {
 /// Runs the workloads, in the short form without failovers unless they are named; false when one of
 /// them failed. The others' numbers are kept.
 fn bench(plan: &Plan, wanted: &[String]) -> Result<bool> {
-    let start = Instant::now();
     let directory = results()?;
     let mut report = Report::new(plan, wanted);
     let mut stage = Stage::default();
@@ -121,7 +119,7 @@ fn bench(plan: &Plan, wanted: &[String]) -> Result<bool> {
     }
     stage.clear();
     println!("\n{}", report.table());
-    println!("{:.0} s in all", start.elapsed().as_secs_f64());
+    println!("{:.0} s in all", report.elapsed().as_secs_f64());
     let json = serde_json::to_string_pretty(&report.json()).context("write JSON")?;
     for (name, text) in [
         ("bench.json", json + "\n"),

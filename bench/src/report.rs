@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::fmt::Write;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use terrace_tests::server::program;
@@ -55,6 +56,7 @@ impl Figure {
 pub struct Report {
     /// What was typed.
     command: String,
+    started: Instant,
     pub figures: Vec<Figure>,
     failures: Vec<(String, String)>,
 }
@@ -71,9 +73,15 @@ impl Report {
         }
         Report {
             command,
+            started: Instant::now(),
             figures: Vec::new(),
             failures: Vec::new(),
         }
+    }
+
+    /// Since the run began.
+    pub fn elapsed(&self) -> Duration {
+        self.started.elapsed()
     }
 
     pub fn add(&mut self, figure: Figure) {
@@ -131,6 +139,7 @@ impl Report {
             "postgres": said_by(program("postgres"), &["--version"]),
             "cores": std::thread::available_parallelism().map_or(0, usize::from),
             "memory_gib": proc::machine_gib(),
+            "elapsed_seconds": self.elapsed().as_secs(),
             "figures": figures,
             "failures": failures,
         })
