@@ -516,8 +516,9 @@ BEGIN
                 'ON %s FOR EACH STATEMENT EXECUTE FUNCTION terrace.arm_tag()', part);
             EXECUTE format('ALTER TRIGGER terrace_tag ON %s DEPENDS ON EXTENSION terrace', part);
         END IF;
+        -- By their places, a copy reads rows in parts.
         EXECUTE format('GRANT SELECT%s ON %s TO terrace_reader',
-            (SELECT ' (' || string_agg(quote_ident(c), ', ') || ')' FROM unnest(setting.columns) c), part);
+            (SELECT ' (ctid, ' || string_agg(quote_ident(c), ', ') || ')' FROM unnest(setting.columns) c), part);
     END LOOP;
     EXECUTE format('GRANT USAGE ON SCHEMA %I TO terrace_reader', schema_name);
     IF NOT terrace.in_publication(rel) THEN

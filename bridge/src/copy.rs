@@ -24,6 +24,8 @@ use rows::{
     Copying, Table, copy_table, hold, local_session, snapshot_session, synchronised_tables,
 };
 
+/// Processes that make an index beside the one that was told to, at most.
+const MAX_INDEXERS: usize = 8;
 /// So many objects that could not be made are named in an event.
 const TOLD: usize = 20;
 /// What is here is ours to empty or to drop, one line a thing.
@@ -131,7 +133,13 @@ pub async fn initial_copy(
         .await?;
     tracing::info!("all rows are copied");
     if let Some(dump) = &prepared.unfinished {
-        let made = restore(&mut local, &dump.after_rows().await?).await;
+        local.simple(&index_with_all_cores()).await?;
+        let tell = |done, total| {
+            shared.set_copy_progress(format!(
+                "all rows copied, {done} of {total} indexes and other objects made"
+            ));
+        };
+        let made = restore(&mut local, &dump.after_rows().await?, tell).await;
         tell_left_out(shared, &made.context("create indexes and constraints")?);
     }
     for name in TERRACE_TABLES {
@@ -167,6 +175,17 @@ pub async fn initial_copy(
         lsn,
         client: holder,
     })
+}
+
+/// An index of a large table is made by several processes of PostgreSQL's; by as many as there are cores,
+/// where nobody chose otherwise.
+fn index_with_all_cores() -> String {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    format!(
+        "SELECT pg_catalog.set_config(name, '{}', false) FROM pg_catalog.pg_settings \
+         WHERE name = 'max_parallel_maintenance_workers' AND source = 'default'",
+        cores.clamp(2, MAX_INDEXERS)
+    )
 }
 
 /// Takes back the position of the data here, and notes that the rows are ours to
@@ -313,7 +332,7 @@ async fn prepare_schema(
     if let Some(dump) = &dump
         && found.iter().any(is_missing)
     {
-        let done = restore(local, &dump.before_rows().await?).await;
+        let done = restore(local, &dump.before_rows().await?, |_, _| ()).await;
         tell_left_out(shared, &done.context("create the tables")?);
     }
     // They are made as one transaction: where there is one of them, all are.

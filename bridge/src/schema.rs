@@ -413,9 +413,14 @@ const SECOND_KEY: &str = "42P16";
 
 /// Runs a section of a dump as one transaction, without what is the extension's. Tells
 /// what could not be made and is not needed: a foreign key to a table that is not
-/// synchronised, a function that speaks of one.
-pub async fn restore(local: &mut Client, dump: &str) -> anyhow::Result<Vec<String>> {
-    let result = restore_entries(local, dump).await;
+/// synchronised, a function that speaks of one. `tell` is told before each object how many of how many
+/// are done.
+pub async fn restore(
+    local: &mut Client,
+    dump: &str,
+    tell: impl FnMut(usize, usize),
+) -> anyhow::Result<Vec<String>> {
+    let result = restore_entries(local, dump, tell).await;
     let end = if result.is_ok() { "COMMIT" } else { "ROLLBACK" };
     let ended = local.simple(end).await;
     // A dump empties the search path for what it runs.
@@ -427,13 +432,18 @@ pub async fn restore(local: &mut Client, dump: &str) -> anyhow::Result<Vec<Strin
     Ok(left_out)
 }
 
-async fn restore_entries(local: &mut Client, dump: &str) -> anyhow::Result<Vec<String>> {
+async fn restore_entries(
+    local: &mut Client,
+    dump: &str,
+    mut tell: impl FnMut(usize, usize),
+) -> anyhow::Result<Vec<String>> {
     let mut left_out = Vec::new();
     local.simple("BEGIN").await?;
-    for entry in entries(dump) {
-        if entry.is_extensions_own() {
-            continue;
-        }
+    let mut entries = entries(dump);
+    entries.retain(|entry| !entry.is_extensions_own());
+    let total = entries.len();
+    for (done, entry) in entries.into_iter().enumerate() {
+        tell(done, total);
         let Entry { kind, name, sql } = &entry;
         let result = local
             .simple(&format!("SAVEPOINT entry;\n{sql}\n;RELEASE entry"))

@@ -67,7 +67,7 @@ struct Inner {
     degraded: Option<String>,
     upstream: Option<ConnInfo>,
     upstream_name: Option<String>,
-    copy_progress: Option<(u64, u64)>,
+    copy_progress: Option<String>,
     received: Lsn,
     /// How far the upstream of the present link has told to be.
     upstream_end: Option<Lsn>,
@@ -483,9 +483,9 @@ impl Shared {
         inner.relay_problem = problem;
     }
 
-    /// Bytes copied of the estimated whole; `None` when no copy runs.
-    pub fn set_copy_progress(&self, done: u64, total: u64) {
-        self.change(|inner| inner.copy_progress = Some((done, total)));
+    /// How far the initial copy is, for people.
+    pub fn set_copy_progress(&self, progress: String) {
+        self.change(|inner| inner.copy_progress = Some(progress));
     }
 
     /// Records a durable or shared fact: which history, and that data is here.

@@ -44,7 +44,7 @@ pub(super) struct Table {
     /// Of its rows, without those values that are stored out of line.
     pages: u64,
     bytes: u64,
-    /// It is a heap that we may read all of.
+    /// It is a heap whose rows' places we may read.
     divisible: bool,
     /// Where its rows go here, if it is a partition at the source and none here.
     place: Option<String>,
@@ -181,7 +181,8 @@ pub(super) async fn synchronised_tables(
                        AND (s.columns IS NULL OR a.attname = ANY (s.columns))), \
                     pg_catalog.pg_relation_size(c.oid) / current_setting('block_size')::int, \
                     pg_catalog.pg_table_size(c.oid), \
-                    s.columns IS NULL AND h.amname = 'heap', c.oid::text \
+                    h.amname = 'heap' AND pg_catalog.has_column_privilege(c.oid, 'ctid', 'SELECT'), \
+                    c.oid::text \
              FROM listed s JOIN pg_catalog.pg_class c ON c.oid = s.relid AND c.relkind = 'r' \
              JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
              LEFT JOIN pg_catalog.pg_am h ON h.oid = c.relam",
@@ -363,7 +364,9 @@ impl Copying {
 
     fn tell(&self) {
         let done = self.done.load(Ordering::Relaxed);
-        self.shared.set_copy_progress(done, self.total);
+        let total = self.total;
+        self.shared
+            .set_copy_progress(format!("{done} of about {total} bytes copied"));
     }
 }
 

@@ -179,11 +179,8 @@ fn state_of(inner: &Inner, replayed: Lsn, disk: Option<String>) -> (State, Optio
             Some(reason) => Some(format!("{reason}; {more}")),
             None => Some(more.clone()),
         });
-    match (inner.link, inner.copy_progress) {
-        (State::Copying, Some((done, total))) => (
-            State::Copying,
-            Some(format!("{done} of about {total} bytes copied")),
-        ),
+    match (inner.link, &inner.copy_progress) {
+        (State::Copying, Some(progress)) => (State::Copying, Some(progress.clone())),
         (State::Streaming, _) if replayed < inner.received && behind(inner) => {
             (State::Catchup, reason)
         }

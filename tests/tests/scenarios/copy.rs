@@ -82,6 +82,7 @@ fn a_copy_runs_in_parallel_tells_how_far_it_is_and_makes_indexes_last() {
     let (top, node) = (&tree.top, &tree.nodes[0]);
     let is_copied = "SELECT count(*) FROM terrace.progress";
     let (mut told, mut shown, mut most, mut bare) = (false, false, 0, false);
+    let mut indexing = false;
     wait_until("all is copied", || {
         let reason = "SELECT count(*) FROM terrace.lag
             WHERE state = 'copying' AND reason ~ '^[0-9]+ of about [0-9]+ bytes copied$'";
@@ -90,6 +91,9 @@ fn a_copy_runs_in_parallel_tells_how_far_it_is_and_makes_indexes_last() {
             let status = node.bridge.command("status", &[]).expect("run status");
             shown |= String::from_utf8_lossy(&status.stdout).contains("bytes copied");
         }
+        let reason = "SELECT count(*) FROM terrace.lag WHERE state = 'copying'
+            AND reason ~ '^all rows copied, [0-9]+ of [0-9]+ indexes and other objects made$'";
+        indexing |= node.server.value(reason) == "1";
         let copying = "SELECT count(*) FROM pg_stat_progress_copy WHERE tuples_processed > 0";
         most = top.value(copying).parse().unwrap_or(0).max(most);
         let without =
@@ -100,11 +104,34 @@ fn a_copy_runs_in_parallel_tells_how_far_it_is_and_makes_indexes_last() {
     });
     assert!(told, "terrace.lag tells how far it is");
     assert!(shown, "so does the command");
+    assert!(indexing, "and when indexes are made");
     assert!(most > 1, "{most} sessions at once");
     assert!(bare, "rows come before indexes");
     tree.wait_for_equal(&["heavy"]);
     let made = "SELECT count(*) FROM pg_index WHERE indrelid = 'heavy'::regclass AND indisvalid";
     assert_eq!(tree.nodes[0].server.value(made), "2");
+}
+
+// A relay's clients may read those columns alone.
+#[test]
+fn a_large_table_is_copied_in_parts_where_some_columns_are_kept_back() {
+    let schema = "CREATE TABLE listed (id int PRIMARY KEY, secret text, txt text);
+         INSERT INTO listed SELECT i, 'kept back', repeat(md5(i::text), 20) FROM generate_series(1, 70000) i;
+         SELECT terrace.add_table('listed', columns => '{id,txt}');";
+    let tree = Tree::plant(schema).expect("boot the top");
+    let tree = tree.grow_on(&[("region", None, 1), ("branch", Some("region"), 1)]);
+    let rows = "SELECT count(*) || ' ' || sum(hashtext(id || txt)) FROM listed";
+    for node in &tree.nodes {
+        assert_eq!(node.server.value(rows), tree.top.value(rows));
+        let logged = node.bridge.logged();
+        assert!(logged.contains("in 2 parts"), "{logged}");
+    }
+    let refused = tree.nodes[0]
+        .bridge
+        .try_connect()
+        .expect("a session")
+        .simple_query("SELECT secret FROM listed");
+    assert!(refused.is_err());
 }
 
 // It had to be made by hand before anything was copied, by a site with nobody there.
