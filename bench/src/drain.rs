@@ -295,7 +295,8 @@ impl Drain {
 const CREATE_SLOT: &str = "SELECT pg_create_logical_replication_slot('discard', 'pgoutput')";
 const DROP_SLOT: &str = "SELECT pg_drop_replication_slot('discard')";
 
-/// Until pg_recvlogical has read and thrown away what the slot holds, as Terrace asks for it.
+/// Until pg_recvlogical has read and thrown away what the slot holds, as Terrace asks for it, but over a
+/// Unix socket: the limit is that of the fastest way.
 fn discard(top: &Server, pid: i32) -> Result<Drained> {
     let before = cpu_seconds(pid);
     let end = top.value("SELECT pg_current_wal_insert_lsn()");
