@@ -178,13 +178,17 @@ pub async fn initial_copy(
 }
 
 /// An index of a large table is made by several processes of PostgreSQL's; by as many as there are cores,
-/// where nobody chose otherwise.
+/// where nobody chose otherwise. Each needs 32 MB to take part (`plan_create_index_workers` in
+/// PostgreSQL's `planner.c`).
 fn index_with_all_cores() -> String {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let workers = cores.clamp(2, MAX_INDEXERS);
+    let memory = 32 * (workers + 1);
     format!(
-        "SELECT pg_catalog.set_config(name, '{}', false) FROM pg_catalog.pg_settings \
-         WHERE name = 'max_parallel_maintenance_workers' AND source = 'default'",
-        cores.clamp(2, MAX_INDEXERS)
+        "SELECT pg_catalog.set_config(name, value, false) \
+         FROM (VALUES ('max_parallel_maintenance_workers', '{workers}'), \
+                      ('maintenance_work_mem', '{memory}MB')) v (name, value) \
+         JOIN pg_catalog.pg_settings USING (name) WHERE source = 'default'"
     )
 }
 

@@ -1,4 +1,4 @@
-//! A walsender that has much to send sends much at once.
+//! A walsender that has much to send sends much at once, and reads several records for it ([`ahead`]).
 //!
 //! A walsender hands each message of the stream to the kernel by itself, and its receiver is woken
 //! for each. Where a backlog is decoded that takes several times as long as the decoding. A bridge
@@ -17,6 +17,8 @@
 //! It works in the place where PostgreSQL sends (`PqCommMethods` in `libpq/libpq.h`, which parallel
 //! workers replace too), not in an output plugin: servers allow those by name
 //! (`output_plugin_libraries`).
+
+mod ahead;
 
 use std::cell::Cell;
 use std::ffi::{c_char, c_int};
@@ -96,6 +98,7 @@ fn gather_sends() {
     };
     // SAFETY: it lives as long as the process, as do the functions in it.
     unsafe { PqCommMethods = Box::leak(Box::new(methods)) };
+    ahead::read_several();
 }
 
 /// Our methods are called only when this is there.
@@ -166,6 +169,14 @@ fn may_wait() -> bool {
     GATHERING.set(Some(held));
     // A look at the clock costs as much as all else here.
     waits && (!held.asked.is_multiple_of(LOOK) || held.since.elapsed() < PATIENCE)
+}
+
+/// The same behind a record that was read.
+fn much_waits_behind(position: u64) -> bool {
+    let mut held = gathering();
+    let waits = much_is_waiting(&mut held, position);
+    GATHERING.set(Some(held));
+    waits
 }
 
 /// Whether the walsender has more WAL before it than it will look at in one step.
