@@ -156,7 +156,8 @@ impl Session<'_> {
                 ..
             } = &step
             {
-                batch.notified.insert(content.clone());
+                // A part of what was read would keep the block that it is in.
+                batch.notified.insert(Bytes::copy_from_slice(content));
             }
             self.send(&step)?;
         }

@@ -7,7 +7,7 @@ use bytes::{Bytes, BytesMut};
 use tokio::sync::watch;
 
 use super::scan::Scan;
-use super::segment::{Schema, Segment, schema_key};
+use super::segment::{Schema, Segment, note_schema};
 use super::{Queue, QueueError};
 use crate::lsn::Lsn;
 use crate::record::{Kind, Record};
@@ -59,7 +59,7 @@ impl Reader {
             match record.kind {
                 // Definitions inside a transaction are delivered with it.
                 Kind::Schema if transaction_start.is_none() => {
-                    schema.insert(schema_key(&record)?, record);
+                    note_schema(&mut schema, &record)?;
                 }
                 Kind::Schema | Kind::Mark => {}
                 Kind::Part => {
@@ -85,7 +85,7 @@ impl Reader {
         let mut scan = Scan::at(start);
         while let Some(record) = scan.next(&self.segment, end)? {
             if record.kind == Kind::Schema {
-                schema.insert(schema_key(&record)?, record);
+                note_schema(schema, &record)?;
             }
         }
         Ok(())

@@ -22,6 +22,15 @@ const MARK_LEN: usize = HEADER_LEN + 8;
 /// Definitions that a later transaction may refer to, by message kind and OID.
 pub(super) type Schema = BTreeMap<(u8, u32), Record>;
 
+/// Takes a schema record in. They are kept for long, so this is a copy: a part of a block that was read
+/// would keep all of that.
+pub(super) fn note_schema(schema: &mut Schema, record: &Record) -> Result<(), RecordError> {
+    let bytes = Bytes::copy_from_slice(&record.bytes);
+    let own = Record { bytes, ..*record };
+    schema.insert(schema_key(record)?, own);
+    Ok(())
+}
+
 /// Key of a schema record: the message's kind and the OID that it defines.
 pub(super) fn schema_key(record: &Record) -> Result<(u8, u32), RecordError> {
     let mut body = record.body();
@@ -315,7 +324,7 @@ pub(super) fn recover(path: &Path) -> Result<Recovered, QueueError> {
                 }
                 Kind::Commit | Kind::Watermark => {
                     for record in pending.drain(..) {
-                        schema.insert(schema_key(&record)?, record);
+                        note_schema(&mut schema, &record)?;
                     }
                     (end, whole) = (record.lsn, scan.offset);
                 }
@@ -337,7 +346,7 @@ pub(super) fn recover(path: &Path) -> Result<Recovered, QueueError> {
         // Nothing but those: what comes behind them is of a transaction that is not whole.
         whole = given_end;
         for record in pending.drain(..given) {
-            schema.insert(schema_key(&record)?, record);
+            note_schema(&mut schema, &record)?;
         }
     }
     segment.truncate(whole)?;

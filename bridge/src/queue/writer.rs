@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::{BufMut, BytesMut};
 
 use super::scan::Scan;
-use super::segment::{Schema, Segment, schema_key};
+use super::segment::{Schema, Segment, note_schema, schema_key};
 use super::{Queue, QueueError, SEGMENT_BYTES, lock};
 use crate::lsn::{Identity, Lsn};
 use crate::record::{Kind, Record};
@@ -99,7 +99,7 @@ impl Writer {
             return Ok(());
         }
         self.undo.push((key, known.cloned()));
-        self.schema.insert(key, record.clone());
+        note_schema(&mut self.schema, record)?;
         self.put(record);
         Ok(())
     }
@@ -284,7 +284,7 @@ fn definitions(segment: &Segment, limit: u64) -> Result<Schema, QueueError> {
     let (mut schema, mut scan) = (Schema::new(), Scan::at(segment.head_len));
     while let Some(record) = scan.next(segment, limit)? {
         if record.kind == Kind::Schema {
-            schema.insert(schema_key(&record)?, record);
+            note_schema(&mut schema, &record)?;
         }
     }
     Ok(schema)

@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use terrace_tests::load::{ACCOUNTS, Background, Observer, STEPS, count_up, transfers};
-use terrace_tests::{Server, Tree, wait_until};
+use terrace_tests::{Node, Server, Tree, wait_until};
 
 const DOMAINS: [(&str, Option<&str>, usize); 2] =
     [("region", None, 3), ("branch", Some("region"), 3)];
@@ -355,5 +355,63 @@ fn a_large_transaction_holds_up_no_sign_of_life_and_is_kept_in_no_memory() {
         assert!(!log.contains("link ended"), "{log}");
         let peak = node.bridge.peak_mib();
         assert!(peak < 64, "{} MiB", peak);
+    }
+}
+
+// Each partition has a name of its own on the wire; what is kept of that is kept for long.
+#[test]
+fn a_transaction_over_many_partitions_is_kept_in_no_memory() {
+    const TWO: [(&str, Option<&str>, usize); 2] =
+        [("region", None, 1), ("branch", Some("region"), 1)];
+    let schema =
+        "CREATE TABLE days (day int, n int, v text, PRIMARY KEY (day, n)) PARTITION BY LIST (day);
+         DO $$ BEGIN FOR i IN 1..400 LOOP
+             EXECUTE format('CREATE TABLE day_%s PARTITION OF days FOR VALUES IN (%s)', i, i);
+         END LOOP; END $$;
+         SELECT terrace.add_table('days');";
+    let tree = Tree::grow(schema, &TWO);
+    tree.top.sql(
+        "INSERT INTO days SELECT day, n, repeat(md5(n::text), 32)
+         FROM generate_series(1, 400) day, generate_series(1, 250) n ORDER BY day",
+    );
+    tree.wait_for_equal(&["days"]);
+    for node in &tree.nodes {
+        let peak = node.bridge.peak_mib();
+        assert!(peak < 64, "{}: {peak} MiB", node.server.name);
+    }
+}
+
+// One row at a time: whoever waits for a tick of 100 ms or more somewhere, always waits for all of it.
+#[test]
+fn rows_are_shown_on_every_level_when_they_are_committed() {
+    const TWO: [(&str, Option<&str>, usize); 2] =
+        [("region", None, 2), ("branch", Some("region"), 2)];
+    const ROWS: usize = 100;
+    for settings in ["", "[apply]\nwait_for_upstream = false"] {
+        let tree = Tree::grow_with(settings, STEPS, &TWO);
+        let slave = "SELECT node FROM terrace.lag WHERE domain = 'branch' AND role = 'slave'";
+        let slave = tree.top.value(slave);
+        let of = |node: &&Node| node.server.name == slave;
+        let node = tree.nodes.iter().find(of).expect("a slave");
+        let (mut top, mut below) = (tree.top.connect(), node.server.connect());
+        let mut taken = Vec::new();
+        for n in 0..ROWS as i64 {
+            top.execute("INSERT INTO steps VALUES ($1::bigint)", &[&n])
+                .expect("insert");
+            let committed = Instant::now();
+            while below
+                .query_one("SELECT count(*) FROM steps WHERE n = $1::bigint", &[&n])
+                .expect("look")
+                .get::<_, i64>(0)
+                == 0
+            {
+                assert!(committed.elapsed() < Duration::from_secs(10), "row {n}");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            taken.push(committed.elapsed());
+        }
+        taken.sort();
+        let median = taken[ROWS / 2];
+        assert!(median < Duration::from_millis(60), "{median:?}");
     }
 }

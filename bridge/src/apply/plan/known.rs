@@ -94,7 +94,8 @@ impl Planner {
                 local: None,
             })
             .collect();
-        let definition = body.clone();
+        // Of its own: a part of a block that was read would keep all of that.
+        let definition = Bytes::copy_from_slice(&body);
         let known = Relation {
             definition,
             namespace: relation.namespace.to_owned(),
