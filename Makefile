@@ -118,7 +118,7 @@ audit:
 	cargo deny check licenses bans sources
 
 # Terrace and native subscriptions side by side. QUICK=1 for the short form, without failovers; ONLY="drain tree" for
-# some of: drain, tree, latency, memory, tag, fanout, copy, compare, failover (or one of
+# some of: drain, large, tree, latency, memory, tag, fanout, copy, compare, failover (or one of
 # failover-deaths, failover-silences, failover-rejoin). Results in target/bench/. The extension is
 # installed as for use, and pglogical to be measured beside.
 .PHONY: bench

@@ -132,14 +132,14 @@ fn load(
     let (time, rate) = (seconds.to_string(), RATE.to_string());
     let script = script_file(&tree.top, INSERT)?.context("a script")?;
     let arguments = ["-n", "-c", "2", "-T", &time, "-R", &rate, "-f", &script];
-    let (before, start) = (proc::cpu_seconds(bridge), Instant::now());
+    let (before, start) = (proc::own_cpu_seconds(bridge)?, Instant::now());
     let (transactions, _) = processed(&pgbench(&tree.top, "", &arguments)?)?;
     check()?;
     Ok(Used {
         followers,
         seconds: start.elapsed().as_secs_f64(),
         transactions,
-        cpu: proc::cpu_seconds(bridge) - before,
+        cpu: proc::own_cpu_seconds(bridge)? - before,
         mib: proc::memory_mib(bridge, "VmRSS").context("memory of the bridge")?,
     })
 }

@@ -15,7 +15,8 @@ use terrace_tests::Server;
 
 use crate::report::{Better, Figure, Report};
 use crate::side::{Side, Which, drain, mark};
-use crate::workload::{Plan, Workload, rotated};
+use crate::terrace::Terrace;
+use crate::workload::{Plan, Workload, rotated, wait};
 use crate::world::{Shape, Stage, World};
 
 pub struct Latency;
@@ -24,7 +25,7 @@ pub struct Latency;
 const RATES: [u64; 2] = [50, 500];
 /// Between an answer and the next question.
 const PAUSE: Duration = Duration::from_micros(500);
-/// Servers of each level; the last one, a slave, is watched.
+/// Servers of each level, one of whose slaves is watched.
 const WIDTH: usize = 3;
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -193,19 +194,49 @@ fn turn(world: &mut World, mode: Mode, load: Load) -> Result<Levels> {
     let top = world.top_pid()?;
     let side = world.side(mode.which());
     drain(side, top, marker, |_| ())?;
-    let result = {
-        let servers = match mode.which() {
-            Which::Terrace => world.terrace.servers(),
-            Which::Native => world.native.servers(),
-        };
-        let slaves = [servers[WIDTH - 1], servers[2 * WIDTH - 1]];
-        measure(world.top(), slaves, load)
+    let result = match mode.which() {
+        Which::Terrace => measure_slaves(&world.terrace, load),
+        Which::Native => {
+            let servers = world.native.servers();
+            let last = [servers[WIDTH - 1], servers[2 * WIDTH - 1]];
+            measure(world.top(), last, load)
+        }
     };
     world.side(mode.which()).pause()?;
     if let Some(files) = files {
         world.terrace.restore(&files)?;
     }
     result
+}
+
+/// Who leads is found out anew whenever the bridges start; the slaves must be slaves to the end.
+fn measure_slaves(terrace: &Terrace, load: Load) -> Result<Levels> {
+    let top = &terrace.tree.top;
+    let mut slaves = Vec::new();
+    for level in 1..=2 {
+        let sql = format!(
+            "SELECT min(node) FROM terrace.lag WHERE level = {level} AND role = 'slave' \
+             AND state = 'streaming' AND NOT EXISTS \
+             (SELECT FROM terrace.lag l WHERE l.level = {level} AND l.state <> 'streaming')"
+        );
+        let mut name = String::new();
+        wait("there is a slave", Duration::from_millis(50), || {
+            name = top.value(&sql);
+            Ok(!name.is_empty())
+        })?;
+        slaves.push(name);
+    }
+    let servers = terrace.servers();
+    let of = |name: &String| servers.iter().find(|server| server.name == *name);
+    let both = slaves.iter().map(|name| of(name).copied());
+    let both: Vec<&Server> = both.collect::<Option<_>>().context("unknown slave")?;
+    let levels = measure(top, [both[0], both[1]], load)?;
+    let sql = format!(
+        "SELECT count(*) FROM terrace.lag WHERE role = 'slave' AND node IN ('{}')",
+        slaves.join("', '")
+    );
+    ensure!(top.value(&sql) == "2", "{slaves:?} are not slaves any more");
+    Ok(levels)
 }
 
 /// Writes at the top, watches the servers, and compares the times.

@@ -1,7 +1,11 @@
 //! What the kernel knows of processes.
 
 use std::fs;
+use std::time::Duration;
 
+use anyhow::{Context, Result};
+use nix::time::{clock_getcpuclockid, clock_gettime};
+use nix::unistd::Pid;
 use terrace_tests::{Bridge, Server};
 
 /// `USER_HZ`, the unit of times in `/proc`: 100 on Linux, whatever the kernel's own tick.
@@ -29,6 +33,13 @@ pub fn cpu_seconds(pid: i32) -> f64 {
         .map(cpu_seconds)
         .sum();
     f64::from(ticks) / TICKS_PER_SECOND + below
+}
+
+/// The same of a process alone, to the nanosecond.
+pub fn own_cpu_seconds(pid: i32) -> Result<f64> {
+    let clock = clock_getcpuclockid(Pid::from_raw(pid)).context("CPU clock of a process")?;
+    let time = clock_gettime(clock).context("CPU time of a process")?;
+    Ok(Duration::from(time).as_secs_f64())
 }
 
 /// A size in `/proc/PID/status`, in MiB.

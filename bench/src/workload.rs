@@ -100,7 +100,7 @@ impl Plan {
                 backlog: [300_000, 120_000],
                 latency: (3, [20, 8]),
                 large_rows: 1 << 20,
-                large_rounds: 3,
+                large_rounds: 4,
                 large_shape: Shape {
                     region: 3,
                     branch: 3,
@@ -110,7 +110,7 @@ impl Plan {
                 tag: (15, 5),
                 fanout: (3, 15),
                 copy_scale: 390,
-                copy_rounds: 2,
+                copy_rounds: 4,
                 compare_scale: 100,
                 compare_rounds: 2,
                 compare_quiet: 6,
