@@ -143,7 +143,7 @@ impl Session<'_> {
                 self.drain(batch).await?;
                 let looked_up = self.planner.lookup(&mut self.client, relid).await;
                 looked_up.map_err(unexpected)?;
-                match self.planner.plan(payload, true)? {
+                match self.planner.plan(payload, true).map_err(unexpected)? {
                     Planned::Steps(steps) => steps,
                     _ => return Ok(()),
                 }

@@ -138,6 +138,17 @@ pub(super) fn key(relation: &Relation, row: Tuple<'_>) -> Option<String> {
     (!names.is_empty()).then_some(key)
 }
 
+/// A row that comes to pass a filter is told as a new one, without those values that are stored out
+/// of line and did not change (`pgoutput_row_filter` in PostgreSQL's `pgoutput.c`).
+fn missing_value(relation: &Relation, column: &str) -> String {
+    let table = relation.qualified();
+    format!(
+        "a row of {table} that has come to pass the filter arrived without the value of column \
+         \"{column}\"; give the table REPLICA IDENTITY FULL at the top, skip this transaction, and \
+         send the rows again with terrace-bridge resync --table"
+    )
+}
+
 pub(super) fn insert(
     relation: &Relation,
     new: &[Datum<'_>],
@@ -146,6 +157,9 @@ pub(super) fn insert(
     check_width(relation, new.len())?;
     let (mut names, mut places, mut values) = (Vec::new(), Vec::new(), Vec::new());
     for (index, column) in relation.writable() {
+        if new[index] == Datum::Unchanged {
+            bail!(missing_value(relation, &column.name));
+        }
         names.push(quote_ident(&column.name));
         values.push(value(new[index], payload));
         places.push(place(column, values.len()));

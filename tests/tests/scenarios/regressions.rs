@@ -6,6 +6,8 @@ use terrace_tests::proxy::Proxy;
 use terrace_tests::server::rows;
 use terrace_tests::{Server, Tree, wait_until};
 
+use super::stalls::wait_stalled;
+
 const ONE: [(&str, Option<&str>, usize); 1] = [("region", None, 1)];
 const CHAIN: [(&str, Option<&str>, usize); 2] =
     [("region", None, 1), ("branch", Some("region"), 1)];
@@ -260,6 +262,33 @@ fn settings_of_each_hop_change_no_value() {
 }
 
 // pglogical #143, #496: a filter at the initial copy, and rows that walk through it later.
+// Such a row came without the value, which was written as NULL.
+#[test]
+fn a_row_that_comes_to_pass_a_filter_without_a_large_value_is_not_written_without_it() {
+    let schema = "CREATE TABLE docs (id int, open bool, doc text, PRIMARY KEY (id, open));
+        ALTER TABLE docs ALTER doc SET STORAGE EXTERNAL;
+        INSERT INTO docs VALUES (1, false, repeat('x', 10000)), (2, false, repeat('y', 10000));
+        SELECT terrace.add_table('docs', filter => 'open');";
+    let tree = Tree::grow(schema, &[("region", None, 1)]);
+    let node = &tree.nodes[0];
+    tree.top.sql("UPDATE docs SET open = true WHERE id = 1");
+    wait_stalled(node, &["\"doc\"", "REPLICA IDENTITY FULL"]);
+    // What it says to do does it, and lasts.
+    tree.top.sql("ALTER TABLE docs REPLICA IDENTITY FULL");
+    let reason = "SELECT substring(reason FROM 'ends at ([0-9A-F/]+)') FROM terrace.lag";
+    let lsn = node.server.value(reason);
+    for (command, arguments) in [("skip", ["--lsn", &lsn]), ("resync", ["--table", "docs"])] {
+        let done = node.bridge.command(command, &arguments).expect("run it");
+        let said = String::from_utf8_lossy(&done.stderr);
+        assert!(done.status.success(), "{command}: {said}");
+    }
+    tree.top.sql("UPDATE docs SET open = true WHERE id = 2");
+    let rows = "SELECT string_agg(id || left(doc, 1) || length(doc), ' ' ORDER BY id) FROM docs";
+    wait_until("both are below", || {
+        node.server.value(rows) == "1x10000 2y10000"
+    });
+}
+
 #[test]
 fn a_row_filter_holds_at_the_copy_and_in_the_stream() {
     let schema = "
