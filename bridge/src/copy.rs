@@ -21,7 +21,7 @@ use crate::status::Shared;
 use crate::timeline;
 use crate::upstream::{BRIDGE_PARAMETER, connect, create_snapshot, timeline_history};
 use rows::{
-    Copying, Table, copy_table, hold, local_session, snapshot_session, synchronised_tables,
+    Copying, Table, copy_table, cores, hold, local_session, snapshot_session, synchronised_tables,
 };
 
 /// Processes that make an index beside the one that was told to, at most.
@@ -181,8 +181,7 @@ pub async fn initial_copy(
 /// where nobody chose otherwise. Each needs 32 MB to take part (`plan_create_index_workers` in
 /// PostgreSQL's `planner.c`).
 fn index_with_all_cores() -> String {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let workers = cores.clamp(2, MAX_INDEXERS);
+    let workers = cores().clamp(2, MAX_INDEXERS);
     let memory = 32 * (workers + 1);
     format!(
         "SELECT pg_catalog.set_config(name, value, false) \

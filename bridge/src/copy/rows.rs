@@ -279,6 +279,11 @@ pub(super) async fn local_session(shared: &Arc<Shared>) -> anyhow::Result<Client
     Ok(client)
 }
 
+/// Of this machine.
+pub(super) fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
 /// What the workers share.
 pub(super) struct Copying {
     shared: Arc<Shared>,
@@ -315,10 +320,9 @@ impl Copying {
 
     /// Copies all.
     pub async fn run(self: Arc<Copying>) -> anyhow::Result<()> {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let mut workers = JoinSet::new();
         let useful = usize::try_from(1 + self.total / WORTH_A_SESSION).unwrap_or(MAX_WORKERS);
-        for _ in 0..cores.clamp(WORKERS, MAX_WORKERS).min(useful) {
+        for _ in 0..cores().clamp(WORKERS, MAX_WORKERS).min(useful) {
             let copying = Arc::clone(&self);
             workers.spawn(async move { copying.work().await });
         }
