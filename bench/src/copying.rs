@@ -11,6 +11,7 @@ use terrace_tests::{Server, Tree};
 use crate::native::{publish, subscribe};
 use crate::pgbench::create_tables;
 use crate::report::{Better, Figure, Report};
+use crate::side::must_be_equal;
 use crate::workload::{Plan, Workload, rotated};
 use crate::world::{Stage, bare, boot, go_live, plant};
 
@@ -79,17 +80,13 @@ impl Workload for Copying {
     }
 }
 
-/// Of each table of ours, by its definition.
+/// All definitions.
 const INDEXES: &str = "SELECT string_agg(indexdef, '; ' ORDER BY indexdef) FROM pg_indexes \
      WHERE schemaname = 'public'";
 
 /// Fails unless the server holds the rows and the indexes of the top.
-fn must_be_equal(server: &Server, top: &Server) -> Result<()> {
-    for table in TABLES {
-        let (found, wanted) = (server.checksum(table)?, top.checksum(table)?);
-        let name = &server.name;
-        ensure!(found == wanted, "{table}: {name} has {found}, top {wanted}");
-    }
+fn must_be_whole(server: &Server, top: &Server) -> Result<()> {
+    must_be_equal(&[server], top, &TABLES)?;
     let (found, wanted) = (server.value(INDEXES), top.value(INDEXES));
     ensure!(found == wanted, "{} has {found}, top {wanted}", server.name);
     Ok(())
@@ -101,7 +98,7 @@ fn by_bridge(tree: &mut Tree, round: usize) -> Result<f64> {
     let start = Instant::now();
     go_live(tree)?;
     let elapsed = start.elapsed().as_secs_f64();
-    must_be_equal(&tree.nodes[0].server, &tree.top)?;
+    must_be_whole(&tree.nodes[0].server, &tree.top)?;
     tree.nodes.clear();
     Ok(elapsed)
 }
@@ -112,6 +109,6 @@ fn by_subscription(tree: &Tree, round: usize, plan: &Plan) -> Result<f64> {
     let start = Instant::now();
     subscribe(&server, &tree.top)?;
     let elapsed = start.elapsed().as_secs_f64();
-    must_be_equal(&server, &tree.top)?;
+    must_be_whole(&server, &tree.top)?;
     Ok(elapsed)
 }

@@ -186,11 +186,11 @@ impl Drain {
             _ => &[script.table][..],
         };
         for side in [&world.terrace as &dyn Side, &world.native] {
-            must_be_equal(side, world.top(), tables)?;
-            must_be_equal(side, world.top(), &[KEYLESS])?;
+            must_be_equal(&side.servers(), world.top(), tables)?;
+            must_be_equal(&side.servers(), world.top(), &[KEYLESS])?;
         }
         if let Some(side) = &world.pglogical {
-            must_be_equal(side, world.top(), tables)?;
+            must_be_equal(&side.servers(), world.top(), tables)?;
         }
         self.figures(report, script, amount, samples);
         Ok(())

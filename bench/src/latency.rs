@@ -211,32 +211,30 @@ fn turn(world: &mut World, mode: Mode, load: Load) -> Result<Levels> {
 
 /// Who leads is found out anew whenever the bridges start; the slaves must be slaves to the end.
 fn measure_slaves(terrace: &Terrace, load: Load) -> Result<Levels> {
+    let slaves = [slave(terrace, 1)?, slave(terrace, 2)?];
     let top = &terrace.tree.top;
-    let mut slaves = Vec::new();
-    for level in 1..=2 {
-        let sql = format!(
-            "SELECT min(node) FROM terrace.lag WHERE level = {level} AND role = 'slave' \
-             AND state = 'streaming' AND NOT EXISTS \
-             (SELECT FROM terrace.lag l WHERE l.level = {level} AND l.state <> 'streaming')"
-        );
-        let mut name = String::new();
-        wait("there is a slave", Duration::from_millis(50), || {
-            name = top.value(&sql);
-            Ok(!name.is_empty())
-        })?;
-        slaves.push(name);
+    let levels = measure(top, slaves, load)?;
+    for Server { name, .. } in slaves {
+        let sql = format!("SELECT role FROM terrace.lag WHERE node = '{name}'");
+        ensure!(top.value(&sql) == "slave", "{name} is no slave any more");
     }
-    let servers = terrace.servers();
-    let of = |name: &String| servers.iter().find(|server| server.name == *name);
-    let both = slaves.iter().map(|name| of(name).copied());
-    let both: Vec<&Server> = both.collect::<Option<_>>().context("unknown slave")?;
-    let levels = measure(top, [both[0], both[1]], load)?;
-    let sql = format!(
-        "SELECT count(*) FROM terrace.lag WHERE role = 'slave' AND node IN ('{}')",
-        slaves.join("', '")
-    );
-    ensure!(top.value(&sql) == "2", "{slaves:?} are not slaves any more");
     Ok(levels)
+}
+
+/// A slave of this level, when all of that stream.
+fn slave(terrace: &Terrace, level: usize) -> Result<&Server> {
+    let sql = format!(
+        "SELECT min(node) FILTER (WHERE role = 'slave') FROM terrace.lag WHERE level = {level} \
+         HAVING bool_and(state = 'streaming')"
+    );
+    let mut name = String::new();
+    wait("there is a slave", Duration::from_millis(50), || {
+        name = terrace.tree.top.rows(&sql).concat().concat();
+        Ok(!name.is_empty())
+    })?;
+    let mut servers = terrace.servers().into_iter();
+    let found = servers.find(|server| server.name == name);
+    found.with_context(|| format!("unknown server {name}"))
 }
 
 /// Writes at the top, watches the servers, and compares the times.

@@ -97,8 +97,8 @@ impl Large {
             println!("    {what}: {name} {peaks:.0?} MiB in {elapsed:.1} s");
             passed.push(passage);
         }
-        must_be_equal(&world.terrace, world.top(), &["bench_large"])?;
-        must_be_equal(&world.native, world.top(), &["bench_large"])
+        must_be_equal(&world.terrace.servers(), world.top(), &["bench_large"])?;
+        must_be_equal(&world.native.servers(), world.top(), &["bench_large"])
     }
 }
 

@@ -92,10 +92,10 @@ fn shows(client: &mut Client, ask: &Statement, marker: i64) -> Result<bool> {
 }
 
 /// Fails unless all servers hold the same rows as the top.
-pub fn must_be_equal(side: &dyn Side, top: &Server, tables: &[&str]) -> Result<()> {
+pub fn must_be_equal(servers: &[&Server], top: &Server, tables: &[&str]) -> Result<()> {
     for table in tables {
         let wanted = top.checksum(table)?;
-        for server in side.servers() {
+        for server in servers {
             let found = server.checksum(table)?;
             let name = &server.name;
             ensure!(found == wanted, "{table}: {name} has {found}, top {wanted}");
