@@ -261,7 +261,6 @@ fn settings_of_each_hop_change_no_value() {
     }
 }
 
-// pglogical #143, #496: a filter at the initial copy, and rows that walk through it later.
 // Such a row came without the value, which was written as NULL.
 #[test]
 fn a_row_that_comes_to_pass_a_filter_without_a_large_value_is_not_written_without_it() {
@@ -289,6 +288,7 @@ fn a_row_that_comes_to_pass_a_filter_without_a_large_value_is_not_written_withou
     });
 }
 
+// pglogical #143, #496: a filter at the initial copy, and rows that walk through it later.
 #[test]
 fn a_row_filter_holds_at_the_copy_and_in_the_stream() {
     let schema = "

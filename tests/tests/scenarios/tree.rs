@@ -389,10 +389,10 @@ fn rows_are_shown_on_every_level_when_they_are_committed() {
     const ROWS: usize = 100;
     for settings in ["", "[apply]\nwait_for_upstream = false"] {
         let tree = Tree::grow_with(settings, STEPS, &TWO);
-        let slave = "SELECT node FROM terrace.lag WHERE domain = 'branch' AND role = 'slave'";
-        let slave = tree.top.value(slave);
-        let of = |node: &&Node| node.server.name == slave;
-        let node = tree.nodes.iter().find(of).expect("a slave");
+        let master = tree.settled_master("branch");
+        let mut below = tree.nodes.iter().skip(2);
+        let is_slave = |node: &&Node| node.server.name != master;
+        let node = below.find(is_slave).expect("a slave");
         let (mut top, mut below) = (tree.top.connect(), node.server.connect());
         let mut taken = Vec::new();
         for n in 0..ROWS as i64 {
