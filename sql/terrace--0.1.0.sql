@@ -1070,6 +1070,15 @@ BEGIN
                 USING ERRCODE = SQLSTATE,
                       HINT = 'It is what could stand after WHERE, of columns of this table alone.';
         END;
+        IF EXISTS (SELECT FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid
+                   WHERE c.oid = rel AND c.relreplident <> 'f' AND a.attnum > 0 AND NOT a.attisdropped
+                     AND a.attstorage <> 'p' AND (columns IS NULL OR a.attname = ANY (columns))
+                     AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND a.attnum = ANY (i.indkey)
+                                     AND CASE c.relreplident WHEN 'i' THEN i.indisreplident ELSE i.indisprimary END)) THEN
+            RAISE NOTICE 'a row of table "%" that comes to pass its filter later may lack long values', rel
+                USING DETAIL = 'PostgreSQL does not send what is stored out of line and has not changed. Where such a row arrives, the server stalls.',
+                      HINT = 'Give the table REPLICA IDENTITY FULL if columns of its filter are ever updated.';
+        END IF;
     END IF;
     IF rows AND terrace.is_received() AND terrace.piece_count(rel) > 1
        AND current_setting('server_encoding') = 'UTF8' THEN

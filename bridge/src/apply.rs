@@ -124,6 +124,8 @@ enum Never {}
 enum Failed {
     /// A statement did not do what it should: try the careful way.
     Unexpected(String),
+    /// The locks of so many transactions are more than the server holds.
+    OutOfLocks(usize),
     /// The connection or the queue failed.
     Fatal(anyhow::Error),
 }
@@ -207,6 +209,10 @@ struct Session<'a> {
     conflicts: u64,
     /// Up to here nothing is folded: it has been tried.
     plain_until: Lsn,
+    /// Up to here what has piled up has been looked through in vain.
+    looked_until: Lsn,
+    /// Transactions that are taken together at most.
+    most: usize,
     constrained: setwise::Constrained,
     /// Transactions that go in order before the next look whether all can go set-wise.
     in_order: usize,
@@ -292,6 +298,8 @@ impl<'a> Session<'a> {
             clears: None,
             conflicts: 0,
             plain_until: Lsn::ZERO,
+            looked_until: Lsn::ZERO,
+            most: MAX_TRANSACTIONS,
             constrained: setwise::Constrained::default(),
             in_order: MAX_TRANSACTIONS,
             attempted: committed,
@@ -313,6 +321,10 @@ impl<'a> Session<'a> {
             if self.sequences.1 && self.sequences.0.elapsed() > sequences::UNDER_LOAD {
                 self.advance_sequences(false).await?;
             }
+            if self.planner.wants_statements_anew() {
+                self.client.simple("DEALLOCATE ALL").await?;
+                self.planner.forget_statements();
+            }
             let applied = match self.set_wise_batch().await {
                 Ok(false) => self.fast_batch().await,
                 applied => applied.map(drop),
@@ -321,6 +333,11 @@ impl<'a> Session<'a> {
                 Ok(()) => self.shared.set_apply_problem(None),
                 Err(Failed::Fatal(error)) => return Err(error),
                 Err(Failed::Unexpected(problem)) => self.try_another_way(&problem).await?,
+                Err(Failed::OutOfLocks(transactions)) => {
+                    self.most = (transactions / 4).max(1);
+                    tracing::info!(most = self.most, from = %self.committed, "too many locks: fewer at once");
+                    self.leave_behind().await?;
+                }
             }
         }
     }
@@ -580,6 +597,7 @@ fn fatal(failed: Failed) -> anyhow::Error {
     match failed {
         Failed::Fatal(error) => error,
         Failed::Unexpected(problem) => anyhow::anyhow!(problem),
+        Failed::OutOfLocks(_) => anyhow::anyhow!("out of locks"),
     }
 }
 

@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 use hashbrown::{DefaultHashBuilder, HashTable};
 
-use super::relation::Input;
+use super::relation::{Equality, Input};
 use crate::pgoutput::{Datum, Message, OldKind, Tuple};
 pub use write::{Data, Statement};
 
@@ -55,6 +55,8 @@ pub struct ShapeColumn {
     pub input: Input,
     /// Generated here, so that it is not written.
     pub generated: bool,
+    /// How a row is found by it, of a key.
+    pub equality: Option<Equality>,
 }
 
 /// The change cannot be folded: a row is not as it must be, or the message is of
@@ -419,6 +421,7 @@ mod tests {
                 plain: true,
             },
             generated: false,
+            equality: None,
         };
         Arc::new(Shape {
             table: "t".into(),

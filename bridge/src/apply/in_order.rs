@@ -16,6 +16,9 @@ use crate::record::{Kind, Record};
 /// Of a large transaction so many bytes go together: one part is folded while Postgres
 /// works on the one before.
 const PARTS_BYTES: usize = 4 << 20;
+/// A batch has all the locks of its transactions; where those are of thousands of tables they may be
+/// more than the server holds (PostgreSQL's out_of_memory, `lock.c`).
+const OUT_OF_LOCKS: &str = "53200";
 /// Answers are read at the latest when so many bytes of requests are unanswered.
 const PIPELINE_BYTES: usize = 64 << 10;
 
@@ -26,7 +29,7 @@ impl Session<'_> {
         loop {
             if batch.transactions > 0 || batch.end > self.committed {
                 // Something is complete: take only what is there and may be shown.
-                let full = batch.transactions >= self.in_order
+                let full = batch.transactions >= self.in_order.min(self.most)
                     || batch.bytes >= MAX_BYTES
                     || self.planner.routing_changed();
                 let gate = *self.shared.upstream_replayed.borrow();
@@ -233,6 +236,9 @@ impl Session<'_> {
                 }
                 b'E' => {
                     let error = DbError::parse(&message.body);
+                    if error.code == OUT_OF_LOCKS && batch.transactions > 1 {
+                        return Err(Failed::OutOfLocks(batch.transactions));
+                    }
                     return Err(Failed::Unexpected(error.to_string()));
                 }
                 _ => {}

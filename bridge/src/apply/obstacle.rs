@@ -403,7 +403,7 @@ impl Planner {
             if let Some(local) = column
                 .local
                 .as_ref()
-                .filter(|local| is_primary && local.comparable)
+                .filter(|local| is_primary && local.equality.is_some())
             {
                 let name = quote_ident(&column.name);
                 terms.push(local.equals(&name, terms.len() + 1));

@@ -7,6 +7,7 @@
 mod known;
 
 use std::collections::{HashMap, HashSet};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use bytes::Bytes;
@@ -15,11 +16,17 @@ use super::fold::{Fold, NotFoldable};
 use super::relation::{Column, Relation};
 use super::sealed::{SealedOrder, Seals, is_order};
 use super::statement::{
-    Expect, Row, Step, Written, clear_partition, delete, find_local, insert, key, moves, others,
-    unnamed, update,
+    Expect, Row, Step, Written, clear_partition, delete, find, insert, key, moves, others, unnamed,
+    update,
 };
 use crate::client::Client;
 use crate::pgoutput::{self, Datum, Message, OldKind, TRUNCATE_RESTART_IDENTITY};
+
+/// So many statements are prepared at a time, each of which holds memory of the server …
+const MOST_STATEMENTS: usize = 1_000;
+/// … and for so long: a plan that was the best for a table of one page is kept otherwise until
+/// somebody analyzes it.
+const STATEMENTS_AGE: Duration = Duration::from_secs(60);
 
 /// Prefix of messages that [`terrace.send`] writes.
 const SEND_PREFIX: &str = "terrace.send";
@@ -55,6 +62,8 @@ pub struct Planner {
     routing_changed: bool,
     /// Name of the prepared statement by its text.
     statements: HashMap<String, String>,
+    /// When the first of them was.
+    prepared_since: Instant,
     /// Names are not used twice in a session.
     named: u64,
     /// Tables with constraints beside the primary key are folded, too.
@@ -95,11 +104,19 @@ impl Planner {
             elsewhere: HashSet::new(),
             routing_changed: false,
             statements: HashMap::new(),
+            prepared_since: Instant::now(),
             named: 0,
             folds_constrained: true,
             seals: Seals::default(),
             unknown: Vec::new(),
         }
+    }
+
+    /// Whether prepared statements had better be made anew: there are too many (a table that is told whole
+    /// has one for each set of columns that are null), or the tables may have grown out of their plans.
+    pub fn wants_statements_anew(&self) -> bool {
+        let old = || self.prepared_since.elapsed() > STATEMENTS_AGE;
+        self.statements.len() >= MOST_STATEMENTS || !self.statements.is_empty() && old()
     }
 
     /// Forgets the prepared statements: none is known to exist any more.
@@ -275,10 +292,17 @@ impl Planner {
         (!is_written).then_some(oids)
     }
 
-    /// Name of the prepared statement of this text, and whether it is to be prepared.
+    /// Name of the prepared statement of this text, and whether it is to be prepared. Of one that is too
+    /// many it is none.
     pub fn statement(&mut self, sql: &str) -> (String, bool) {
         if let Some(name) = self.statements.get(sql) {
             return (name.clone(), false);
+        }
+        if self.statements.len() >= MOST_STATEMENTS {
+            return (String::new(), true);
+        }
+        if self.statements.is_empty() {
+            self.prepared_since = Instant::now();
         }
         self.named += 1;
         let name = format!("t{}", self.named);
@@ -370,9 +394,14 @@ impl Planner {
         Ok(Written::by(&message).map_or("", |written| written.conflict()))
     }
 
-    /// For an update or a delete: the statement that finds its row if a session of this server wrote
-    /// that last, and what PostgreSQL calls it then.
-    pub fn find_local(&self, payload: &Bytes) -> anyhow::Result<Option<(Step, &'static str)>> {
+    /// For an update or a delete: the statement that finds its row, and what PostgreSQL calls it when a
+    /// session of this server wrote that last; `only_local` leaves out others, and asks for nothing where
+    /// that is not known.
+    pub fn find(
+        &self,
+        payload: &Bytes,
+        only_local: bool,
+    ) -> anyhow::Result<Option<(Step, &'static str)>> {
         let message = pgoutput::decode(payload)?;
         let Some(relation) = self
             .relation_of(&message)
@@ -387,7 +416,7 @@ impl Planner {
             Message::Delete { old, .. } => (*old, "delete_origin_differs"),
             _ => return Ok(None),
         };
-        let found = find_local(relation, old, payload)?;
+        let found = find(relation, old, payload, only_local)?;
         Ok(found.map(|step| (step, kind)))
     }
 
@@ -440,6 +469,24 @@ fn notify(content: Bytes) -> Option<Step> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_more_statements_are_prepared_than_a_server_can_hold() {
+        let mut planner = Planner::new("region");
+        let sql = |n: usize| format!("UPDATE t SET c{n} = $1");
+        for n in 0..MOST_STATEMENTS {
+            assert!(!planner.wants_statements_anew());
+            assert_ne!(planner.statement(&sql(n)).0, "");
+        }
+        assert!(planner.wants_statements_anew());
+        assert_eq!(planner.statement("DELETE FROM t"), (String::new(), true));
+        let (first, prepare) = planner.statement(&sql(0));
+        assert!(!first.is_empty() && !prepare);
+        planner.forget_statements();
+        assert!(!planner.wants_statements_anew());
+        let (again, prepare) = planner.statement(&sql(0));
+        assert!(again != first && prepare);
+    }
 
     // Its seal may have come in the part before.
     #[test]

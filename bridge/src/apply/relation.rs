@@ -24,8 +24,8 @@ pub(super) struct Column {
 pub(super) struct LocalColumn {
     pub generated: bool,
     pub primary: bool,
-    /// Has an order of its own, or its elements have, so that `=` finds what is written in the same way.
-    pub comparable: bool,
+    /// Of a type that has an order of its own, or whose elements have: finds what is written in the same way.
+    pub equality: Option<Equality>,
     /// What is equal is the same: there is no other way to write it.
     pub exact: bool,
     pub input: Input,
@@ -43,9 +43,30 @@ impl Column {
 impl LocalColumn {
     /// The condition that the column of this name has the value of a parameter.
     pub fn equals(&self, name: &str, number: usize) -> String {
-        match self.comparable {
-            true => format!("{name} = {}", self.compared.parameter(number)),
-            false => format!("{name}::pg_catalog.text = ${number}::pg_catalog.text"),
+        match &self.equality {
+            Some(equality) => equality.of(name, &self.compared.parameter(number)),
+            None => format!("{name}::pg_catalog.text = ${number}::pg_catalog.text"),
+        }
+    }
+}
+
+/// The operator that indexes of a column know equal values by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Equality {
+    /// As SQL writes it between two values.
+    operator: String,
+    /// What a value of a domain is to the operator.
+    base: Option<String>,
+}
+
+impl Equality {
+    /// The condition that the column of this name has the value, which is of its type, or of the
+    /// one below its domain.
+    pub fn of(&self, name: &str, value: &str) -> String {
+        let operator = &self.operator;
+        match &self.base {
+            Some(base) => format!("{name}::{base} {operator} {value}"),
+            None => format!("{name} {operator} {value}"),
         }
     }
 }
@@ -113,6 +134,8 @@ pub(super) struct Relation {
     pub local_since: Option<String>,
     /// An ordinary table here, for whose rows nothing else is done.
     pub plain: bool,
+    /// Triggers or rules here may keep a row from being changed.
+    pub intercepts: bool,
     /// How to change it set-wise; known once looked up.
     pub shape: Option<Arc<Shape>>,
 }
@@ -188,11 +211,7 @@ impl Relation {
             "SELECT a.attname, a.attgenerated <> '', \
                  EXISTS (SELECT FROM pg_index i WHERE i.indrelid = a.attrelid AND i.indisprimary AND i.indimmediate \
                          AND a.attnum = ANY ({KEY})), \
-                 EXISTS (SELECT FROM pg_opclass o JOIN pg_am m ON m.oid = o.opcmethod \
-                         WHERE m.amname = 'btree' AND o.opcdefault \
-                           AND o.opcnamespace = 'pg_catalog'::regnamespace AND o.opcintype = \
-                           CASE WHEN y.typtype = 'e' AND t.typtype <> 'd' THEN 'anyenum'::regtype \
-                                WHEN y.typname = 'varchar' THEN 'text'::regtype ELSE y.oid END), \
+                 {EQUALITY}, \
                  pg_catalog.format_type(a.atttypid, -1), \
                  k.relkind = 'r' AND NOT k.relhasrules AND NOT EXISTS \
                      (SELECT FROM pg_trigger g WHERE g.tgrelid = k.oid AND g.tgenabled IN ('R', 'A')), \
@@ -210,19 +229,25 @@ impl Relation {
                  k.relkind, \
                  (SELECT CASE WHEN age(k.xmin) < age(first) THEN k.xmin::text ELSE first::text END \
                   FROM terrace.progress p, pg_snapshot_xmax(pg_current_snapshot()) next, \
-                       greatest(p.copied::text::numeric, next::text::numeric - 1000000000) since, \
+                       greatest(p.copied::text::numeric, \
+                                next::text::numeric - 1000000000 - mod(next::text::numeric, 100000000)) since, \
                        CAST(mod(since, 4294967296)::text AS xid) first \
                   WHERE current_setting('track_commit_timestamp') = 'on'), \
                  EXISTS (SELECT FROM pg_index i WHERE i.indrelid = k.oid \
-                         AND (i.indisunique OR i.indisexclusion) AND NOT (i.indisprimary AND i.indimmediate)) \
+                         AND (i.indisunique OR i.indisexclusion) AND NOT (i.indisprimary AND i.indimmediate)), \
+                 k.relhasrules OR EXISTS \
+                     (SELECT FROM pg_trigger g WHERE g.tgenabled IN ('R', 'A') AND (g.tgtype & {BEFORE_ROW}) = {BEFORE_ROW} \
+                      AND g.tgrelid IN (SELECT k.oid UNION ALL SELECT relid FROM pg_partition_tree(k.oid))) \
              FROM pg_class k \
              LEFT JOIN (pg_attribute a JOIN pg_type t ON t.oid = a.atttypid \
-                        JOIN pg_type x ON x.oid = CASE WHEN t.typcategory = 'A' AND t.typelem <> 0 THEN t.typelem \
-                                                       ELSE t.oid END \
-                        JOIN pg_type y ON y.oid = CASE x.typtype WHEN 'd' THEN x.typbasetype ELSE x.oid END \
-                        JOIN pg_type b ON b.oid = CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END) \
+                        JOIN pg_type b ON b.oid = {base} \
+                        JOIN pg_type x ON x.oid = CASE WHEN b.typcategory = 'A' AND b.typelem <> 0 THEN b.typelem \
+                                                       ELSE b.oid END \
+                        JOIN pg_type y ON y.oid = {base_of_x}) \
                ON a.attrelid = k.oid AND a.attnum > 0 AND NOT a.attisdropped \
-             WHERE k.oid = pg_catalog.to_regclass($1)"
+             WHERE k.oid = pg_catalog.to_regclass($1)",
+            base = below_domains("t"),
+            base_of_x = below_domains("x")
         );
         let rows = client.query(&sql, &[Some(&self.qualified())]).await?;
         if rows.is_empty() {
@@ -258,14 +283,17 @@ impl Relation {
         self.only = rows.iter().all(|row| row[7].as_deref() == Some("t"));
         let is_constrained = rows.iter().any(|row| row[14].as_deref() == Some("t"));
         self.plain = rows.iter().all(|row| row[5].as_deref() == Some("t"));
+        self.intercepts = rows.iter().any(|row| row[15].as_deref() == Some("t"));
         let locals: HashMap<String, LocalColumn> = rows
             .into_iter()
             .filter_map(|row| {
                 let is = |index: usize| row[index].as_deref() == Some("t");
+                let base = row[10].clone().filter(|_| row[10] != row[4]);
+                let operator = row[3].clone();
                 let local = LocalColumn {
                     generated: is(1),
                     primary: is(2),
-                    comparable: is(3),
+                    equality: operator.map(|operator| Equality { operator, base }),
                     exact: is(8),
                     input: Input {
                         type_name: row[4].clone().unwrap_or_default(),
@@ -317,7 +345,7 @@ fn shape(
         let local = column.local.as_ref()?;
         // With REPLICA IDENTITY FULL every column is key at the top.
         let key = column.key && relation.identity != b'f';
-        if key != local.primary || key && (local.generated || !local.comparable) {
+        if key != local.primary || key && (local.generated || local.equality.is_none()) {
             return None;
         }
         keys.extend(key.then_some(index));
@@ -328,6 +356,7 @@ fn shape(
                 false => local.input.clone(),
             },
             generated: local.generated,
+            equality: local.equality.clone().filter(|_| key),
         });
     }
     let is_written = columns.iter().any(|column| !column.generated);
@@ -354,6 +383,35 @@ pub(super) fn is_from_above(since: &str, table: &str) -> String {
           OR pg_catalog.age({table}xmin) >= pg_catalog.age('{since}'::pg_catalog.xid))"
     )
 }
+
+/// SQL: the operator of the default order of type `y`, which is `b` or that of its elements. One that is
+/// not PostgreSQL's own is run with the rights of the bridge: none that anybody but a superuser can make.
+const EQUALITY: &str = "(SELECT CASE WHEN x.oid <> b.oid OR n.nspname = 'pg_catalog' THEN '=' \
+                                ELSE pg_catalog.format('OPERATOR(%I.%s)', n.nspname, p.oprname) END \
+     FROM pg_opclass o JOIN pg_am m ON m.oid = o.opcmethod \
+     JOIN pg_amop s ON s.amopfamily = o.opcfamily AND s.amopstrategy = 3 \
+                       AND s.amoplefttype = o.opcintype AND s.amoprighttype = o.opcintype \
+     JOIN pg_operator p ON p.oid = s.amopopr JOIN pg_namespace n ON n.oid = p.oprnamespace \
+     JOIN pg_proc f ON f.oid = p.oprcode JOIN pg_language l ON l.oid = f.prolang \
+     WHERE m.amname = 'btree' AND o.opcdefault AND l.lanname IN ('internal', 'c') AND o.opcintype = \
+         CASE WHEN y.typtype = 'e' THEN 'anyenum'::regtype \
+              WHEN y.oid = 'varchar'::regtype THEN 'text'::regtype \
+              WHEN y.oid = 'cidr'::regtype THEN 'inet'::regtype \
+              WHEN y.typtype = 'r' AND y.typnamespace = 'pg_catalog'::regnamespace THEN 'anyrange'::regtype \
+              WHEN y.typtype = 'm' AND y.typnamespace = 'pg_catalog'::regnamespace THEN 'anymultirange'::regtype \
+              ELSE y.oid END)";
+
+/// SQL: the type that `of` is when it is no domain any more.
+fn below_domains(of: &str) -> String {
+    format!(
+        "(WITH RECURSIVE d AS (SELECT {of}.oid, {of}.typbasetype \
+              UNION ALL SELECT n.oid, n.typbasetype FROM pg_type n JOIN d ON n.oid = d.typbasetype) \
+          SELECT oid FROM d WHERE typbasetype = 0)"
+    )
+}
+
+/// `pg_trigger.tgtype` of those that may leave a row as it is (`catalog/pg_trigger.h`).
+const BEFORE_ROW: u8 = 1 | 2;
 
 /// SQL: the one type of PostgreSQL's own that a cast reads in another way than its input function:
 /// '-', no table at all, is none to it.

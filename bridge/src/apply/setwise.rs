@@ -20,8 +20,9 @@ use tokio::time::sleep;
 use super::fold::{Data, Fold, Shape, Statement};
 use super::plan::Folded;
 use super::sealed::goes_alone;
-use super::{Batch, Expect, Failed, MAX_BYTES, MAX_TRANSACTIONS, Session};
+use super::{Batch, Expect, Failed, MAX_BYTES, Session};
 use crate::client::bind_binary;
+use crate::lsn::Lsn;
 use crate::pgoutput;
 use crate::record::{Frame, Kind, Record};
 
@@ -94,8 +95,8 @@ impl Heap {
         self.records.push(record);
     }
 
-    fn is_full(&self) -> bool {
-        self.records.len() >= MAX_TRANSACTIONS || self.bytes >= MAX_BYTES
+    fn is_full(&self, most: usize) -> bool {
+        self.records.len() >= most || self.bytes >= MAX_BYTES
     }
 }
 
@@ -142,7 +143,7 @@ impl Session<'_> {
     /// Applies what has piled up, if that can be done set-wise. False when nothing
     /// was done: then the records wait to be taken in order.
     pub(super) async fn set_wise_batch(&mut self) -> Result<bool, Failed> {
-        if self.is_plain() {
+        if self.is_plain() || self.committed < self.looked_until {
             return Ok(false);
         }
         let Some(Pile { records, sets }) = self.folded_pile().await? else {
@@ -181,6 +182,9 @@ impl Session<'_> {
         self.folds = folded.is_some() || self.folds && !is_worthwhile(&heap.records);
         // What comes next has not been looked at.
         self.in_order = FEW.max(heap.records.len());
+        if folded.is_none() {
+            self.looked_until = heap.records.last().map_or(Lsn::ZERO, |last| last.lsn);
+        }
         Ok(self.keep_or_put_back(heap, folded))
     }
 
@@ -199,7 +203,7 @@ impl Session<'_> {
             .saturating_sub(committed);
         let age = Duration::from_micros(behind.max(0).unsigned_abs());
         let (start, limit) = (Instant::now(), GATHERING.min(age / 10));
-        while start.elapsed() + LOOK < limit && !heap.is_full() && self.peek()?.is_none() {
+        while start.elapsed() + LOOK < limit && !heap.is_full(self.most) && self.peek()?.is_none() {
             let before = heap.records.len();
             sleep(LOOK).await;
             self.pile(heap)?;
@@ -215,7 +219,7 @@ impl Session<'_> {
     fn fold_ahead(&mut self) -> Result<(), Failed> {
         let mut heap = Heap::default();
         self.pile(&mut heap)?;
-        let folded = match heap.is_full() {
+        let folded = match heap.is_full(self.most) {
             true => self.try_fold(&heap.records).sets(),
             false => None,
         };
@@ -238,7 +242,7 @@ impl Session<'_> {
     /// Whole small transactions that are there and may be shown, and watermarks.
     fn pile(&mut self, heap: &mut Heap) -> Result<(), Failed> {
         let gate = *self.shared.upstream_replayed.borrow();
-        while !heap.is_full() {
+        while !heap.is_full(self.most) {
             let Some(record) = self.peek()? else { break };
             match record.kind {
                 Kind::Commit if goes_alone(record) => break,

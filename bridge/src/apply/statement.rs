@@ -216,8 +216,8 @@ pub(super) fn delete(
 ) -> anyhow::Result<Statement> {
     let mut values = Vec::new();
     let clause = row_clause(relation, kind, old, payload, &mut values)?;
-    let expect = match minds && relation.is_from_above(kind).is_some() {
-        // A row that is not found may be missing or be a session's of this server.
+    let expect = match minds && (relation.is_from_above(kind).is_some() || relation.intercepts) {
+        // A row that is not found may be missing, or be a session's of this server, or be kept.
         true => Expect::One,
         false => Expect::Delete(payload.clone()),
     };
@@ -234,21 +234,23 @@ fn minding(clause: String, minds: bool, relation: &Relation, kind: OldKind) -> S
     }
 }
 
-/// Finds the row if a session of this server wrote it last.
-pub(super) fn find_local(
+/// Finds the row that `old` describes; where only rows are wanted that a session of this server wrote
+/// last, `None` if that is not known.
+pub(super) fn find(
     relation: &Relation,
     (kind, old): (OldKind, Tuple<'_>),
     payload: &Bytes,
+    only_local: bool,
 ) -> anyhow::Result<Option<Step>> {
-    let Some(from_above) = relation.is_from_above(kind) else {
-        return Ok(None);
-    };
     let mut values = Vec::new();
-    let clause = row_clause(relation, kind, old, payload, &mut values)?;
-    let sql = format!(
-        "SELECT FROM {} WHERE {clause} AND NOT {from_above}",
-        relation.rows()
-    );
+    let mut clause = row_clause(relation, kind, old, payload, &mut values)?;
+    if only_local {
+        let Some(from_above) = relation.is_from_above(kind) else {
+            return Ok(None);
+        };
+        clause = format!("{clause} AND NOT {from_above}");
+    }
+    let sql = format!("SELECT FROM {} WHERE {clause}", relation.rows());
     Ok(Some(unnamed(sql, values, Expect::Done)))
 }
 
@@ -301,7 +303,7 @@ fn likeness(
     let (mut here, mut there) = (Vec::new(), Vec::new());
     for (column, datum) in relation.columns.iter().zip(old.iter()) {
         let Some(local) = &column.local else { continue };
-        let ambiguous = local.comparable && !local.exact && !local.generated;
+        let ambiguous = local.equality.is_some() && !local.exact && !local.generated;
         if ambiguous && matches!(datum, Datum::Text(_)) {
             values.push(value(datum, payload));
             here.push(quote_ident(&column.name));

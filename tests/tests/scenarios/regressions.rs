@@ -286,6 +286,23 @@ fn a_row_that_comes_to_pass_a_filter_without_a_large_value_is_not_written_withou
     wait_until("both are below", || {
         node.server.value(rows) == "1x10000 2y10000"
     });
+    // Who adds one is told of it, where it can happen.
+    let (told, notices) = std::sync::mpsc::channel();
+    let mut config = tree.top.config();
+    config.notice_callback(move |notice| told.send(notice.message().to_owned()).expect("tell"));
+    let add = "CREATE TABLE notes (id int, open bool, note text, PRIMARY KEY (id, open));
+        SELECT terrace.add_table('notes', filter => 'open');
+        SELECT terrace.remove_table('notes');
+        SELECT terrace.add_table('notes', filter => 'open', columns => '{id, open}');
+        SELECT terrace.remove_table('notes'); ALTER TABLE notes REPLICA IDENTITY FULL;
+        SELECT terrace.add_table('notes', filter => 'open');";
+    let mut client = config.connect(postgres::NoTls).expect("connect");
+    client.batch_execute(add).expect("add the table");
+    drop((client, config));
+    let of_filters: Vec<String> = notices.iter().filter(|n| n.contains("filter")).collect();
+    let told =
+        "a row of table \"public.notes\" that comes to pass its filter later may lack long values";
+    assert_eq!(of_filters, [told]);
 }
 
 // pglogical #143, #496: a filter at the initial copy, and rows that walk through it later.

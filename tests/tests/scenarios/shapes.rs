@@ -244,3 +244,159 @@ fn a_table_with_policies_is_copied_whole() {
     tree.top.sql("UPDATE guarded SET v = 'w' WHERE id > 50");
     tree.wait_for_equal(&["guarded"]);
 }
+
+/// Tables of which every row has been looked through, and how often.
+fn sequential_scans(server: &Server) -> String {
+    server.sql("SELECT pg_stat_force_next_flush()");
+    server.value(
+        "SELECT coalesce(string_agg(relname || ' ' || seq_scan, ', '), '') FROM pg_stat_user_tables \
+         WHERE relname ~ '^key_' AND seq_scan > 0",
+    )
+}
+
+// A type that has its order from an extension, or from the type below it, was compared as text.
+#[test]
+fn a_key_of_any_type_is_found_by_its_index() {
+    let types = [
+        ("citext", "'Key' || n"),
+        ("ltree", "'Key.' || n"),
+        ("hstore", "'k=>' || n"),
+        ("cidr", "'10.0.0.' || n"),
+        ("int4range", "'[1,' || n + 1 || ')'"),
+        ("int4multirange", "'{[1,' || n + 1 || ')}'"),
+        ("citext[]", "'{Key,' || n || '}'"),
+        ("feeling", "CASE n WHEN 1 THEN 'sad' ELSE 'm' || n END"),
+        ("chosen", "CASE n WHEN 1 THEN 'sad' ELSE 'm' || n END"),
+        ("twice", "n"),
+        ("word", "'Key' || n"),
+        ("list", "'{1,' || n || '}'"),
+    ];
+    let own = "CREATE EXTENSION citext; CREATE EXTENSION ltree; CREATE EXTENSION hstore;
+         CREATE TYPE feeling AS ENUM ('sad', 'm2', 'm3', 'm4', 'm5', 'm6', 'm7', 'm8', 'm9', 'm10', 'm11', 'm12');
+         CREATE DOMAIN once AS int CHECK (VALUE > 0); CREATE DOMAIN twice AS once;
+         CREATE DOMAIN chosen AS feeling; CREATE DOMAIN word AS citext; CREATE DOMAIN list AS int[];";
+    let mut schema = own.to_owned();
+    for (place, (name, value)) in types.iter().enumerate() {
+        schema += &format!(
+            "CREATE TABLE key_{place} (k {name} PRIMARY KEY, v int);
+             INSERT INTO key_{place} SELECT (({value})::text)::{name}, 0 FROM generate_series(1, 12) n;
+             SELECT terrace.add_table('key_{place}');"
+        );
+    }
+    let mut tree = Tree::plant(&schema).expect("boot the top");
+    tree.boot(&ONE).expect("boot the server");
+    let below = &tree.nodes[0].server;
+    below.sql(own);
+    tree.start_bridges().expect("start the bridge");
+    tree.wait_streaming();
+    let tables: Vec<String> = (0..types.len()).map(|n| format!("key_{n}")).collect();
+    let names: Vec<&str> = tables.iter().map(String::as_str).collect();
+    tree.wait_for_equal(&names);
+    let below = &tree.nodes[0].server;
+    // Of tables so small no index would be used.
+    below.sql("ALTER SYSTEM SET enable_seqscan = off");
+    below.sql("SELECT pg_reload_conf()");
+    tree.nodes[0].bridge.stop();
+    for pile in [false, true] {
+        tree.nodes[0].server.sql("SELECT pg_stat_reset()");
+        let rounds = if pile { 12 } else { 1 };
+        for n in 1..=rounds {
+            for table in &tables {
+                tree.top.sql(&format!(
+                    "UPDATE {table} SET v = v + {n}; DELETE FROM {table} WHERE v = -{n};
+                     UPDATE {table} SET v = {n} WHERE ctid = (SELECT max(ctid) FROM {table})"
+                ));
+            }
+        }
+        for table in &tables {
+            tree.top.sql(&format!(
+                "DELETE FROM {table} WHERE ctid = (SELECT min(ctid) FROM {table})"
+            ));
+        }
+        match pile {
+            true => tree.start_bridges_on_a_pile(),
+            false => tree.start_bridges().expect("start the bridge"),
+        }
+        tree.wait_streaming();
+        let done = "SELECT terrace.wait_for(pg_current_wal_lsn(), timeout => '20s')";
+        assert_eq!(tree.top.value(done), "t");
+        tree.nodes[0].bridge.stop();
+        assert_eq!(sequential_scans(&tree.nodes[0].server), "", "pile: {pile}");
+        let log = tree.nodes[0].bridge.logged();
+        assert_eq!(log.contains("applied set-wise"), pile);
+        assert!(!log.contains("applying"), "{log}");
+    }
+    tree.start_bridges().expect("start the bridge");
+    tree.wait_for_equal(&names);
+}
+
+// A row that a trigger kept was taken for a missing one, and written once more.
+#[test]
+fn what_a_trigger_or_a_rule_keeps_stays_as_it_is() {
+    let schema = "CREATE TABLE keyed (id int PRIMARY KEY, v text);
+         CREATE TABLE whole (id int, v text); ALTER TABLE whole REPLICA IDENTITY FULL;
+         CREATE TABLE ruled (id int PRIMARY KEY, v text);
+         INSERT INTO keyed SELECT n, 'old' FROM generate_series(1, 6) n;
+         INSERT INTO whole SELECT * FROM keyed; INSERT INTO ruled SELECT * FROM keyed;
+         SELECT terrace.add_table(t) FROM unnest('{keyed,whole,ruled}'::regclass[]) t;";
+    let tree = Tree::grow(schema, &ONE);
+    tree.wait_for_equal(&["keyed", "whole", "ruled"]);
+    tree.nodes[0].server.sql(
+        "CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS
+           $$BEGIN RETURN CASE WHEN OLD.id % 2 = 0 THEN NULL WHEN TG_OP = 'DELETE' THEN OLD ELSE NEW END; END$$;
+         CREATE TRIGGER keep BEFORE UPDATE OR DELETE ON keyed FOR EACH ROW EXECUTE FUNCTION keep();
+         CREATE TRIGGER keep BEFORE UPDATE OR DELETE ON whole FOR EACH ROW EXECUTE FUNCTION keep();
+         ALTER TABLE keyed ENABLE ALWAYS TRIGGER keep; ALTER TABLE whole ENABLE REPLICA TRIGGER keep;
+         CREATE RULE keep AS ON DELETE TO ruled WHERE OLD.id % 2 = 0 DO INSTEAD NOTHING;
+         ALTER TABLE ruled ENABLE ALWAYS RULE keep;",
+    );
+    for table in ["keyed", "whole", "ruled"] {
+        tree.top.sql(&format!(
+            "UPDATE {table} SET v = 'new' WHERE id < 4; DELETE FROM {table} WHERE id > 4"
+        ));
+    }
+    let done = "SELECT terrace.wait_for(pg_current_wal_lsn(), timeout => '20s')";
+    assert_eq!(tree.top.value(done), "t");
+    let server = &tree.nodes[0].server;
+    for (table, rows) in [
+        ("keyed", "1 new, 2 old, 3 new, 4 old, 6 old"),
+        ("whole", "1 new, 2 old, 3 new, 4 old, 6 old"),
+        ("ruled", "1 new, 2 new, 3 new, 4 old, 6 old"),
+    ] {
+        let listed = format!("SELECT string_agg(id || ' ' || v, ', ' ORDER BY id) FROM {table}");
+        assert_eq!(server.value(&listed), rows, "{table}");
+    }
+    tree.must_have_no_conflict();
+}
+
+// A pile had the locks of all its tables at once, and was gone through one by one when those were
+// too many.
+#[test]
+fn a_pile_of_many_tables_holds_no_more_locks_than_there_are() {
+    let tables = 150;
+    let schema = format!(
+        "DO $$BEGIN FOR n IN 1..{tables} LOOP
+             EXECUTE format('CREATE TABLE t_%s (id int PRIMARY KEY, v int)', n);
+             EXECUTE format('INSERT INTO t_%s VALUES (1, 0)', n);
+             FOR i IN 1..10 LOOP EXECUTE format('CREATE INDEX ON t_%s (v)', n); END LOOP;
+             PERFORM terrace.add_table(format('t_%s', n)::regclass);
+         END LOOP; END$$;"
+    );
+    let mut tree = Tree::grow(&schema, &ONE);
+    tree.nodes[0].bridge.stop();
+    let server = &mut tree.nodes[0].server;
+    server.sql("ALTER SYSTEM SET max_locks_per_transaction = 10");
+    server.sql("ALTER SYSTEM SET max_connections = 30");
+    server.stop();
+    server.restart().expect("restart");
+    tree.top.sql(&format!(
+        "DO $$BEGIN FOR v IN 1..2 LOOP FOR n IN 1..{tables} LOOP
+             EXECUTE format('UPDATE t_%s SET v = %s', n, v); COMMIT;
+         END LOOP; END LOOP; END$$;"
+    ));
+    tree.start_bridges_on_a_pile();
+    tree.wait_for_equal(&["t_1", "t_100", "t_150"]);
+    let log = tree.nodes[0].bridge.logged();
+    assert!(log.contains("too many locks"), "it was no matter");
+    assert!(!log.contains("applying"), "{log}");
+}

@@ -106,8 +106,12 @@ impl Shape {
     }
 
     fn same_key(&self) -> String {
-        let term = |index: &usize| format!("t.{} = u.c{index}", self.columns[*index].name);
-        let terms: Vec<String> = self.keys.iter().map(term).collect();
+        let term = |index: &usize| {
+            let column = &self.columns[*index];
+            let equality = column.equality.as_ref()?;
+            Some(equality.of(&format!("t.{}", column.name), &format!("u.c{index}")))
+        };
+        let terms: Vec<String> = self.keys.iter().filter_map(term).collect();
         terms.join(" AND ")
     }
 

@@ -107,6 +107,7 @@ impl Planner {
             routed: self.is_routed(relation.namespace, relation.name),
             only: false,
             plain: false,
+            intercepts: false,
             identity: relation.identity,
             local_since: None,
             shape: None,
