@@ -287,7 +287,7 @@ impl<'a> Session<'a> {
         Ok(Session {
             shared,
             queue,
-            reader: queue.reader(committed)?,
+            reader: queue.open_reader(committed).await?,
             client,
             planner,
             ahead: VecDeque::new(),
@@ -410,7 +410,7 @@ impl<'a> Session<'a> {
     }
 
     /// Starts again after the last commit.
-    fn rewind(&mut self) -> anyhow::Result<()> {
+    async fn rewind(&mut self) -> anyhow::Result<()> {
         self.ahead.clear();
         self.place = None;
         self.folded = None;
@@ -420,7 +420,7 @@ impl<'a> Session<'a> {
         self.unflushed = 0;
         self.planner.forget_relations();
         self.planner.forget_statements();
-        self.reader = self.queue.reader(self.committed)?;
+        self.reader = self.queue.open_reader(self.committed).await?;
         Ok(())
     }
 

@@ -268,6 +268,17 @@ impl Queue {
         Reader::open(self.clone(), from)
     }
 
+    /// The same where nothing may wait: a large transaction is gone through to find its end.
+    pub async fn open_reader(&self, from: Lsn) -> Result<Reader, QueueError> {
+        let queue = self.clone();
+        let opened = tokio::task::spawn_blocking(move || queue.reader(from)).await;
+        opened.unwrap_or_else(|error| {
+            Err(QueueError::io("read", &self.inner.dir)(io::Error::other(
+                error,
+            )))
+        })
+    }
+
     fn segment_for(&self, from: Lsn) -> Result<Arc<Segment>, QueueError> {
         let segments = lock(&self.inner.segments);
         let found = segments.iter().rev().find(|segment| segment.start <= from);

@@ -39,7 +39,7 @@ impl Session<'_> {
         self.skip_to_ready(due).await?;
         self.client.simple("ROLLBACK").await?;
         self.client.simple("DEALLOCATE ALL").await?;
-        self.rewind()
+        self.rewind().await
     }
 
     /// Applies what the other ways could not, one transaction and one statement at
@@ -75,9 +75,9 @@ impl Session<'_> {
     /// Once more, and what is in the way and nobody's makes way; the server above is to know all of
     /// the transaction when it is asked.
     async fn clear_at_the_gate(&mut self, error: anyhow::Error) -> anyhow::Result<()> {
-        self.rewind()?;
+        self.rewind().await?;
         let commit = self.read_transaction().await?;
-        self.rewind()?;
+        self.rewind().await?;
         if !self.gate_allows(&commit) {
             self.shared.set_apply_problem(Some(format!("{error:#}")));
             self.shared.set_stuck(Some(commit.lsn));
@@ -144,7 +144,7 @@ impl Session<'_> {
             tracing::info!(problem = ALTERED, from = %self.committed, "once more with care");
             self.client.simple("ROLLBACK").await?;
             self.conflicts = 0;
-            return self.rewind();
+            return self.rewind().await;
         }
         self.client.simple("COMMIT").await?;
         self.committed = batch.end;

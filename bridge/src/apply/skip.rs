@@ -20,7 +20,7 @@ impl Session<'_> {
         {
             tracing::warn!("refused: {hidden}");
         }
-        if !is_of_the_transaction(&error) || self.rewind().is_err() {
+        if !is_of_the_transaction(&error) || self.rewind().await.is_err() {
             return error;
         }
         let Ok(commit) = self.read_transaction().await else {
@@ -40,7 +40,7 @@ impl Session<'_> {
         };
         let commit = self.read_transaction().await?;
         if commit.lsn != wanted {
-            self.rewind()?;
+            self.rewind().await?;
             return Ok(false);
         }
         let info = commit.commit()?;

@@ -343,7 +343,7 @@ impl Session {
         if let Err(refusal) = self.keep_from_others(&slot) {
             return Ok(Err(refusal));
         }
-        let (open, reader, from) = match self.reader(&slot, from) {
+        let (open, reader, from) = match self.reader(&slot, from).await {
             Ok(opened) => opened,
             Err(refusal) => return Ok(Err(refusal)),
         };
@@ -382,7 +382,7 @@ impl Session {
     }
 
     /// A reader of what follows `from`, or for a stock client what it confirmed.
-    fn reader(&self, slot: &str, from: Lsn) -> Result<(OpenQueue, Reader, Lsn), Refusal> {
+    async fn reader(&self, slot: &str, from: Lsn) -> Result<(OpenQueue, Reader, Lsn), Refusal> {
         let open = self.open_queue()?;
         let cursors = open.queue.cursors();
         let cursor = cursors.into_iter().find(|(name, _, _)| name == slot);
@@ -404,7 +404,7 @@ impl Session {
         }
         // Not the one that it may be of by now.
         let timeline = self.timeline.unwrap_or(open.queue.identity().timeline);
-        let reader = open.queue.reader(from);
+        let reader = open.queue.open_reader(from).await;
         let reader = reader.and_then(|reader| reader.up_to_timeline(timeline));
         let reader = reader.map_err(|error| {
             self.relay.shared.note_damage(&error);
