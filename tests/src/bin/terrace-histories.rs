@@ -25,12 +25,14 @@ fn main() -> ExitCode {
         let histories = TREE.min(count - first);
         let tried = run(seed + first, histories);
         all.transactions += tried.transactions;
+        all.foldable += tried.foldable;
         all.folded += tried.folded;
         all.parts += tried.parts;
         println!(
-            "{} histories equal; {} transactions, {} of them and {} parts of larger ones folded; {:.0} s",
+            "{} histories equal; {} transactions, {} of tables that can be folded; {} and {} parts of larger ones folded; {:.0} s",
             first + histories,
             all.transactions,
+            all.foldable,
             all.folded,
             all.parts,
             start.elapsed().as_secs_f64()
