@@ -1,6 +1,6 @@
 //! The initial copy of a new server, from nothing to live.
 //!
-//! Terrace makes the schema by itself; the native subscriber has been given it, with its
+//! Terrace makes the schema by itself; the native subscriber, and pglogical's, has been given it, with its
 //! primary keys, as PostgreSQL's documentation asks for, and that time is not counted.
 
 use std::time::Instant;
@@ -10,8 +10,9 @@ use terrace_tests::{Server, Tree};
 
 use crate::native::{publish, subscribe};
 use crate::pgbench::create_tables;
+use crate::pglogical;
 use crate::report::{Better, Figure, Report};
-use crate::side::must_be_equal;
+use crate::side::{Which, must_be_equal};
 use crate::workload::{Plan, Workload, rotated};
 use crate::world::{Stage, bare, boot, go_live, plant};
 
@@ -47,35 +48,48 @@ impl Workload for Copying {
                 .sql(&format!("SELECT terrace.add_table('{table}')"));
         }
         publish(&tree.top, &TABLES);
+        let mut sides = vec![Which::Terrace, Which::Native];
+        if pglogical::is_installed() {
+            pglogical::start_with_it(&mut tree.top)?;
+            pglogical::provide(&tree.top, &TABLES);
+            sides.push(Which::Pglogical);
+        }
         for step in ["VACUUM ANALYZE", "CHECKPOINT"] {
             tree.top.sql(step);
         }
         let size = tree
             .top
             .value("SELECT pg_size_pretty(pg_table_size('pgbench_accounts'))");
-        let (mut terrace, mut native) = (Vec::new(), Vec::new());
+        let (mut terrace, mut native, mut beside) = (Vec::new(), Vec::new(), Vec::new());
         for round in 0..plan.copy_rounds {
-            for own in rotated(&[true, false], round) {
-                match own {
-                    true => terrace.push(by_bridge(&mut tree, round)?),
-                    false => native.push(by_subscription(&tree, round, plan)?),
-                }
+            for which in rotated(&sides, round) {
+                let (name, copies) = match which {
+                    Which::Terrace => ("terrace", &mut terrace),
+                    Which::Native => ("native", &mut native),
+                    Which::Pglogical => ("pglogical", &mut beside),
+                };
+                copies.push(match which {
+                    Which::Terrace => by_bridge(&mut tree, round)?,
+                    Which::Native => by_subscription(&tree, round, plan)?,
+                    Which::Pglogical => by_pglogical(&tree, round, plan)?,
+                });
+                println!("    {size}: {name} {:.1} s", copies[round]);
             }
-            println!(
-                "    {size}: terrace {:.1} s, native {:.1} s",
-                terrace[round], native[round]
-            );
         }
-        report.add(Figure {
-            workload: format!("initial copy, {size}"),
-            what: "elapsed",
-            unit: "s",
-            better: Better::Lower,
-            against: "native",
-            terrace,
-            baseline: native,
-            paired: false,
-        });
+        for (against, baseline) in [("native", native), ("pglogical", beside)] {
+            if !baseline.is_empty() {
+                report.add(Figure {
+                    workload: format!("initial copy, {size}"),
+                    what: "elapsed",
+                    unit: "s",
+                    better: Better::Lower,
+                    against,
+                    terrace: terrace.clone(),
+                    baseline,
+                    paired: false,
+                });
+            }
+        }
         Ok(())
     }
 }
@@ -108,6 +122,18 @@ fn by_subscription(tree: &Tree, round: usize, plan: &Plan) -> Result<f64> {
     create_tables(&server, plan.copy_scale, "", false)?;
     let start = Instant::now();
     subscribe(&server, &tree.top)?;
+    let elapsed = start.elapsed().as_secs_f64();
+    must_be_whole(&server, &tree.top)?;
+    Ok(elapsed)
+}
+
+fn by_pglogical(tree: &Tree, round: usize, plan: &Plan) -> Result<f64> {
+    let mut server = bare(tree, &format!("pglogical-copy-{round}"))?;
+    pglogical::start_with_it(&mut server)?;
+    create_tables(&server, plan.copy_scale, "", false)?;
+    pglogical::provide(&server, &TABLES);
+    let start = Instant::now();
+    pglogical::subscribe(&server, &tree.top)?;
     let elapsed = start.elapsed().as_secs_f64();
     must_be_whole(&server, &tree.top)?;
     Ok(elapsed)

@@ -139,7 +139,7 @@ impl Workload for Drain {
     }
 
     fn run(&self, stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
-        let world = stage.world_with_pglogical(self.shape, plan)?;
+        let world = stage.world(self.shape, plan)?;
         for script in self.scripts {
             if plan.quick && script.name == MIXED.name {
                 continue;

@@ -36,13 +36,15 @@ enum Mode {
     TerraceAtOnce,
     NativeOff,
     NativeOn,
+    Pglogical,
 }
 
-const MODES: [Mode; 4] = [
+const MODES: [Mode; 5] = [
     Mode::Terrace,
     Mode::NativeOff,
     Mode::TerraceAtOnce,
     Mode::NativeOn,
+    Mode::Pglogical,
 ];
 
 impl Mode {
@@ -52,6 +54,7 @@ impl Mode {
             Mode::TerraceAtOnce => "terrace, wait_for_upstream=false",
             Mode::NativeOff => "native, synchronous_commit=off",
             Mode::NativeOn => "native, synchronous_commit=on",
+            Mode::Pglogical => "pglogical",
         }
     }
 
@@ -59,6 +62,7 @@ impl Mode {
         match self {
             Mode::Terrace | Mode::TerraceAtOnce => Which::Terrace,
             Mode::NativeOff | Mode::NativeOn => Which::Native,
+            Mode::Pglogical => Which::Pglogical,
         }
     }
 }
@@ -78,12 +82,16 @@ impl Workload for Latency {
             branch: WIDTH,
         };
         let world = stage.world(shape, plan)?;
+        let sides = world.sides();
+        let there: Vec<usize> = (0..MODES.len())
+            .filter(|i| sides.contains(&MODES[*i].which()))
+            .collect();
         let (rounds, seconds) = plan.latency;
         for (rate, seconds) in RATES.into_iter().zip(seconds) {
             let load = Load { rate, seconds };
-            let mut all: [Samples; 4] = Default::default();
+            let mut all: [Samples; MODES.len()] = Default::default();
             for round in 0..rounds {
-                for i in rotated(&[0, 1, 2, 3], round) {
+                for i in rotated(&there, round) {
                     let result = turn(world, MODES[i], load);
                     let levels = world.explain(result)?;
                     tell(MODES[i], load, &levels);
@@ -145,13 +153,17 @@ fn tell(mode: Mode, load: Load, levels: &Levels) {
     println!("{line}");
 }
 
-fn figures(report: &mut Report, rate: u64, all: &[Samples; 4]) {
-    let [ordered, off, at_once, on] = all;
+fn figures(report: &mut Report, rate: u64, all: &[Samples; MODES.len()]) {
+    let [ordered, off, at_once, on, pglogical] = all;
     for (way, terrace) in [("in order", ordered), ("at once", at_once)] {
         for (against, native) in [
             ("native, sync commit off", off),
             ("native, sync commit on", on),
+            ("pglogical", pglogical),
         ] {
+            if native.0[0][0].is_empty() {
+                continue;
+            }
             for (what, level, percent) in [
                 ("level 1, p50", 0, 0),
                 ("level 1, p99", 0, 1),
@@ -180,7 +192,7 @@ fn turn(world: &mut World, mode: Mode, load: Load) -> Result<Levels> {
             let lines = "[apply]\nwait_for_upstream = false";
             Some(world.terrace.configure(lines)?)
         }
-        Mode::Terrace => None,
+        Mode::Terrace | Mode::Pglogical => None,
         Mode::NativeOff => {
             world.native.synchronous_commit("off");
             None
@@ -196,10 +208,10 @@ fn turn(world: &mut World, mode: Mode, load: Load) -> Result<Levels> {
     drain(side, top, marker, |_| ())?;
     let result = match mode.which() {
         Which::Terrace => measure_slaves(&world.terrace, load),
-        Which::Native => {
-            let servers = world.native.servers();
-            let last = [servers[WIDTH - 1], servers[2 * WIDTH - 1]];
-            measure(world.top(), last, load)
+        Which::Native => measure_last(&world.native, world.top(), load),
+        Which::Pglogical => {
+            let pglogical = world.pglogical.as_ref().context("no pglogical")?;
+            measure_last(pglogical, world.top(), load)
         }
     };
     world.side(mode.which()).pause()?;
@@ -207,6 +219,12 @@ fn turn(world: &mut World, mode: Mode, load: Load) -> Result<Levels> {
         world.terrace.restore(&files)?;
     }
     result
+}
+
+/// All of a level are alike.
+fn measure_last(side: &dyn Side, top: &Server, load: Load) -> Result<Levels> {
+    let servers = side.servers();
+    measure(top, [servers[WIDTH - 1], servers[2 * WIDTH - 1]], load)
 }
 
 /// Who leads is found out anew whenever the bridges start; the slaves must be slaves to the end.

@@ -2,8 +2,8 @@
 //! through a server of each level.
 //!
 //! The figure is that of the level's largest process. For a bridge the highest resident size since its start counts, program text
-//! included. A native apply worker's holds the shared buffers that it touched,
-//! so for it the private part alone is sampled, which favours it.
+//! included. An apply worker's holds the shared buffers that it touched,
+//! so for it the private part alone is sampled, which favours native subscriptions and pglogical.
 
 use anyhow::{Result, ensure};
 
@@ -35,7 +35,7 @@ impl Workload for Memory {
         let (large, many) = (plan.large_rows, plan.many_rows);
         let insert = |rows: String| format!("INSERT INTO bench_large SELECT {rows}");
         let shape = plan.large_shape;
-        // A subscription that is only paused, such as pglogical's of a workload before, would have the top keep it all.
+        // What is only paused, of a workload before, would have the top keep it all.
         stage.clear();
         let world = stage.world(shape, plan)?;
         let bytes = Large::new(format!("{} MiB", large >> 10), insert(large_rows(large)));
@@ -62,16 +62,18 @@ struct Large {
     sql: String,
     terrace: Vec<Passage>,
     native: Vec<Passage>,
+    pglogical: Vec<Passage>,
 }
 
 impl Large {
     fn new(what: String, sql: String) -> Large {
-        let (terrace, native) = (Vec::new(), Vec::new());
+        let (terrace, native, pglogical) = (Vec::new(), Vec::new(), Vec::new());
         Large {
             what,
             sql,
             terrace,
             native,
+            pglogical,
         }
     }
 
@@ -81,24 +83,29 @@ impl Large {
         let marker = mark(world.top())?;
         world.tidy()?;
         let top = world.top_pid()?;
-        for which in rotated(&[Which::Terrace, Which::Native], round) {
+        for which in rotated(&world.sides(), round) {
             let (name, passed) = match which {
                 Which::Terrace => ("bridges", &mut self.terrace),
                 Which::Native => ("apply workers", &mut self.native),
+                Which::Pglogical => ("pglogical", &mut self.pglogical),
             };
             let passage = match which {
                 Which::Terrace => {
                     let passage = bridges(world, top, marker, servers);
                     world.explain(passage)?
                 }
-                Which::Native => apply_workers(world, top, marker, servers)?,
+                Which::Native | Which::Pglogical => {
+                    apply_workers(world.side(which), which, top, marker, servers)?
+                }
             };
             let (what, Passage { elapsed, peaks }) = (&self.what, &passage);
             println!("    {what}: {name} {peaks:.0?} MiB in {elapsed:.1} s");
             passed.push(passage);
         }
-        must_be_equal(&world.terrace.servers(), world.top(), &["bench_large"])?;
-        must_be_equal(&world.native.servers(), world.top(), &["bench_large"])
+        let beside = world.pglogical.iter().flat_map(Side::servers);
+        let below = world.native.servers().into_iter().chain(beside);
+        let below: Vec<_> = below.chain(world.terrace.servers()).collect();
+        must_be_equal(&below, world.top(), &["bench_large"])
     }
 }
 
@@ -128,20 +135,26 @@ fn figures(large: &Large, shape: Shape, report: &mut Report) {
         what,
         terrace,
         native,
+        pglogical,
         ..
     } = large;
     let servers = shape.region + shape.branch;
     let mut add = |workload: String, figure, unit, of: &dyn Fn(&Passage) -> f64| {
-        report.add(Figure {
-            workload,
-            what: figure,
-            unit,
-            better: Better::Lower,
-            against: "native",
-            terrace: terrace.iter().map(of).collect(),
-            baseline: native.iter().map(of).collect(),
-            paired: false,
-        });
+        for (against, others) in [("native", native), ("pglogical", pglogical)] {
+            if others.is_empty() {
+                continue;
+            }
+            report.add(Figure {
+                workload: workload.clone(),
+                what: figure,
+                unit,
+                better: Better::Lower,
+                against,
+                terrace: terrace.iter().map(of).collect(),
+                baseline: others.iter().map(of).collect(),
+                paired: false,
+            });
+        }
     };
     for (domain, level) in [
         ("region", 0..shape.region),
@@ -180,18 +193,24 @@ fn bridges(world: &mut World, top: i32, marker: i64, servers: usize) -> Result<P
     })
 }
 
-fn apply_workers(world: &mut World, top: i32, marker: i64, servers: usize) -> Result<Passage> {
+fn apply_workers(
+    side: &mut dyn Side,
+    which: Which,
+    top: i32,
+    marker: i64,
+    servers: usize,
+) -> Result<Passage> {
     let (mut peaks, mut pids) = (vec![0.0; servers], Vec::new());
-    let drained = drain(&mut world.native, top, marker, |native| {
+    let drained = drain(side, top, marker, |side| {
         if pids.len() < servers {
-            pids = apply_worker_ids(native);
+            pids = apply_worker_ids(side, which);
         }
         for (pid, highest) in pids.iter().zip(&mut peaks) {
             let now = proc::memory_mib(*pid, "RssAnon").unwrap_or(0.0);
             *highest = now.max(*highest);
         }
     })?;
-    world.native.pause()?;
+    side.pause()?;
     Ok(Passage {
         elapsed: drained.elapsed.as_secs_f64(),
         peaks,
@@ -199,9 +218,14 @@ fn apply_workers(world: &mut World, top: i32, marker: i64, servers: usize) -> Re
 }
 
 /// Process ids of the apply workers, as far as they have started.
-fn apply_worker_ids(native: &dyn Side) -> Vec<i32> {
-    let sql = "SELECT pid FROM pg_stat_subscription WHERE relid IS NULL";
-    let servers = native.servers().into_iter();
+fn apply_worker_ids(side: &dyn Side, which: Which) -> Vec<i32> {
+    let sql = match which {
+        Which::Pglogical => {
+            "SELECT pid FROM pg_stat_activity WHERE backend_type LIKE 'pglogical apply%'"
+        }
+        _ => "SELECT pid FROM pg_stat_subscription WHERE relid IS NULL",
+    };
+    let servers = side.servers().into_iter();
     servers
         .filter_map(|server| server.value(sql).parse().ok())
         .collect()

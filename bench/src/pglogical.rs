@@ -42,7 +42,8 @@ fn preload(server: &Server) -> Vec<(&'static str, &'static str)> {
     lines
 }
 
-fn start_with_it(server: &mut Server) -> Result<()> {
+/// Starts a server anew, with it.
+pub fn start_with_it(server: &mut Server) -> Result<()> {
     for (name, value) in preload(server) {
         server.sql(&format!("ALTER SYSTEM SET {name} = {value}"));
     }
@@ -67,15 +68,15 @@ fn subscription(server: &Server) -> String {
 }
 
 /// Makes a node that others may subscribe to.
-fn provide(server: &Server) {
+pub fn provide(server: &Server, tables: &[&str]) {
     server.sql(&format!(
         "SELECT pglogical.create_node('{}', '{}')",
         server.name,
         dsn(server)
     ));
-    for table in TABLES {
+    for table in tables {
         // One without a key can only be added to.
-        let set = match table {
+        let set = match *table {
             KEYLESS => continue,
             "pgbench_history" => "default_insert_only",
             _ => "default",
@@ -87,7 +88,7 @@ fn provide(server: &Server) {
 }
 
 /// Subscribes and waits for the initial copy.
-fn subscribe(server: &Server, above: &Server) -> Result<()> {
+pub fn subscribe(server: &Server, above: &Server) -> Result<()> {
     server.sql(&format!(
         "SELECT pglogical.create_subscription('{}', '{}', '{{default,default_insert_only}}')",
         subscription(server),
@@ -104,7 +105,7 @@ impl Pglogical {
     /// Boots subscribers and waits until all have their initial copy.
     pub fn boot(tree: &mut Tree, shape: Shape, plan: &Plan) -> Result<Pglogical> {
         start_with_it(&mut tree.top)?;
-        provide(&tree.top);
+        provide(&tree.top, &TABLES);
         let mut servers = Vec::new();
         for number in 1..=shape.region + shape.branch {
             servers.push(bare(tree, &format!("pglogical-{number}"))?);
@@ -113,7 +114,7 @@ impl Pglogical {
             start_with_it(server)?;
             create_tables(server, plan.scale, "", false)?;
             server.sql(SCHEMA);
-            provide(server);
+            provide(server, &TABLES);
             Ok(())
         })?;
         shape.subscribe(&servers, &tree.top, subscribe)?;

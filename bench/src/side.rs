@@ -12,11 +12,13 @@ use crate::workload::{all, wait};
 /// How often a server is asked whether the marker has arrived.
 const POLL: Duration = Duration::from_millis(5);
 
-/// The two that are compared.
+/// Those that are compared.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Which {
     Terrace,
     Native,
+    /// Where it is installed.
+    Pglogical,
 }
 
 /// Servers below the top and what moves the data.

@@ -65,25 +65,12 @@ pub const HOP: Shape = Shape {
 pub struct Stage(Option<(Shape, World)>);
 
 impl Stage {
-    /// Both sides in this shape, paused.
+    /// All sides in this shape, paused; pglogical, if it is installed.
     pub fn world(&mut self, shape: Shape, plan: &Plan) -> Result<&mut World> {
-        self.with(shape, false, plan)
-    }
-
-    /// The same with pglogical, if that is installed.
-    pub fn world_with_pglogical(&mut self, shape: Shape, plan: &Plan) -> Result<&mut World> {
-        self.with(shape, pglogical::is_installed(), plan)
-    }
-
-    /// Who does not need pglogical is not disturbed by it: it is paused.
-    fn with(&mut self, shape: Shape, pglogical: bool, plan: &Plan) -> Result<&mut World> {
-        let serves = |(there, world): &(Shape, World)| {
-            *there == shape && (world.pglogical.is_some() || !pglogical)
-        };
-        if !self.0.as_ref().is_some_and(serves) {
+        if !self.0.as_ref().is_some_and(|(there, _)| *there == shape) {
             // First the old servers go, then the new ones come.
             self.clear();
-            self.0 = Some((shape, World::boot(shape, pglogical, plan)?));
+            self.0 = Some((shape, World::boot(shape, plan)?));
         }
         let (_, world) = self.0.as_mut().context("a world")?;
         Ok(world)
@@ -168,8 +155,8 @@ pub fn tidy<'a>(servers: impl Iterator<Item = &'a Server>) -> Result<()> {
 }
 
 impl World {
-    /// Boots everything, waits until everybody has a copy of the tables, and pauses both sides.
-    pub fn boot(shape: Shape, with_pglogical: bool, plan: &Plan) -> Result<World> {
+    /// Boots everything, waits until everybody has a copy of the tables, and pauses all sides.
+    pub fn boot(shape: Shape, plan: &Plan) -> Result<World> {
         let start = Instant::now();
         let mut tree = plant()?;
         create_tables(&tree.top, plan.scale, "", true)?;
@@ -188,7 +175,7 @@ impl World {
         let mut native = Native::boot(&tree, shape, plan)?;
         native.pause()?;
         let mut pglogical = None;
-        if with_pglogical {
+        if pglogical::is_installed() {
             pglogical = Some(Pglogical::boot(&mut tree, shape, plan)?);
         }
         if let Some(side) = &mut pglogical {
@@ -217,11 +204,22 @@ impl World {
         proc::postmaster(self.top()).context("the top does not run")
     }
 
+    /// A side that is there.
     pub fn side(&mut self, which: Which) -> &mut dyn Side {
         match which {
             Which::Terrace => &mut self.terrace,
             Which::Native => &mut self.native,
+            Which::Pglogical => self.pglogical.as_mut().expect("it is installed"),
         }
+    }
+
+    /// Those that are there.
+    pub fn sides(&self) -> Vec<Which> {
+        let beside = self.pglogical.iter().map(|_| Which::Pglogical);
+        [Which::Terrace, Which::Native]
+            .into_iter()
+            .chain(beside)
+            .collect()
     }
 
     /// [`tidy`] of all that there is.
