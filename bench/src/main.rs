@@ -108,6 +108,7 @@ fn bench(plan: &Plan, wanted: &[String]) -> Result<bool> {
             continue;
         }
         println!("{}: {}", workload.name(), workload.about());
+        let started = report.elapsed();
         // The harness panics where a test would fail.
         let run = AssertUnwindSafe(|| workload.run(&mut stage, plan, &mut report));
         let result = catch_unwind(run).unwrap_or_else(|_| Err(anyhow!("panicked, see above")));
@@ -116,6 +117,7 @@ fn bench(plan: &Plan, wanted: &[String]) -> Result<bool> {
             report.failed(workload.name(), &error);
             stage.clear();
         }
+        println!("    {:.0} s", (report.elapsed() - started).as_secs_f64());
     }
     stage.clear();
     println!("\n{}", report.table());

@@ -60,6 +60,8 @@ use statement::{Expect, Row, Step};
 const MAX_TRANSACTIONS: usize = 5_000;
 /// … or than begin within as many bytes of records.
 const MAX_BYTES: usize = 4 << 20;
+/// Where those were too many for the locks that the server holds, twice as many are tried after this.
+const CROWDED: Duration = Duration::from_secs(60);
 /// Progress is written for watermarks alone at most this often.
 const WATERMARK_EVERY: Duration = Duration::from_secs(1);
 
@@ -211,8 +213,8 @@ struct Session<'a> {
     plain_until: Lsn,
     /// Up to here what has piled up has been looked through in vain.
     looked_until: Lsn,
-    /// Transactions that are taken together at most.
-    most: usize,
+    /// Transactions that are taken together at most, and when that was changed.
+    most: (usize, Instant),
     constrained: setwise::Constrained,
     /// Transactions that go in order before the next look whether all can go set-wise.
     in_order: usize,
@@ -299,7 +301,7 @@ impl<'a> Session<'a> {
             conflicts: 0,
             plain_until: Lsn::ZERO,
             looked_until: Lsn::ZERO,
-            most: MAX_TRANSACTIONS,
+            most: (MAX_TRANSACTIONS, Instant::now()),
             constrained: setwise::Constrained::default(),
             in_order: MAX_TRANSACTIONS,
             attempted: committed,
@@ -321,9 +323,10 @@ impl<'a> Session<'a> {
             if self.sequences.1 && self.sequences.0.elapsed() > sequences::UNDER_LOAD {
                 self.advance_sequences(false).await?;
             }
-            if self.planner.wants_statements_anew() {
-                self.client.simple("DEALLOCATE ALL").await?;
-                self.planner.forget_statements();
+            self.renew_statements().await?;
+            let (most, since) = self.most;
+            if most < MAX_TRANSACTIONS && since.elapsed() > CROWDED {
+                self.most = ((most * 2).min(MAX_TRANSACTIONS), Instant::now());
             }
             let applied = match self.set_wise_batch().await {
                 Ok(false) => self.fast_batch().await,
@@ -334,8 +337,9 @@ impl<'a> Session<'a> {
                 Err(Failed::Fatal(error)) => return Err(error),
                 Err(Failed::Unexpected(problem)) => self.try_another_way(&problem).await?,
                 Err(Failed::OutOfLocks(transactions)) => {
-                    self.most = (transactions / 4).max(1);
-                    tracing::info!(most = self.most, from = %self.committed, "too many locks: fewer at once");
+                    let most = (transactions / 4).max(1);
+                    self.most = (most, Instant::now());
+                    tracing::info!(most, from = %self.committed, "too many locks: fewer at once");
                     self.leave_behind().await?;
                 }
             }
@@ -366,6 +370,15 @@ impl<'a> Session<'a> {
         tracing::info!(problem, from = %self.committed, "applying with care");
         self.careful(until).await?;
         self.shared.set_apply_problem(None);
+        Ok(())
+    }
+
+    /// Nothing may be unanswered.
+    async fn renew_statements(&mut self) -> anyhow::Result<()> {
+        if self.planner.wants_statements_anew() {
+            self.client.simple("DEALLOCATE ALL").await?;
+            self.planner.forget_statements();
+        }
         Ok(())
     }
 

@@ -29,7 +29,7 @@ impl Session<'_> {
         loop {
             if batch.transactions > 0 || batch.end > self.committed {
                 // Something is complete: take only what is there and may be shown.
-                let full = batch.transactions >= self.in_order.min(self.most)
+                let full = batch.transactions >= self.in_order.min(self.most.0)
                     || batch.bytes >= MAX_BYTES
                     || self.planner.routing_changed();
                 let gate = *self.shared.upstream_replayed.borrow();
@@ -107,6 +107,10 @@ impl Session<'_> {
         records: &[Record],
         batch: &mut Batch,
     ) -> Result<(), Failed> {
+        if self.planner.wants_statements_anew() {
+            self.drain(batch).await?;
+            self.renew_statements().await?;
+        }
         if let Some(sets) = self.fold(records, batch).await? {
             self.drain(batch).await?;
             tracing::debug!(statements = sets.statements.len(), "a part went set-wise");

@@ -23,7 +23,7 @@ use crate::client::Client;
 use crate::pgoutput::{self, Datum, Message, OldKind, TRUNCATE_RESTART_IDENTITY};
 
 /// So many statements are prepared at a time, each of which holds memory of the server …
-const MOST_STATEMENTS: usize = 1_000;
+const MOST_STATEMENTS: usize = 4_000;
 /// … and for so long: a plan that was the best for a table of one page is kept otherwise until
 /// somebody analyzes it.
 const STATEMENTS_AGE: Duration = Duration::from_secs(60);
@@ -363,6 +363,13 @@ impl Planner {
             && self
                 .relation_of(&message)
                 .is_some_and(Relation::has_primary))
+    }
+
+    /// Whether somebody here may keep the row of a change as it is.
+    pub fn may_keep_row(&self, payload: &Bytes) -> anyhow::Result<bool> {
+        let message = pgoutput::decode(payload)?;
+        let relation = self.relation_of(&message);
+        Ok(relation.is_some_and(Relation::may_keep_rows))
     }
 
     /// For an insert, or an update to another key: the statement that removes a row

@@ -104,10 +104,20 @@ impl Input {
     }
 }
 
+/// Who may leave a row of a table as it is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Keeper {
+    Nobody,
+    /// BEFORE, for each row.
+    Triggers,
+    Rules,
+}
+
 /// What a table is on this server.
 type Here = (
     Option<String>,
     [bool; 2],
+    Keeper,
     Vec<Option<LocalColumn>>,
     Option<Arc<Shape>>,
 );
@@ -134,8 +144,8 @@ pub(super) struct Relation {
     pub local_since: Option<String>,
     /// An ordinary table here, for whose rows nothing else is done.
     pub plain: bool,
-    /// Triggers or rules here may keep a row from being changed.
-    pub intercepts: bool,
+    /// What here may keep a row from being changed, as far as is known.
+    pub keeper: Keeper,
     /// How to change it set-wise; known once looked up.
     pub shape: Option<Arc<Shape>>,
 }
@@ -192,12 +202,18 @@ impl Relation {
         self.plain && self.place.is_none()
     }
 
+    /// A row that a change did nothing to may be there all the same. Of a partition's triggers nobody tells.
+    pub fn may_keep_rows(&self) -> bool {
+        self.keeper != Keeper::Nobody || !self.only
+    }
+
     /// What the table is here.
     pub fn here(&self) -> Here {
         let columns = self.columns.iter().map(|column| column.local.clone());
         let columns = columns.collect();
         let whole = [self.only, self.plain];
-        (self.place.clone(), whole, columns, self.shape.clone())
+        let place = self.place.clone();
+        (place, whole, self.keeper, columns, self.shape.clone())
     }
 
     /// Reads what the table looks like here, and has the session told when that changes.
@@ -235,9 +251,11 @@ impl Relation {
                   WHERE current_setting('track_commit_timestamp') = 'on'), \
                  EXISTS (SELECT FROM pg_index i WHERE i.indrelid = k.oid \
                          AND (i.indisunique OR i.indisexclusion) AND NOT (i.indisprimary AND i.indimmediate)), \
-                 k.relhasrules OR EXISTS \
-                     (SELECT FROM pg_trigger g WHERE g.tgenabled IN ('R', 'A') AND (g.tgtype & {BEFORE_ROW}) = {BEFORE_ROW} \
-                      AND g.tgrelid IN (SELECT k.oid UNION ALL SELECT relid FROM pg_partition_tree(k.oid))) \
+                 k.relhasrules, \
+                 EXISTS (SELECT FROM pg_trigger g \
+                     WHERE g.tgenabled IN ('R', 'A') AND (g.tgtype & {BEFORE_ROW}) = {BEFORE_ROW} \
+                       AND (g.tgrelid = k.oid OR k.relkind = 'p' \
+                            AND k.oid IN (SELECT relid FROM pg_partition_ancestors(g.tgrelid)))) \
              FROM pg_class k \
              LEFT JOIN (pg_attribute a JOIN pg_type t ON t.oid = a.atttypid \
                         JOIN pg_type b ON b.oid = {base} \
@@ -283,7 +301,12 @@ impl Relation {
         self.only = rows.iter().all(|row| row[7].as_deref() == Some("t"));
         let is_constrained = rows.iter().any(|row| row[14].as_deref() == Some("t"));
         self.plain = rows.iter().all(|row| row[5].as_deref() == Some("t"));
-        self.intercepts = rows.iter().any(|row| row[15].as_deref() == Some("t"));
+        let any = |index: usize| rows.iter().any(|row| row[index].as_deref() == Some("t"));
+        self.keeper = match (any(15), any(16)) {
+            (true, _) => Keeper::Rules,
+            (_, true) => Keeper::Triggers,
+            _ => Keeper::Nobody,
+        };
         let locals: HashMap<String, LocalColumn> = rows
             .into_iter()
             .filter_map(|row| {
@@ -404,9 +427,12 @@ const EQUALITY: &str = "(SELECT CASE WHEN x.oid <> b.oid OR n.nspname = 'pg_cata
 /// SQL: the type that `of` is when it is no domain any more.
 fn below_domains(of: &str) -> String {
     format!(
-        "(WITH RECURSIVE d AS (SELECT {of}.oid, {of}.typbasetype \
-              UNION ALL SELECT n.oid, n.typbasetype FROM pg_type n JOIN d ON n.oid = d.typbasetype) \
-          SELECT oid FROM d WHERE typbasetype = 0)"
+        "CASE {of}.typtype WHEN 'd' THEN \
+           (WITH RECURSIVE d AS (SELECT {of}.oid, {of}.typbasetype \
+              UNION ALL SELECT n.oid, n.typbasetype FROM d, LATERAL \
+                  (SELECT oid, typbasetype FROM pg_type WHERE oid = d.typbasetype OFFSET 0) n) \
+            SELECT oid FROM d WHERE typbasetype = 0) \
+         ELSE {of}.oid END"
     )
 }
 

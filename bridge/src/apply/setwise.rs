@@ -203,7 +203,8 @@ impl Session<'_> {
             .saturating_sub(committed);
         let age = Duration::from_micros(behind.max(0).unsigned_abs());
         let (start, limit) = (Instant::now(), GATHERING.min(age / 10));
-        while start.elapsed() + LOOK < limit && !heap.is_full(self.most) && self.peek()?.is_none() {
+        while start.elapsed() + LOOK < limit && !heap.is_full(self.most.0) && self.peek()?.is_none()
+        {
             let before = heap.records.len();
             sleep(LOOK).await;
             self.pile(heap)?;
@@ -219,7 +220,7 @@ impl Session<'_> {
     fn fold_ahead(&mut self) -> Result<(), Failed> {
         let mut heap = Heap::default();
         self.pile(&mut heap)?;
-        let folded = match heap.is_full(self.most) {
+        let folded = match heap.is_full(self.most.0) {
             true => self.try_fold(&heap.records).sets(),
             false => None,
         };
@@ -242,7 +243,7 @@ impl Session<'_> {
     /// Whole small transactions that are there and may be shown, and watermarks.
     fn pile(&mut self, heap: &mut Heap) -> Result<(), Failed> {
         let gate = *self.shared.upstream_replayed.borrow();
-        while !heap.is_full(self.most) {
+        while !heap.is_full(self.most.0) {
             let Some(record) = self.peek()? else { break };
             match record.kind {
                 Kind::Commit if goes_alone(record) => break,

@@ -5,7 +5,7 @@
 use anyhow::bail;
 use bytes::Bytes;
 
-use super::relation::{Column, Relation};
+use super::relation::{Column, Keeper, Relation};
 use crate::client::quote_ident;
 use crate::pgoutput::{Datum, Message, OldKind, Tuple};
 
@@ -200,11 +200,8 @@ pub(super) fn update(
     let (kind, identity) = old.unwrap_or((OldKind::Key, new));
     let clause = row_clause(relation, kind, identity, payload, &mut values)?;
     let clause = minding(clause, minds, relation, kind);
-    let sql = format!(
-        "UPDATE {} SET {} WHERE {clause}",
-        relation.rows(),
-        sets.join(", ")
-    );
+    let sql = format!("UPDATE {} SET {}", relation.rows(), sets.join(", "));
+    let sql = changing(&sql, &clause, minds, relation);
     Ok((sql, values, Expect::One))
 }
 
@@ -216,14 +213,41 @@ pub(super) fn delete(
 ) -> anyhow::Result<Statement> {
     let mut values = Vec::new();
     let clause = row_clause(relation, kind, old, payload, &mut values)?;
-    let expect = match minds && (relation.is_from_above(kind).is_some() || relation.intercepts) {
+    let may_be_there = relation.is_from_above(kind).is_some()
+        || relation.keeper != Keeper::Nobody && !is_held(relation);
+    let expect = match minds && may_be_there {
         // A row that is not found may be missing, or be a session's of this server, or be kept.
         true => Expect::One,
         false => Expect::Delete(payload.clone()),
     };
     let clause = minding(clause, minds, relation, kind);
-    let sql = format!("DELETE FROM {} WHERE {clause}", relation.rows());
+    let sql = changing(
+        &format!("DELETE FROM {}", relation.rows()),
+        &clause,
+        minds,
+        relation,
+    );
     Ok((sql, values, expect))
+}
+
+/// The statement `change` of the rows that `clause` is for. Where a trigger may keep them it tells how
+/// many are there, and holds them, so that none that somebody puts in their place is taken for one that was kept.
+fn changing(change: &str, clause: &str, minds: bool, relation: &Relation) -> String {
+    match minds && is_held(relation) {
+        true => format!(
+            "WITH there AS MATERIALIZED (SELECT FROM {} WHERE {clause} FOR UPDATE), \
+                  done AS ({change} WHERE {clause} AND EXISTS (SELECT FROM there)) \
+             SELECT FROM there",
+            relation.rows()
+        ),
+        false => format!("{change} WHERE {clause}"),
+    }
+}
+
+/// A statement that rules make another one cannot stand in WITH; that of a partitioned table is looked
+/// at for partitions of somebody else only where it stands alone (`pg_ext/src/owner/whose.rs`).
+fn is_held(relation: &Relation) -> bool {
+    relation.keeper == Keeper::Triggers && relation.only
 }
 
 /// Leaves out a row that a session of this server wrote, so that it is noticed.
@@ -234,7 +258,7 @@ fn minding(clause: String, minds: bool, relation: &Relation, kind: OldKind) -> S
     }
 }
 
-/// Finds the row that `old` describes; where only rows are wanted that a session of this server wrote
+/// Finds the row that `old` describes, and holds it; where only rows are wanted that a session of this server wrote
 /// last, `None` if that is not known.
 pub(super) fn find(
     relation: &Relation,
@@ -250,7 +274,8 @@ pub(super) fn find(
         };
         clause = format!("{clause} AND NOT {from_above}");
     }
-    let sql = format!("SELECT FROM {} WHERE {clause}", relation.rows());
+    let hold = if only_local { "" } else { " FOR UPDATE" };
+    let sql = format!("SELECT FROM {} WHERE {clause}{hold}", relation.rows());
     Ok(Some(unnamed(sql, values, Expect::Done)))
 }
 

@@ -367,6 +367,25 @@ fn what_a_trigger_or_a_rule_keeps_stays_as_it_is() {
         assert_eq!(server.value(&listed), rows, "{table}");
     }
     tree.must_have_no_conflict();
+    let log = tree.nodes[0].bridge.logged();
+    let with_care = log.matches("applying with care").count();
+    assert!(with_care <= 2, "triggers alone do not ask for care: {log}");
+
+    // Who puts another row in the place of one does not keep it.
+    tree.top.sql("INSERT INTO keyed VALUES (7, 'old')");
+    assert_eq!(tree.top.value(done), "t");
+    let server = &tree.nodes[0].server;
+    let mut local = server.connect();
+    let replace = "SET session_replication_role = replica; BEGIN; DELETE FROM keyed WHERE id = 7;
+         INSERT INTO keyed VALUES (7, 'local')";
+    local.batch_execute(replace).expect("replace the row");
+    tree.top.sql("UPDATE keyed SET v = 'top' WHERE id = 7");
+    let waits = "SELECT count(*) > 0 FROM pg_locks WHERE NOT granted";
+    wait_until("the change waits for it", || server.value(waits) == "t");
+    local.batch_execute("COMMIT").expect("commit");
+    assert_eq!(tree.top.value(done), "t");
+    let row = "SELECT v FROM keyed WHERE id = 7";
+    assert_eq!(server.value(row), "top");
 }
 
 // A pile had the locks of all its tables at once, and was gone through one by one when those were

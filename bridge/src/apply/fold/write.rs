@@ -5,7 +5,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 
 use super::Shape;
 use super::binary::Binary;
-use crate::apply::relation::is_from_above;
+use crate::apply::relation::{Equality, is_from_above};
 use crate::pgoutput::Datum;
 
 /// One statement, and how many rows it must touch.
@@ -108,10 +108,12 @@ impl Shape {
     fn same_key(&self) -> String {
         let term = |index: &usize| {
             let column = &self.columns[*index];
-            let equality = column.equality.as_ref()?;
-            Some(equality.of(&format!("t.{}", column.name), &format!("u.c{index}")))
+            let (name, value) = (format!("t.{}", column.name), format!("u.c{index}"));
+            // No row: what cannot be told apart is not touched.
+            let equals = |equality: &Equality| equality.of(&name, &value);
+            column.equality.as_ref().map_or("false".into(), equals)
         };
-        let terms: Vec<String> = self.keys.iter().filter_map(term).collect();
+        let terms: Vec<String> = self.keys.iter().map(term).collect();
         terms.join(" AND ")
     }
 

@@ -8,7 +8,7 @@ use bytes::Bytes;
 
 use super::Planner;
 use crate::apply::fold::Shape;
-use crate::apply::relation::{Column, Relation};
+use crate::apply::relation::{Column, Keeper, Relation};
 use crate::client::Client;
 use crate::pgoutput::{self, Message};
 use crate::record::Record;
@@ -107,7 +107,7 @@ impl Planner {
             routed: self.is_routed(relation.namespace, relation.name),
             only: false,
             plain: false,
-            intercepts: false,
+            keeper: Keeper::Nobody,
             identity: relation.identity,
             local_since: None,
             shape: None,
