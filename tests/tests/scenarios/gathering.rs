@@ -165,7 +165,7 @@ fn a_backlog_comes_in_few_pieces_and_news_at_once() {
     let clear = |(plain, ..): &(u64, u64, Stream)| *plain > TRANSACTIONS as u64;
     let mut stream = match tries.find(clear) {
         Some((plain, gathered, stream)) => {
-            assert!(gathered * 5 < plain, "{gathered} of {plain}");
+            assert!(gathered * 3 < plain, "{gathered} of {plain}");
             stream
         }
         None => {

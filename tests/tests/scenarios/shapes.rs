@@ -295,6 +295,8 @@ fn a_key_of_any_type_is_found_by_its_index() {
     let below = &tree.nodes[0].server;
     // Of tables so small no index would be used.
     below.sql("ALTER SYSTEM SET enable_seqscan = off");
+    // What costs as much as a forbidden scan would be compiled first.
+    below.sql("ALTER SYSTEM SET jit = off");
     below.sql("SELECT pg_reload_conf()");
     tree.nodes[0].bridge.stop();
     for pile in [false, true] {
