@@ -179,13 +179,17 @@ impl Table {
         table
     }
 
+    /// Rows are told by a primary key, here and at the top.
+    fn has_key(&self) -> bool {
+        !matches!(self.key, Key::Index | Key::Deferred | Key::Full | Key::None)
+    }
+
     fn may_be(&self, part: Part) -> bool {
-        let has_key = !matches!(self.key, Key::Index | Key::Deferred | Key::Full | Key::None);
         // A row that comes to pass a filter lacks what is stored out of line.
         let is_short = |column: &usize| COLUMNS[*column].0 != LONG;
         match part {
             Part::Whole => true,
-            Part::Listed => has_key && !self.partitioned && self.columns.len() > 1,
+            Part::Listed => self.has_key() && !self.partitioned && self.columns.len() > 1,
             Part::Filtered => {
                 let is_immutable = matches!(self.key, Key::Int | Key::Pair);
                 is_immutable && !self.partitioned && self.columns.iter().all(is_short)
@@ -195,8 +199,7 @@ impl Table {
 
     /// Nothing but a row that is not as expected keeps its changes from being folded.
     pub fn is_foldable(&self) -> bool {
-        let has_key = !matches!(self.key, Key::Index | Key::Deferred | Key::Full | Key::None);
-        has_key && !self.partitioned && !self.says
+        self.has_key() && !self.partitioned && !self.says
     }
 
     fn filter(&self) -> Option<&'static str> {

@@ -156,18 +156,20 @@ fn a_backlog_comes_in_few_pieces_and_news_at_once() {
     };
     // A reader that is kept waiting gets them in few pieces however they were sent; nothing that
     // it read is confirmed, so it may try again.
-    let mut tries = (0..10).map(|_| {
+    let tries = (0..10).map(|_| {
         let (plain, wanted, _) = read("plain", false);
         let (gathered, frames, stream) = read("gathered", true);
         assert!(frames == wanted, "the same is sent");
         (plain.unwrap_or(0), gathered.unwrap_or(0), stream)
     });
     let clear = |(plain, ..): &(u64, u64, Stream)| *plain > TRANSACTIONS as u64;
-    let mut stream = match tries.find(clear) {
-        Some((plain, gathered, stream)) => {
-            assert!(gathered * 3 < plain, "{gathered} of {plain}");
-            stream
-        }
+    let is_few = |(plain, gathered, _): &(u64, u64, Stream)| gathered * 5 < *plain;
+    // Where others keep the walsender from running it has less to gather.
+    let mut clear_ones = tries.filter(clear).take(3).peekable();
+    let is_told = clear_ones.peek().is_some();
+    let mut stream = match clear_ones.find(is_few) {
+        Some((.., stream)) => stream,
+        None if is_told => panic!("the pieces are not few in any of three tries"),
         None => {
             println!("skipped: nobody tells (ss), or it is too busy here, how many pieces came");
             read("gathered", true).2
