@@ -118,9 +118,10 @@ audit:
 	cargo deny check licenses bans sources
 
 # Terrace and native subscriptions side by side. QUICK=1 for the short form, without failovers; ONLY="drain tree" for
-# some of: drain, large, tree, latency, memory, tag, fanout, copy, compare, failover (or one of
-# failover-deaths, failover-silences, failover-rejoin). Results in target/bench/. The extension is
-# installed as for use, and pglogical to be measured beside.
+# some of: drain, tree, latency, tag, fanout, large, memory, copy, compare, failover (or one of
+# failover-deaths, failover-silences, failover-rejoin). Servers are in TMPDIR, those of the large, memory, copy
+# and compare workloads in /var/tmp if that is in memory. Results in target/bench/. The extension is installed
+# as for use, and pglogical to be measured beside.
 .PHONY: bench
 bench: install
 	@[ -e $$($(PG_CONFIG) --pkglibdir)/pglogical.so ] \

@@ -34,6 +34,10 @@ impl Workload for Copying {
         "the initial copy of a new server"
     }
 
+    fn is_large(&self) -> bool {
+        true
+    }
+
     fn run(&self, stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
         stage.clear();
         let mut tree = plant()?;

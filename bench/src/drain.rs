@@ -138,6 +138,12 @@ impl Workload for Drain {
         self.about
     }
 
+    fn is_large(&self) -> bool {
+        self.scripts
+            .iter()
+            .any(|one| matches!(one.work, Work::Large))
+    }
+
     fn run(&self, stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
         let world = stage.world(self.shape, plan)?;
         for script in self.scripts {

@@ -34,6 +34,10 @@ impl Workload for Compare {
         "every row of a table on seven servers, while pgbench writes to it"
     }
 
+    fn is_large(&self) -> bool {
+        true
+    }
+
     fn run(&self, stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
         stage.clear();
         let mut tree = plant()?;

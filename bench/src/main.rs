@@ -5,6 +5,8 @@
 //! the ratio of two medians of one run is what is looked at.
 //!
 //! `terrace-bench [--quick] [WORKLOAD …]`
+//!
+//! Servers are in `TMPDIR`; the large ones are on a disk if that is in memory.
 
 mod copying;
 mod drain;
@@ -30,6 +32,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, anyhow};
+use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use report::Report;
 use terrace_tests::process::end_all;
 use terrace_tests::scratch;
@@ -39,12 +42,12 @@ use world::Stage;
 fn workloads() -> Vec<Box<dyn Workload>> {
     vec![
         Box::new(drain::Drain::hop()),
-        Box::new(drain::Drain::large()),
         Box::new(drain::Drain::tree()),
         Box::new(latency::Latency),
-        Box::new(memory::Memory),
         Box::new(tag::Tag),
         Box::new(fanout::Fanout),
+        Box::new(drain::Drain::large()),
+        Box::new(memory::Memory),
         Box::new(copying::Copying),
         Box::new(equality::Compare),
         Box::new(failover::Blows::deaths()),
@@ -101,11 +104,19 @@ fn bench(plan: &Plan, wanted: &[String]) -> Result<bool> {
     let directory = results()?;
     let mut report = Report::new(plan, wanted);
     let mut stage = Stage::default();
+    let mut last_room = PathBuf::new();
     for workload in workloads() {
         let is_wanted = |name: &String| is_meant(name, workload.name());
         let in_all = !(plan.quick && workload.name().starts_with("failover"));
         if !(wanted.iter().any(is_wanted) || wanted.is_empty() && in_all) {
             continue;
+        }
+        let room = room(!plan.quick && workload.is_large());
+        if room != last_room {
+            stage.clear();
+            scratch::make_in(&room);
+            println!("servers are in {}", room.display());
+            last_room.clone_from(&room);
         }
         println!("{}: {}", workload.name(), workload.about());
         let started = report.elapsed();
@@ -132,6 +143,18 @@ fn bench(plan: &Plan, wanted: &[String]) -> Result<bool> {
         println!("{}", path.display());
     }
     Ok(!report.has_failures())
+}
+
+/// Where a workload's servers are to be.
+fn room(is_large: bool) -> PathBuf {
+    let room = std::env::temp_dir();
+    let in_memory = statfs(&room).is_ok_and(|system| system.filesystem_type() == TMPFS_MAGIC);
+    if is_large && in_memory {
+        // What is too large for `/tmp` is at home here.
+        PathBuf::from("/var/tmp")
+    } else {
+        room
+    }
 }
 
 /// `bench` in the target directory, which is where this program was built.

@@ -31,6 +31,10 @@ impl Workload for Memory {
         "one large transaction through the tree; one of many rows, and one that changes them, through top -> 1 -> 1"
     }
 
+    fn is_large(&self) -> bool {
+        true
+    }
+
     fn run(&self, stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
         let (large, many) = (plan.large_rows, plan.many_rows);
         let insert = |rows: String| format!("INSERT INTO bench_large SELECT {rows}");

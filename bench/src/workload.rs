@@ -13,6 +13,10 @@ pub trait Workload {
     fn name(&self) -> &'static str;
     /// One line for the reader of the output.
     fn about(&self) -> &'static str;
+    /// Whether its servers are too large for this machine's memory.
+    fn is_large(&self) -> bool {
+        false
+    }
     /// Boots what it needs, measures, and adds figures.
     fn run(&self, stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()>;
 }

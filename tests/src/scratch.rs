@@ -9,6 +9,14 @@ use anyhow::{Context, Result};
 
 static MADE: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
+/// Where those are made that follow; none is the system's own, `TMPDIR`.
+static ROOM: Mutex<Option<PathBuf>> = Mutex::new(None);
+
+/// Directories that are made from now on are made in this one.
+pub fn make_in(room: &Path) {
+    *ROOM.lock().unwrap_or_else(PoisonError::into_inner) = Some(room.to_owned());
+}
+
 /// Removes all that were made, for a program that is interrupted.
 pub fn remove_all() {
     for path in MADE.lock().unwrap_or_else(PoisonError::into_inner).iter() {
@@ -26,10 +34,11 @@ impl Scratch {
     /// Makes the directory; others may pass through it, as the servers may run as another user.
     pub fn new(prefix: &str) -> Result<Scratch> {
         use std::os::unix::fs::PermissionsExt;
+        let room = ROOM.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let directory = tempfile::Builder::new()
             .prefix(prefix)
             .permissions(std::fs::Permissions::from_mode(0o755))
-            .tempdir()
+            .tempdir_in(room.unwrap_or_else(std::env::temp_dir))
             .context("make a scratch directory")?;
         let path = directory.keep();
         let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
