@@ -258,9 +258,11 @@ CREATE FUNCTION identity_of(rel regclass) RETURNS int2[]
     SELECT CASE relreplident
         WHEN 'f' THEN ARRAY(SELECT attnum FROM pg_attribute
                             WHERE attrelid = rel AND attnum > 0 AND NOT attisdropped)
-        -- PostgreSQL does not take a key that may be violated for a while.
+        -- PostgreSQL does not take a key that may be violated for a while. What is generated is not sent.
         ELSE (SELECT (indkey::int2[])[0:indnkeyatts - 1] FROM pg_index
               WHERE indrelid = rel AND indisvalid AND indimmediate
+                AND NOT EXISTS (SELECT FROM pg_attribute
+                                WHERE attrelid = rel AND attgenerated <> '' AND attnum = ANY (indkey))
                 AND (relreplident = 'd' AND indisprimary OR relreplident = 'i' AND indisreplident))
         END
     FROM pg_class WHERE oid = rel

@@ -118,6 +118,7 @@ fn bench(plan: &Plan, wanted: &[String]) -> Result<bool> {
             println!("servers are in {}", room.display());
             last_room.clone_from(&room);
         }
+        report.servers_in(workload.name(), &room);
         println!("{}: {}", workload.name(), workload.about());
         let started = report.elapsed();
         // The harness panics where a test would fail.

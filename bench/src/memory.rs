@@ -3,7 +3,8 @@
 //!
 //! The figure is that of the level's largest process. For a bridge the highest resident size since its start counts, program text
 //! included. An apply worker's holds the shared buffers that it touched,
-//! so for it the private part alone is sampled, which favours native subscriptions and pglogical.
+//! so for it the private part alone is sampled, which favours native subscriptions and pglogical. The
+//! server process through which a bridge applies is in no figure.
 
 use anyhow::{Result, ensure};
 

@@ -2,10 +2,11 @@
 
 use std::ffi::OsStr;
 use std::fmt::Write;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use terrace_tests::server::program;
 
 use crate::proc;
@@ -57,6 +58,8 @@ pub struct Report {
     /// What was typed.
     command: String,
     started: Instant,
+    /// Workloads, and where their servers were.
+    rooms: Vec<(&'static str, PathBuf)>,
     pub figures: Vec<Figure>,
     failures: Vec<(String, String)>,
 }
@@ -74,6 +77,7 @@ impl Report {
         Report {
             command,
             started: Instant::now(),
+            rooms: Vec::new(),
             figures: Vec::new(),
             failures: Vec::new(),
         }
@@ -82,6 +86,11 @@ impl Report {
     /// Since the run began.
     pub fn elapsed(&self) -> Duration {
         self.started.elapsed()
+    }
+
+    /// Servers of a workload are in this directory.
+    pub fn servers_in(&mut self, workload: &'static str, room: &Path) {
+        self.rooms.push((workload, room.to_owned()));
     }
 
     pub fn add(&mut self, figure: Figure) {
@@ -139,6 +148,7 @@ impl Report {
             "postgres": said_by(program("postgres"), &["--version"]),
             "cores": std::thread::available_parallelism().map_or(0, usize::from),
             "memory_gib": proc::machine_gib(),
+            "servers_in": self.rooms.iter().map(|(workload, room)| (workload.to_string(), json!(room))).collect::<Map<_, _>>(),
             "elapsed_seconds": self.elapsed().as_secs(),
             "figures": figures,
             "failures": failures,

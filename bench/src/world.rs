@@ -16,14 +16,13 @@ use crate::workload::{Plan, wait};
 /// Of every server, on both sides: what an operator would set on a small machine. Checkpoints
 /// and vacuum come when asked for, not in the middle of a measurement; a subscription that was
 /// disabled a moment ago is started again without a pause.
-const SETTINGS: [(&str, &str); 7] = [
+const SETTINGS: [(&str, &str); 6] = [
     ("fsync", "on"),
     ("shared_buffers", "128MB"),
     ("max_wal_size", "8GB"),
     ("checkpoint_timeout", "30min"),
     ("autovacuum", "off"),
     ("wal_retrieve_retry_interval", "100ms"),
-    ("jit", "off"),
 ];
 
 /// Servers in the two levels below the top.

@@ -77,7 +77,7 @@ impl Assembler {
                     xid,
                     tag: Bytes::new(),
                 });
-                self.frames.clear();
+                self.clear();
                 self.add(lsn, payload, writer)?;
             }
             Message::Relation(_) | Message::Type { .. } => {
@@ -113,6 +113,14 @@ impl Assembler {
         Ok(None)
     }
 
+    /// A row of hundreds of MiB does not come often: its room is given back.
+    fn clear(&mut self) {
+        match self.frames.capacity() > 4 * PART_BYTES {
+            true => self.frames = BytesMut::new(),
+            false => self.frames.clear(),
+        }
+    }
+
     fn transaction(&mut self) -> Result<&mut Open, AssembleError> {
         self.open
             .as_mut()
@@ -131,7 +139,7 @@ impl Assembler {
     fn end_part(&mut self, writer: &mut Writer) -> Result<(), AssembleError> {
         if self.open.is_some() && !self.frames.is_empty() {
             writer.append(&Record::new(Kind::Part, Lsn::ZERO, &self.frames))?;
-            self.frames.clear();
+            self.clear();
         }
         Ok(())
     }

@@ -183,6 +183,7 @@ pub async fn follow(
         if let Err(error) = writer.cut() {
             return error.into();
         }
+        writer.begin_session();
         // Over a connection that is dead without a word an answer would be waited for until
         // TCP gives up.
         match timeout(OPENING, Link::open(shared, writer, target)).await {

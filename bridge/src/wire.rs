@@ -4,6 +4,8 @@
 //! a read that is given up loses nothing. A length beyond the limit ends the
 //! connection before anything of that size is allocated.
 
+mod output;
+
 use std::future::poll_fn;
 use std::io;
 use std::pin::pin;
@@ -11,6 +13,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
+use output::Output;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, lookup_host};
@@ -59,6 +62,8 @@ pub const MAX_UNAUTHENTICATED: usize = 64 << 10;
 pub const MAX_MESSAGE: usize = (1 << 30) + (64 << 20);
 const MAX_STARTUP: usize = 10_000;
 const READ_BYTES: usize = 64 << 10;
+/// After a message of more than this the buffer that it was in is not used again.
+const LARGE_MESSAGE: usize = 1 << 20;
 
 /// One message: its kind and what follows the length.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,7 +78,7 @@ pub struct Message {
 pub struct Framed {
     stream: Box<dyn Stream>,
     input: BytesMut,
-    output: BytesMut,
+    output: Output,
     /// Something of it is with the stream, which may hold it back.
     unflushed: bool,
     patience: Option<Duration>,
@@ -89,7 +94,7 @@ impl Framed {
         Framed {
             stream,
             input: BytesMut::new(),
-            output: BytesMut::new(),
+            output: Output::default(),
             unflushed: false,
             patience: None,
         }
@@ -103,7 +108,21 @@ impl Framed {
 
     /// Bytes that go out with the next flush.
     pub fn out(&mut self) -> &mut BytesMut {
-        &mut self.output
+        self.output.tail()
+    }
+
+    /// Puts a message out whose body is `head` and then `rest`, which is not copied if it is large.
+    pub fn put_shared(&mut self, kind: u8, head: &[u8], rest: Bytes) {
+        let out = self.output.tail();
+        out.put_u8(kind);
+        out.put_u32((4 + head.len() + rest.len()) as u32);
+        out.put_slice(head);
+        self.output.push(rest);
+    }
+
+    /// So many bytes are put out and not sent yet.
+    pub fn unsent(&self) -> usize {
+        self.output.remaining()
     }
 
     /// Sends what has been put out.
@@ -161,7 +180,15 @@ impl Framed {
 
     /// A whole message that has been read already.
     pub fn buffered(&mut self, limit: usize) -> io::Result<Option<Message>> {
-        take_message(&mut self.input, limit)
+        let message = take_message(&mut self.input, limit)?;
+        if message
+            .as_ref()
+            .is_some_and(|message| message.body.len() > LARGE_MESSAGE)
+        {
+            // Or its size would be held for as long as the connection lasts.
+            self.input = BytesMut::from(&self.input[..]);
+        }
+        Ok(message)
     }
 
     /// Reads what there is, once; waits for it.
@@ -236,7 +263,7 @@ impl Framed {
 
     /// The stream, if nothing is buffered that it would miss.
     pub fn into_stream(self) -> io::Result<Box<dyn Stream>> {
-        if self.input.is_empty() && self.output.is_empty() {
+        if self.input.is_empty() && !self.output.has_remaining() {
             Ok(self.stream)
         } else {
             Err(invalid("unexpected data before the TLS handshake"))

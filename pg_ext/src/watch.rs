@@ -4,7 +4,8 @@
 //! `terrace.take_altered()` at the latest in the first transaction that holds a lock on the table
 //! which that change could not have been made under. PostgreSQL sends invalidations before it
 //! releases the locks of a commit, and takes those of others in whenever it gets a lock
-//! (`LockRelationOid` in `lmgr.c`, `AcceptInvalidationMessages` in `inval.c`).
+//! (`LockRelationOid` in `lmgr.c`, `AcceptInvalidationMessages` in `inval.c`). A schema that is given
+//! another name, for which no table is locked, is taken for a change of all of them.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -21,10 +22,13 @@ thread_local! {
 #[pg_extern]
 fn watch(table: pg_sys::Oid) -> pg_sys::Oid {
     if !REGISTERED.replace(true) {
-        // SAFETY: the callback is a plain function that lives as long as the library; there is room
-        // for ten of a session, and this is one.
+        let nothing = pg_sys::Datum::from(0);
+        let schemas = pg_sys::SysCacheIdentifier::NAMESPACEOID as i32;
+        // SAFETY: the callbacks are plain functions that live as long as the library; there is room
+        // for ten of tables and 64 of others in a session, and these are one of each.
         unsafe {
-            pg_sys::CacheRegisterRelcacheCallback(Some(on_invalidation), pg_sys::Datum::from(0));
+            pg_sys::CacheRegisterRelcacheCallback(Some(on_invalidation), nothing);
+            pg_sys::CacheRegisterSyscacheCallback(schemas, Some(on_schema), nothing);
         }
     }
     // What has not been told of yet stays so: it may be somebody else who knows the table.
@@ -48,6 +52,12 @@ fn take_altered() -> Option<Vec<pg_sys::Oid>> {
             .collect()
     });
     (!altered.is_empty()).then_some(altered)
+}
+
+/// The same, of a schema that was made, renamed or dropped.
+unsafe extern "C-unwind" fn on_schema(arg: pg_sys::Datum, _cache: i32, _hash: u32) {
+    // SAFETY: it is called as that one is.
+    unsafe { on_invalidation(arg, pg_sys::InvalidOid) }
 }
 
 /// Runs in the midst of PostgreSQL's caches: it only takes note. No OID stands for all tables.

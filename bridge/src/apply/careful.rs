@@ -202,12 +202,9 @@ impl Session<'_> {
     async fn careful_step(&mut self, payload: &Bytes, step: &Step) -> anyhow::Result<()> {
         self.make_way(payload).await?;
         self.note_local(payload).await?;
-        let mut count = self.run_step(step).await?;
-        let is_kept = count == 0 && self.may_be_kept(payload, step).await?;
-        if is_kept {
-            // It was put there while this waited, or there is somebody who wants it as it is.
-            count = self.run_step(step).await?;
-        }
+        let may_be_kept = self.may_be_kept(payload, step).await?;
+        let count = self.run_step(step).await?;
+        let is_kept = count == 0 && may_be_kept;
         // Its key was altered here since the table was looked at; it is looked at anew.
         if count > 1 && self.planner.is_told_by_primary(payload)? {
             bail!("the primary key of a table was altered on this server");
@@ -216,8 +213,11 @@ impl Session<'_> {
             _ if is_kept => {}
             Expect::One if count == 0 => {
                 let row = self.planner.row_of(payload)?;
-                if let Some(insert) = self.planner.insert_instead(payload)? {
-                    self.run_step(&insert).await?;
+                if let Some(insert) = self.planner.insert_instead(payload)?
+                    && self.run_step(&insert).await? == 0
+                {
+                    // Somebody here does not want it at all.
+                    return Ok(());
                 }
                 self.bump(&row, "update_missing", 1).await.map_err(fatal)?;
             }
@@ -230,8 +230,8 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Whether the row of a change that did nothing is there all the same, where a trigger or a rule of
-    /// this server may not want it changed. It stays there until this transaction ends.
+    /// Whether the row of a change is there, where a trigger or a rule of this server may not want it
+    /// changed, so that a change that does nothing was kept from it. It stays there until this transaction ends.
     async fn may_be_kept(&mut self, payload: &Bytes, step: &Step) -> anyhow::Result<bool> {
         let is_of_a_row = matches!(step.expect, Expect::One | Expect::Delete(_));
         if !is_of_a_row || !self.planner.may_keep_row(payload)? {

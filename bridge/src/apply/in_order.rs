@@ -21,6 +21,8 @@ const PARTS_BYTES: usize = 4 << 20;
 const OUT_OF_LOCKS: &str = "53200";
 /// Answers are read at the latest when so many bytes of requests are unanswered.
 const PIPELINE_BYTES: usize = 64 << 10;
+/// A transaction that sends so many notifications is the last of its batch.
+const MOST_NOTIFIED: usize = 1_000;
 
 impl Session<'_> {
     pub(super) async fn fast_batch(&mut self) -> Result<(), Failed> {
@@ -31,6 +33,7 @@ impl Session<'_> {
                 // Something is complete: take only what is there and may be shown.
                 let full = batch.transactions >= self.in_order.min(self.most.0)
                     || batch.bytes >= MAX_BYTES
+                    || batch.notified.len() >= MOST_NOTIFIED
                     || self.planner.routing_changed();
                 let gate = *self.shared.upstream_replayed.borrow();
                 match self.peek()? {
@@ -158,10 +161,9 @@ impl Session<'_> {
             Err(error) => return Err(Failed::Unexpected(format!("{error:#}"))),
         };
         for step in steps {
-            if let Step {
-                notify: Some(content),
-                ..
-            } = &step
+            // With as many, nothing is compared with them: this transaction is the last of the batch.
+            if let Some(content) = &step.notify
+                && batch.notified.len() < MOST_NOTIFIED
             {
                 // A part of what was read would keep the block that it is in.
                 batch.notified.insert(Bytes::copy_from_slice(content));

@@ -158,12 +158,6 @@ impl Planner {
             }
             _ => return Ok(Planned::Nothing),
         };
-        if let Message::Insert { relid, new } = &message
-            && let Some(relation) = self.relations.get(relid)
-            && relation.namespace == "terrace"
-        {
-            self.seals.note(&relation.name, *new);
-        }
         let mut unknown = Vec::new();
         for relid in &relids {
             let relation = self
@@ -179,6 +173,12 @@ impl Planner {
             return Ok(Planned::Lookup(relid));
         }
         let relation = &self.relations[&relids[0]];
+        // Not before: a change that needs a look is planned twice, and each seal is for one message.
+        if let Message::Insert { new, .. } = &message
+            && relation.namespace == "terrace"
+        {
+            self.seals.note(&relation.name, *new);
+        }
         let list = Some(relation.name.as_str()).filter(|_| relation.namespace == "terrace");
         if matches!(list, Some("sync_table" | "partition")) {
             self.routing_changed |= list == Some("sync_table");

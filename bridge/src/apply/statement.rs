@@ -186,22 +186,35 @@ pub(super) fn update(
 ) -> anyhow::Result<Statement> {
     check_width(relation, new.len())?;
     let datums: Vec<Datum<'_>> = new.iter().collect();
-    let (mut sets, mut values) = (Vec::new(), Vec::new());
+    let (mut names, mut places, mut values) = (Vec::new(), Vec::new(), Vec::new());
     for (index, column) in relation.writable() {
         if datums[index] != Datum::Unchanged {
             values.push(value(datums[index], payload));
-            let value = place(column, values.len());
-            sets.push(format!("{} = {value}", quote_ident(&column.name)));
+            names.push(quote_ident(&column.name));
+            places.push(place(column, values.len()));
         }
     }
-    if sets.is_empty() {
+    if names.is_empty() {
         return Ok((String::new(), values, Expect::Done));
     }
     let (kind, identity) = old.unwrap_or((OldKind::Key, new));
     let clause = row_clause(relation, kind, identity, payload, &mut values)?;
     let clause = minding(clause, minds, relation, kind);
+    let sets = names.iter().zip(&places);
+    let sets: Vec<String> = sets
+        .map(|(name, value)| format!("{name} = {value}"))
+        .collect();
     let sql = format!("UPDATE {} SET {}", relation.rows(), sets.join(", "));
-    let sql = changing(&sql, &clause, minds, relation);
+    let is_whole = !datums.contains(&Datum::Unchanged) && relation.is_from_above(kind).is_none();
+    let instead = is_whole.then(|| {
+        format!(
+            "INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE SELECT {}",
+            relation.qualified(),
+            names.join(", "),
+            places.join(", ")
+        )
+    });
+    let sql = changing(&sql, instead, &clause, minds, relation);
     Ok((sql, values, Expect::One))
 }
 
@@ -223,6 +236,7 @@ pub(super) fn delete(
     let clause = minding(clause, minds, relation, kind);
     let sql = changing(
         &format!("DELETE FROM {}", relation.rows()),
+        None,
         &clause,
         minds,
         relation,
@@ -232,15 +246,28 @@ pub(super) fn delete(
 
 /// The statement `change` of the rows that `clause` is for. Where a trigger may keep them it tells how
 /// many are there, and holds them, so that none that somebody puts in their place is taken for one that was kept.
-fn changing(change: &str, clause: &str, minds: bool, relation: &Relation) -> String {
-    match minds && is_held(relation) {
-        true => format!(
-            "WITH there AS MATERIALIZED (SELECT FROM {} WHERE {clause} FOR UPDATE), \
-                  done AS ({change} WHERE {clause} AND EXISTS (SELECT FROM there)) \
-             SELECT FROM there",
-            relation.rows()
+/// Where none is there, one that it keeps from being inserted `instead` is not missing.
+fn changing(
+    change: &str,
+    instead: Option<String>,
+    clause: &str,
+    minds: bool,
+    relation: &Relation,
+) -> String {
+    if !(minds && is_held(relation)) {
+        return format!("{change} WHERE {clause}");
+    }
+    let held = format!(
+        "WITH there AS MATERIALIZED (SELECT FROM {} WHERE {clause} FOR UPDATE), \
+              done AS ({change} WHERE {clause} AND EXISTS (SELECT FROM there))",
+        relation.rows()
+    );
+    match instead {
+        None => format!("{held} SELECT FROM there"),
+        Some(instead) => format!(
+            "{held}, instead AS ({instead} WHERE NOT EXISTS (SELECT FROM there) RETURNING 1) \
+             SELECT FROM (SELECT) one WHERE NOT EXISTS (SELECT FROM instead)"
         ),
-        false => format!("{change} WHERE {clause}"),
     }
 }
 
@@ -426,7 +453,10 @@ fn clause(
     {
         let name = quote_ident(&column.name);
         match datum {
-            Datum::Null => terms.push(format!("{name} IS NULL")),
+            Datum::Null => terms.push(match &column.local {
+                Some(local) => local.is_null(&name),
+                None => format!("{name} IS NULL"),
+            }),
             // Not sent because not changed: the other columns must do.
             Datum::Unchanged => {}
             Datum::Text(_) => {

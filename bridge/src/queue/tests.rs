@@ -458,3 +458,67 @@ fn a_large_transaction_goes_to_disk_while_it_comes() {
     assert!(most <= 5 * writer::DIRTY_BYTES, "{most} bytes at once");
     assert_eq!(queue.end(), Lsn(100), "nothing is shown of it");
 }
+
+// Tables that were dropped long ago were defined at the head of each segment, for ever.
+#[test]
+fn what_a_new_session_does_not_define_is_forgotten() {
+    let dir = TempDir::new().unwrap();
+    let (queue, mut writer) = create(&dir);
+    let full = SEGMENT_BYTES as usize;
+    for relid in [1, 2, 3] {
+        writer.append(&schema(relid, 0)).unwrap();
+    }
+    writer.append(&transaction(110, 10)).unwrap();
+    writer.begin_session();
+    writer.append(&schema(2, 0)).unwrap();
+    writer.append(&transaction(120, full)).unwrap();
+    writer.append(&transaction(130, 10)).unwrap();
+    writer.append(&schema(3, 0)).unwrap();
+    writer.append(&transaction(140, 10)).unwrap();
+    writer.publish().unwrap();
+    let (s, c) = (Kind::Schema, Kind::Commit);
+    // Whoever is before the end of the session before has all, also from the disk.
+    let early = [
+        (s, 0),
+        (s, 0),
+        (s, 0),
+        (c, 110),
+        (c, 120),
+        (s, 0),
+        (c, 130),
+        (s, 0),
+        (c, 140),
+    ];
+    assert_eq!(all(&queue, 100), early);
+    assert_eq!(all(&queue, 120), [(s, 0), (c, 130), (s, 0), (c, 140)]);
+    drop((queue, writer));
+    let (queue, mut writer) = Queue::open(dir.path()).unwrap().unwrap();
+    assert_eq!(all(&queue, 100), early);
+    writer.begin_session();
+    writer.append(&schema(3, 0)).unwrap();
+    writer.append(&transaction(150, full)).unwrap();
+    writer.publish().unwrap();
+    assert_eq!(all(&queue, 150), [(s, 0)]);
+}
+
+// With definitions of more than a segment each transaction began another one.
+#[test]
+fn definitions_however_many_are_the_smaller_part_of_a_segment() {
+    let dir = TempDir::new().unwrap();
+    let (queue, mut writer) = create(&dir);
+    let mut large = BytesMut::new();
+    for relid in 0..3_u32 {
+        large.clear();
+        large.put_u8(b'R');
+        large.put_u32(relid);
+        large.put_bytes(1, SEGMENT_BYTES as usize / 2);
+        let defined = Record::new(Kind::Schema, Lsn::ZERO, &large);
+        writer.append(&defined).unwrap();
+    }
+    for end in 11..=30 {
+        writer.append(&transaction(end * 10, 10)).unwrap();
+    }
+    writer.publish().unwrap();
+    assert_eq!(segment::list(dir.path()).unwrap().len(), 2);
+    assert_eq!(all(&queue, 290).last(), Some(&(Kind::Commit, 300)));
+}

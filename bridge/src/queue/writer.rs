@@ -1,5 +1,6 @@
 //! The one writer of a queue.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use bytes::{BufMut, BytesMut};
@@ -27,6 +28,11 @@ pub struct Writer {
     /// Of the last appended transaction or watermark.
     end: Lsn,
     schema: Schema,
+    /// Definitions of sessions with the upstream before this one that it has not given again. It gives
+    /// each before it is used, so the next segment can do without those.
+    stale: BTreeSet<(u8, u32)>,
+    /// A segment of more bytes is followed by another.
+    full: u64,
     /// Not yet in the file; starts at `offset`.
     buffer: BytesMut,
     offset: u64,
@@ -43,10 +49,12 @@ impl Writer {
         let segment = queue.active();
         let offset = segment.visible();
         Writer {
+            full: full_at(&schema),
             queue,
             segment,
             end,
             schema,
+            stale: BTreeSet::new(),
             buffer: BytesMut::new(),
             offset,
             whole: offset,
@@ -64,6 +72,12 @@ impl Writer {
     /// The queue that this writes.
     pub fn queue(&self) -> &Queue {
         &self.queue
+    }
+
+    /// What is appended from now on comes from a new session with an upstream, which defines anew
+    /// whatever it uses: tables that are no more are forgotten some time.
+    pub fn begin_session(&mut self) {
+        self.stale = self.schema.keys().copied().collect();
     }
 
     /// Appends one record. A transaction or watermark at or below the end is
@@ -94,6 +108,7 @@ impl Writer {
 
     fn append_schema(&mut self, record: &Record) -> Result<(), QueueError> {
         let key = schema_key(record)?;
+        self.stale.remove(&key);
         let known = self.schema.get(&key);
         if known.is_some_and(|known| known.bytes == record.bytes) {
             return Ok(());
@@ -114,7 +129,7 @@ impl Writer {
         self.in_transaction = false;
         self.end = record.lsn;
         self.whole = self.offset + self.buffer.len() as u64;
-        if self.whole > SEGMENT_BYTES {
+        if self.whole > self.full {
             self.roll()
         } else {
             Ok(())
@@ -188,7 +203,10 @@ impl Writer {
         if written.is_ok() {
             self.offset += self.buffer.len() as u64;
         }
-        self.buffer.clear();
+        match self.buffer.capacity() > 4 * BUFFER_BYTES {
+            true => self.buffer = BytesMut::new(),
+            false => self.buffer.clear(),
+        }
         written.inspect_err(|_| self.forget())?;
         self.pass_on_to_disk()
     }
@@ -268,6 +286,10 @@ impl Writer {
     fn roll_to(&mut self, identity: &Identity) -> Result<(), QueueError> {
         self.publish()?;
         self.sync()?;
+        for key in std::mem::take(&mut self.stale) {
+            self.schema.remove(&key);
+        }
+        self.full = full_at(&self.schema);
         let inner = &self.queue.inner;
         let create = || Segment::create(&inner.dir, identity, self.end, &self.schema);
         let next = inner.disk.write(create)?;
@@ -278,6 +300,12 @@ impl Writer {
         lock(&inner.segments).push(Arc::clone(&self.segment));
         Ok(())
     }
+}
+
+/// The definitions that a segment begins with are the smaller part of it, however many there are.
+fn full_at(schema: &Schema) -> u64 {
+    let defined: usize = schema.values().map(|record| record.bytes.len()).sum();
+    SEGMENT_BYTES.max(2 * defined as u64)
 }
 
 fn definitions(segment: &Segment, limit: u64) -> Result<Schema, QueueError> {

@@ -147,8 +147,8 @@ impl Sender<'_> {
     }
 
     /// It has not taken yet what was put out for it.
-    fn is_behind(&mut self) -> bool {
-        self.framed.out().len() >= FLUSH_BYTES
+    fn is_behind(&self) -> bool {
+        self.framed.unsent() >= FLUSH_BYTES
     }
 
     /// Puts out what there is, up to a limit.
@@ -165,10 +165,7 @@ impl Sender<'_> {
                     return Ok(());
                 };
                 self.sent = self.sent.max(lsn);
-                wire::put(self.framed.out(), b'd', |out| {
-                    out.put_u8(b'T');
-                    out.put_slice(&records);
-                });
+                self.framed.put_shared(b'd', b"T", records);
             }
             self.tell_replayed();
             return Ok(());
@@ -188,7 +185,7 @@ impl Sender<'_> {
             }
             self.frames(&record)?;
         }
-        if self.sent > before && self.framed.out().is_empty() {
+        if self.sent > before && self.framed.unsent() == 0 {
             self.keepalive(false);
         }
         Ok(())

@@ -505,11 +505,18 @@ fn a_forged_message_is_not_obeyed() {
             explain(&refused)
         );
     }
+    // A seal is for one message, and not for another that says the same.
+    let once = r#"{"sql":"CREATE TABLE public.once (a int)","role":"postgres","superuser":true,"settings":{},"outside":false,"about":[]}"#;
+    tree.top.sql(&format!(
+        "BEGIN; SELECT terrace.write_sealed('terrace.ddl', '{once}');
+         SELECT pg_logical_emit_message(true, 'terrace.ddl', '{once}'); COMMIT"
+    ));
     tree.top.sql("INSERT INTO steps VALUES (1)");
     tree.wait_for_equal(&["steps"]);
     for node in &tree.nodes {
         assert_eq!(
-            node.server.value("SELECT to_regclass('forged') IS NULL"),
+            node.server
+                .value("SELECT to_regclass('forged') IS NULL AND to_regclass('once') IS NOT NULL"),
             "t"
         );
     }

@@ -201,3 +201,80 @@ fn a_key_may_be_dropped_and_made_anew() {
         assert_eq!(found, "by_index i, keyed d, parted_1 d", "{}", server.name);
     }
 }
+
+// It was told by the rest of its key: others went with it.
+#[test]
+fn a_row_whose_key_is_generated_is_told_by_all_that_is_in_it() {
+    let schema = "
+        CREATE TABLE t (grp text, seq int, g text GENERATED ALWAYS AS (lower(grp)) STORED, v text,
+                        PRIMARY KEY (g, seq));
+        CREATE TABLE doc (doc jsonb, id text GENERATED ALWAYS AS (doc ->> 'id') STORED PRIMARY KEY);
+        SELECT terrace.add_table('t'), terrace.add_table('doc')";
+    let changes = "
+        INSERT INTO t (grp, seq, v) SELECT x, {n} + g, x FROM unnest('{A,B,C}'::text[]) x, generate_series(1, 5) g;
+        UPDATE t SET v = 'new' WHERE grp = 'A' AND seq > {n} + 2;
+        UPDATE t SET grp = 'D' WHERE grp = 'B' AND seq = {n} + 1;
+        DELETE FROM t WHERE grp = 'C' AND seq > {n};
+        INSERT INTO doc (doc) SELECT jsonb_build_object('id', {n} + g, 'n', 0) FROM generate_series(1, 5) g;
+        UPDATE doc SET doc = doc || '{\"n\": 1}' WHERE id > ({n} + 2)::text;
+        DELETE FROM doc WHERE id = ({n} + 5)::text";
+    flows(schema, ["", ""], changes, &["t", "doc"]);
+}
+
+// A part of a key of this server alone was taken for a key.
+#[test]
+fn a_key_that_the_top_does_not_send_tells_no_row() {
+    let schema = "CREATE TABLE event (at date, v text); SELECT terrace.add_table('event')";
+    let region = "CREATE TABLE event (at date, v text, n bigserial, PRIMARY KEY (at, n))";
+    let changes = "
+        INSERT INTO event SELECT '2026-01-01'::date + {n}, chr(97 + g) FROM generate_series(1, 9) g;
+        UPDATE event SET v = v || '!' WHERE v = 'b';
+        DELETE FROM event WHERE v IN ('c', 'd')";
+    flows(
+        schema,
+        [region, region],
+        changes,
+        &["(SELECT at, v FROM event)"],
+    );
+}
+
+// A row type is null by SQL's IS NULL when all in it is; a cast to text may be anybody's.
+#[test]
+fn a_value_of_a_row_type_is_told_from_no_value_whatever_casts_there_are() {
+    let schema = "
+        CREATE TYPE pair AS (a int, b text);
+        CREATE FUNCTION as_text(pair) RETURNS text IMMUTABLE LANGUAGE sql RETURN $1.a || '/' || $1.b;
+        CREATE CAST (pair AS text) WITH FUNCTION as_text(pair);
+        CREATE TABLE k (p pair, v int); SELECT terrace.add_table('k')";
+    let changes = "
+        INSERT INTO k VALUES (ROW(NULL, NULL), {n}), (NULL, {n}), (ROW({n}, 'x'), {n}), (ROW({n}, 'y'), {n});
+        UPDATE k SET v = v + 1 WHERE (p).b = 'x' AND v = {n};
+        DELETE FROM k WHERE (p).b = 'y' AND v = {n};
+        DELETE FROM k WHERE num_nulls(p) = 1";
+    let below = "
+        CREATE TYPE pair AS (a int, b text);
+        CREATE FUNCTION as_text(pair) RETURNS text IMMUTABLE LANGUAGE sql RETURN $1.a || '/' || $1.b;
+        CREATE CAST (pair AS text) WITH FUNCTION as_text(pair);";
+    flows(
+        schema,
+        [below, ""],
+        changes,
+        &["(SELECT format('%s', p), num_nulls(p), v FROM k)"],
+    );
+}
+
+// From PostgreSQL 17 on a partition has the identity column of the whole, and can have no other.
+#[test]
+fn an_identity_column_may_be_that_of_a_partitioned_table() {
+    let schema = "
+        CREATE TABLE p (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, v text) PARTITION BY RANGE (id);
+        CREATE TABLE p1 PARTITION OF p FOR VALUES FROM (1) TO (100);
+        CREATE TABLE p2 PARTITION OF p FOR VALUES FROM (100) TO (10000) PARTITION BY RANGE (id);
+        CREATE TABLE p2a PARTITION OF p2 FOR VALUES FROM (100) TO (10000);
+        SELECT terrace.add_table('p')";
+    let changes = "
+        INSERT INTO p (v) SELECT 'v' FROM generate_series(1, 70);
+        UPDATE p SET v = 'new' WHERE id % 10 = 3 AND v = 'v';
+        DELETE FROM p WHERE id % 10 = 4";
+    flows(schema, ["", ""], changes, &["p"]);
+}

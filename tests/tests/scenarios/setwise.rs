@@ -327,6 +327,29 @@ fn what_is_altered_here_while_the_bridge_runs_counts_at_once() {
     let each = "DELETE 1000, INSERT 1000, UPDATE 1000";
     comes(seen, each);
 
+    // So does a trigger of another table that is in its place, as its schema is.
+    node.server.sql(
+        "SET session_replication_role = replica; CREATE SCHEMA next;
+         CREATE TABLE next.t (LIKE t INCLUDING ALL); INSERT INTO next.t SELECT * FROM t;
+         CREATE TRIGGER see AFTER INSERT OR UPDATE OR DELETE ON next.t FOR EACH ROW EXECUTE FUNCTION see();
+         ALTER TABLE next.t ENABLE ALWAYS TRIGGER see;
+         DROP TRIGGER see ON t; CREATE SCHEMA seen; ALTER TABLE seen SET SCHEMA seen;
+         CREATE OR REPLACE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS
+             'BEGIN INSERT INTO seen.seen VALUES (TG_OP); RETURN NULL; END';
+         TRUNCATE seen.seen",
+    );
+    // What was made here is known by now.
+    top.sql("UPDATE t SET v = v WHERE id = 100001");
+    comes("SELECT count(*) FROM t", "20000");
+    node.server.sql(
+        "BEGIN; ALTER SCHEMA public RENAME TO before; ALTER SCHEMA next RENAME TO public; COMMIT",
+    );
+    top.sql(
+        "BEGIN; INSERT INTO t SELECT g, 'v' FROM generate_series(1, 1000) g;
+         UPDATE t SET v = 'w' WHERE id <= 1000; DELETE FROM t WHERE id <= 1000; COMMIT",
+    );
+    comes(&seen.replace("FROM seen", "FROM seen.seen"), each);
+
     // What changes nothing of that is no reason to do anything twice.
     let again = |log: &str| log.matches("applying in order").count();
     let before = again(&node.bridge.logged());

@@ -388,6 +388,19 @@ fn what_a_trigger_or_a_rule_keeps_stays_as_it_is() {
     assert_eq!(tree.top.value(done), "t");
     let row = "SELECT v FROM keyed WHERE id = 7";
     assert_eq!(server.value(row), "top");
+
+    // What is asked whether it wants a change is asked once, also where that goes with care.
+    tree.nodes[0].server.sql(
+        "CREATE TABLE asked (id int);
+         CREATE OR REPLACE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS
+           $$BEGIN INSERT INTO public.asked VALUES (OLD.id); RETURN NULL; END$$;
+         CREATE RULE asked AS ON UPDATE TO ruled WHERE OLD.id % 2 = 0 DO INSTEAD INSERT INTO asked VALUES (OLD.id);
+         ALTER TABLE ruled ENABLE ALWAYS RULE asked;",
+    );
+    tree.top.sql("BEGIN; UPDATE ruled SET v = 'kept' WHERE id = 4; UPDATE keyed SET v = 'kept' WHERE id = 2; COMMIT");
+    assert_eq!(tree.top.value(done), "t");
+    let asked = "SELECT string_agg(id::text, ' ' ORDER BY id) FROM asked";
+    assert_eq!(tree.nodes[0].server.value(asked), "2 4");
 }
 
 // A pile had the locks of all its tables at once, and was gone through one by one when those were

@@ -332,3 +332,38 @@ fn who_leaves_something_out_keeps_it_from_nobody_below() {
     assert!(sent.status.success());
     tree.wait_for_equal(&["steps"]);
 }
+
+// What was put off to there was refused without a word, for ever; two that go one by one went
+// together.
+#[test]
+fn what_is_refused_at_the_end_of_a_transaction_is_named_and_can_be_left_out() {
+    let schema = "CREATE TABLE o (id int PRIMARY KEY); CREATE TABLE l (o int PRIMARY KEY);
+         SELECT terrace.add_table('o'), terrace.add_table('l')";
+    let mut tree = Tree::grow(schema, &ONE);
+    tree.wait_for_equal(&["o", "l"]);
+    tree.nodes[0].server.sql(
+        "CREATE FUNCTION has_lines() RETURNS trigger LANGUAGE plpgsql AS
+           $$BEGIN IF NOT EXISTS (SELECT FROM public.l WHERE o = NEW.id) THEN RAISE EXCEPTION 'no lines'; END IF;
+             RETURN NULL; END$$;
+         CREATE CONSTRAINT TRIGGER has_lines AFTER INSERT ON o DEFERRABLE INITIALLY DEFERRED
+             FOR EACH ROW EXECUTE FUNCTION has_lines();
+         ALTER TABLE o ENABLE ALWAYS TRIGGER has_lines;",
+    );
+    tree.nodes[0].bridge.stop();
+    tree.top.sql(
+        "BEGIN; INSERT INTO o VALUES (1); INSERT INTO l VALUES (1); COMMIT;
+         BEGIN; DELETE FROM l; DELETE FROM o; COMMIT; INSERT INTO l VALUES (2)",
+    );
+    tree.start_bridges_on_a_pile();
+    tree.wait_for_equal(&["o", "l"]);
+    tree.top.sql("INSERT INTO o VALUES (9)");
+    tree.top.sql("INSERT INTO l VALUES (3)");
+    let node = &tree.nodes[0];
+    wait_stalled(node, &["cannot be applied", "no lines"]);
+    let reason = "SELECT substring(reason FROM 'ends at ([0-9A-F/]+)') FROM terrace.lag";
+    let lsn = node.server.value(reason);
+    let skipped = node.bridge.command("skip", &["--lsn", &lsn]);
+    assert!(skipped.expect("run skip").status.success());
+    tree.wait_for_equal(&["l"]);
+    assert_eq!(tree.nodes[0].server.value("SELECT count(*) FROM o"), "0");
+}

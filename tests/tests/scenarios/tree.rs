@@ -73,6 +73,20 @@ fn two_levels_hold_what_the_top_holds() {
         first.expect("listen").expect("a notification")
     };
     assert_eq!((heard.channel(), heard.payload()), ("shop", "open"));
+
+    // One that was heard before is heard again, however many came between.
+    let many = "SELECT count(terrace.send('shop', n::text)) FROM generate_series(1, 1500) n";
+    tree.top.sql(many);
+    tree.top.sql("SELECT terrace.send('shop', '1400')");
+    let heard: Vec<String> = {
+        use postgres::fallible_iterator::FallibleIterator;
+        let mut heard = listener.notifications();
+        let all = heard.timeout_iter(terrace_tests::PATIENCE).take(1501);
+        let payloads = all.map(|heard| Ok(heard.payload().to_owned()));
+        payloads.collect().expect("listen")
+    };
+    assert_eq!(heard.len(), 1501);
+    assert_eq!(heard[1500], "1400");
 }
 
 #[test]

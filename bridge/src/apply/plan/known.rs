@@ -105,6 +105,7 @@ impl Planner {
             looked_up: false,
             oid: String::new(),
             routed: self.is_routed(relation.namespace, relation.name),
+            primaries: 0,
             only: false,
             plain: false,
             keeper: Keeper::Nobody,
