@@ -3,10 +3,11 @@
 //! Terrace makes the schema by itself; the native subscriber, and pglogical's, has been given it, with its
 //! primary keys, as PostgreSQL's documentation asks for, and that time is not counted.
 
+use std::fs;
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
-use terrace_tests::{Server, Tree};
+use anyhow::{Context, Result, ensure};
+use terrace_tests::{Node, Server, Tree};
 
 use crate::native::{publish, subscribe};
 use crate::pgbench::create_tables;
@@ -110,6 +111,13 @@ fn must_be_whole(server: &Server, top: &Server) -> Result<()> {
     Ok(())
 }
 
+/// All copies together are more than many a disk holds.
+fn remove(server: Server) -> Result<()> {
+    let directory = server.socket_dir().to_owned();
+    drop(server);
+    fs::remove_dir_all(&directory).with_context(|| format!("remove {}", directory.display()))
+}
+
 fn by_bridge(tree: &mut Tree, round: usize) -> Result<f64> {
     let domain = format!("copy{round}");
     boot(tree, &[(domain.as_str(), None, 1)])?;
@@ -117,7 +125,10 @@ fn by_bridge(tree: &mut Tree, round: usize) -> Result<f64> {
     go_live(tree)?;
     let elapsed = start.elapsed().as_secs_f64();
     must_be_whole(&tree.nodes[0].server, &tree.top)?;
-    tree.nodes.clear();
+    for Node { bridge, server, .. } in tree.nodes.drain(..) {
+        drop(bridge);
+        remove(server)?;
+    }
     Ok(elapsed)
 }
 
@@ -128,6 +139,7 @@ fn by_subscription(tree: &Tree, round: usize, plan: &Plan) -> Result<f64> {
     subscribe(&server, &tree.top)?;
     let elapsed = start.elapsed().as_secs_f64();
     must_be_whole(&server, &tree.top)?;
+    remove(server)?;
     Ok(elapsed)
 }
 
@@ -140,5 +152,6 @@ fn by_pglogical(tree: &Tree, round: usize, plan: &Plan) -> Result<f64> {
     pglogical::subscribe(&server, &tree.top)?;
     let elapsed = start.elapsed().as_secs_f64();
     must_be_whole(&server, &tree.top)?;
+    remove(server)?;
     Ok(elapsed)
 }
