@@ -71,7 +71,7 @@ impl Plan {
             Plan {
                 quick,
                 scale: 2,
-                hop_rounds: [2, 0],
+                hop_rounds: [1, 0],
                 script_rounds: 1,
                 tree_rounds: [1, 0],
                 backlog: [20_000, 10_000],
