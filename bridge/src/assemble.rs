@@ -11,6 +11,7 @@ use crate::lsn::Lsn;
 use crate::pgoutput::{self, DecodeError, Message};
 use crate::queue::{QueueError, Writer};
 use crate::record::{CommitInfo, Kind, Record, commit_record, put_frame};
+use crate::wire::empty;
 
 /// A transaction goes on in another record beyond as many bytes of frames.
 const PART_BYTES: usize = 256 << 10;
@@ -115,10 +116,7 @@ impl Assembler {
 
     /// A row of hundreds of MiB does not come often: its room is given back.
     fn clear(&mut self) {
-        match self.frames.capacity() > 4 * PART_BYTES {
-            true => self.frames = BytesMut::new(),
-            false => self.frames.clear(),
-        }
+        empty(&mut self.frames, 4 * PART_BYTES);
     }
 
     fn transaction(&mut self) -> Result<&mut Open, AssembleError> {

@@ -54,7 +54,7 @@ fn take_altered() -> Option<Vec<pg_sys::Oid>> {
     (!altered.is_empty()).then_some(altered)
 }
 
-/// The same, of a schema that was made, renamed or dropped.
+/// A schema was made, renamed or dropped: any table may be another.
 unsafe extern "C-unwind" fn on_schema(arg: pg_sys::Datum, _cache: i32, _hash: u32) {
     // SAFETY: it is called as that one is.
     unsafe { on_invalidation(arg, pg_sys::InvalidOid) }

@@ -10,6 +10,7 @@ use super::segment::{Schema, Segment, note_schema, schema_key};
 use super::{Queue, QueueError, SEGMENT_BYTES, lock};
 use crate::lsn::{Identity, Lsn};
 use crate::record::{Kind, Record};
+use crate::wire::empty;
 
 /// Buffered bytes are written at the latest when there are as many.
 const BUFFER_BYTES: usize = 1 << 20;
@@ -203,10 +204,7 @@ impl Writer {
         if written.is_ok() {
             self.offset += self.buffer.len() as u64;
         }
-        match self.buffer.capacity() > 4 * BUFFER_BYTES {
-            true => self.buffer = BytesMut::new(),
-            false => self.buffer.clear(),
-        }
+        empty(&mut self.buffer, 4 * BUFFER_BYTES);
         written.inspect_err(|_| self.forget())?;
         self.pass_on_to_disk()
     }

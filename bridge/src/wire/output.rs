@@ -10,6 +10,14 @@ const SHARED: usize = 16 << 10;
 /// So much memory is kept when everything is sent.
 const KEPT: usize = 64 << 10;
 
+/// Empties a buffer that is used again; what it has grown to is given back if it is more than `kept`.
+pub fn empty(buffer: &mut BytesMut, kept: usize) {
+    match buffer.capacity() > kept {
+        true => *buffer = BytesMut::new(),
+        false => buffer.clear(),
+    }
+}
+
 /// Bytes in the order in which they go out. Large pieces may be others' as well: what goes to
 /// many connections is in memory once.
 #[derive(Default)]
@@ -69,8 +77,8 @@ impl Buf for Output {
         }
         self.tail.advance(count);
         // A burst must not hold its memory for as long as the connection lasts.
-        if self.tail.is_empty() && self.tail.capacity() > KEPT {
-            self.tail = BytesMut::new();
+        if self.tail.is_empty() {
+            empty(&mut self.tail, KEPT);
         }
     }
 }
