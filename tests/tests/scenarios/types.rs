@@ -380,12 +380,18 @@ fn changes(kind: &str, from: usize) -> String {
     sql
 }
 
-/// Runs statements while no bridge does; gives the number of their transactions, and what the first bridge then logs.
+/// What each bridge has logged.
+fn logged(tree: &Tree) -> impl Iterator<Item = String> {
+    tree.nodes.iter().map(|node| node.bridge.logged())
+}
+
+/// Runs statements while no bridge does; gives the number of their transactions, and what the first bridge to apply
+/// them then logs: a slave shows them as its master does, which may be few at a time.
 fn pile_up(tree: &mut Tree, names: &[&str], kind: &str, sql: &str) -> (usize, String) {
     for node in &mut tree.nodes {
         node.bridge.stop();
     }
-    let before = tree.nodes[0].bridge.logged().len();
+    let before = logged(tree).map(|log| log.len()).collect::<Vec<_>>();
     // What a table is comes before its first change, and what is new ends a pile.
     let tables = TYPES.iter().map(|(of, _)| quoted(&format!("{kind} {of}")));
     let first: String = tables
@@ -393,13 +399,17 @@ fn pile_up(tree: &mut Tree, names: &[&str], kind: &str, sql: &str) -> (usize, St
         .collect();
     run(tree, &first);
     let transactions = run(tree, sql);
-    tree.start_bridges().expect("start the bridges");
+    tree.start_bridges_on_a_pile();
     tree.wait_streaming();
     tree.wait_for_equal(names);
-    (
-        transactions,
-        tree.nodes[0].bridge.logged().split_off(before),
-    )
+    let master = tree.with_role("region", "master");
+    let at = tree
+        .nodes
+        .iter()
+        .position(|node| node.server.name == master);
+    let at = at.expect("a master");
+    let log = logged(tree).nth(at).expect("its log");
+    (transactions, log[before[at]..].to_owned())
 }
 
 /// But for a few, which are sooner done in order.
