@@ -175,7 +175,8 @@ struct Session<'a> {
     /// End of the batch that is under way.
     attempted: Lsn,
     committed: Lsn,
-    progress_written: Instant,
+    /// When how far it is was last written in this session. Before, what was only shown is not.
+    progress_written: Option<Instant>,
     /// Where its row was left, if nothing has gone wrong since.
     place: Option<String>,
     /// OIDs of tables here that have been altered, or may have been.
@@ -262,7 +263,7 @@ impl<'a> Session<'a> {
             in_order: MAX_TRANSACTIONS,
             attempted: committed,
             committed,
-            progress_written: Instant::now(),
+            progress_written: None,
             place: None,
             altered: Vec::new(),
             altered_after: None,

@@ -76,7 +76,7 @@ impl Session<'_> {
     /// the transaction when it is asked.
     async fn clear_at_the_gate(&mut self, error: anyhow::Error) -> anyhow::Result<()> {
         self.rewind().await?;
-        let commit = self.read_transaction().await?;
+        let commit = self.read_on().await?;
         self.rewind().await?;
         if !self.gate_allows(&commit) {
             self.shared.set_apply_problem(Some(format!("{error:#}")));

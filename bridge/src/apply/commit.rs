@@ -98,7 +98,7 @@ impl Session<'_> {
             self.constrained.went_well();
         }
         self.forget_sent();
-        self.progress_written = Instant::now();
+        self.progress_written = Some(Instant::now());
         self.committed = batch.end;
         self.announce(&batch);
         if self.planner.routing_changed() {

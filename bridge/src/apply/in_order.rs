@@ -255,7 +255,8 @@ impl Session<'_> {
 
     async fn finish_fast(&mut self, open: bool, batch: Batch) -> Result<(), Failed> {
         let quiet = batch.transactions == 0;
-        if quiet && self.progress_written.elapsed() < WATERMARK_EVERY {
+        let written = self.progress_written.map(|at| at.elapsed());
+        if quiet && written.is_some_and(|ago| ago < WATERMARK_EVERY) {
             // Shown at once; written with the next transaction or later.
             self.committed = batch.end;
             self.announce(&batch);

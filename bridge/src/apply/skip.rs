@@ -3,12 +3,9 @@
 //! Guarantee: what is left out is the one transaction whose end was named while it stood in
 //! the way; an order for any other is refused, and none outlives its transaction.
 
-use anyhow::Context;
-
 use super::obstacle::Unanswered;
 use super::{Batch, Session};
 use crate::client::PgError;
-use crate::lsn::Lsn;
 use crate::record::{Kind, Record};
 
 impl Session<'_> {
@@ -23,23 +20,24 @@ impl Session<'_> {
         if !is_of_the_transaction(&error) || self.rewind().await.is_err() {
             return error;
         }
-        let Ok(commit) = self.read_transaction().await else {
-            return error;
+        let end = match self.read_on().await {
+            Ok(record) if record.kind == Kind::Commit => record.lsn,
+            _ => return error,
         };
-        let end = commit.lsn;
         self.shared.set_refused(end);
         error.context(format!(
             "the transaction that ends at {end} cannot be applied"
         ))
     }
 
-    /// Leaves the next transaction out if that has been ordered. False when it has not.
+    /// Leaves the next transaction out if that has been ordered. False when it has not, or is not
+    /// next: what a sign of life said may have to be said again before.
     pub(super) async fn skip_if_told(&mut self) -> anyhow::Result<bool> {
         let Some(wanted) = self.shared.skip().filter(|lsn| *lsn > self.committed) else {
             return Ok(false);
         };
-        let commit = self.read_transaction().await?;
-        if commit.lsn != wanted {
+        let commit = self.read_on().await?;
+        if commit.kind != Kind::Commit || commit.lsn != wanted {
             self.rewind().await?;
             return Ok(false);
         }
@@ -65,17 +63,15 @@ impl Session<'_> {
         Ok(true)
     }
 
-    /// Reads to the end of the next transaction, taking its definitions in.
-    pub(super) async fn read_transaction(&mut self) -> anyhow::Result<Record> {
+    /// Reads to the end of the next transaction, taking its definitions in; or the watermark that
+    /// comes first.
+    pub(super) async fn read_on(&mut self) -> anyhow::Result<Record> {
         loop {
             let record = self.next_record().await?;
             match record.kind {
                 Kind::Schema => self.planner.define(&record)?,
-                Kind::Commit => return Ok(record),
-                Kind::Watermark if record.lsn > Lsn::ZERO => {
-                    return Err(anyhow::anyhow!("no transaction")).context("read the queue");
-                }
-                _ => {}
+                Kind::Commit | Kind::Watermark => return Ok(record),
+                Kind::Part | Kind::Mark => {}
             }
         }
     }

@@ -367,3 +367,46 @@ fn what_is_refused_at_the_end_of_a_transaction_is_named_and_can_be_left_out() {
     tree.wait_for_equal(&["l"]);
     assert_eq!(tree.nodes[0].server.value("SELECT count(*) FROM o"), "0");
 }
+
+// A sign of life that the database had not noted stood before what was to be left out: for ever.
+#[test]
+fn what_is_to_be_left_out_may_come_after_a_sign_of_life() {
+    let schema = "CREATE TABLE o (id int PRIMARY KEY); CREATE TABLE l (o int PRIMARY KEY);
+         SELECT terrace.add_table('o'), terrace.add_table('l')";
+    let tree = Tree::grow(schema, &ONE);
+    tree.top.sql("INSERT INTO o VALUES (1)");
+    tree.wait_for_equal(&["o", "l"]);
+    // Tried in a batch, then with care; and then it takes until the order has been given.
+    tree.nodes[0].server.sql(
+        "CREATE SEQUENCE tries;
+         CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+           $$BEGIN IF nextval('public.tries') > 2 THEN PERFORM pg_advisory_lock_shared(7); END IF;
+             RAISE EXCEPTION 'never'; END$$;
+         CREATE TRIGGER refuse BEFORE INSERT ON o FOR EACH ROW EXECUTE FUNCTION refuse();
+         ALTER TABLE o ENABLE ALWAYS TRIGGER refuse;",
+    );
+    let mut orders = tree.nodes[0].server.connect();
+    orders
+        .batch_execute("SELECT pg_advisory_lock(7)")
+        .expect("lock");
+    let elsewhere = r#"SELECT pg_logical_emit_message(true, 'terrace', '{"domains":["nowhere"]}')"#;
+    tree.top.sql("INSERT INTO l VALUES (1)");
+    tree.top.sql(elsewhere);
+    let end = tree.top.value("SELECT pg_current_wal_lsn()");
+    let node = &tree.nodes[0];
+    wait_until("the sign of life has come", || {
+        node.server
+            .value(&format!("SELECT replay_lsn >= '{end}' FROM terrace.lag"))
+            == "t"
+    });
+    tree.top.sql("INSERT INTO o VALUES (9)");
+    tree.top.sql("INSERT INTO l VALUES (2)");
+    wait_stalled(node, &["cannot be applied", "never"]);
+    let reason = "SELECT substring(reason FROM 'ends at ([0-9A-F/]+)') FROM terrace.lag";
+    let lsn = node.server.value(reason);
+    let skipped = node.bridge.command("skip", &["--lsn", &lsn]);
+    assert!(skipped.expect("run skip").status.success());
+    drop(orders);
+    tree.wait_for_equal(&["l"]);
+    assert_eq!(tree.nodes[0].server.value("SELECT count(*) FROM o"), "1");
+}
