@@ -403,6 +403,52 @@ fn what_a_trigger_or_a_rule_keeps_stays_as_it_is() {
     assert_eq!(tree.nodes[0].server.value(asked), "2 4");
 }
 
+// Each change of a row that a trigger had kept from coming in sent its batch the careful way.
+#[test]
+fn what_a_trigger_keeps_from_coming_in_is_no_missing_row() {
+    let schema = "CREATE TABLE sifted (id int PRIMARY KEY, v text);
+         CREATE TABLE large (id int PRIMARY KEY, v text, long text); ALTER TABLE large ALTER long SET STORAGE EXTERNAL;
+         SELECT terrace.add_table(t) FROM unnest('{sifted,large}'::regclass[]) t;";
+    let tree = Tree::grow(schema, &ONE);
+    let server = &tree.nodes[0].server;
+    server.sql(
+        "CREATE FUNCTION sift() RETURNS trigger LANGUAGE plpgsql AS
+           $$BEGIN RETURN CASE WHEN NEW.id % 2 = 1 OR NEW.v = 'wanted' THEN NEW END; END$$;
+         CREATE TRIGGER sift BEFORE INSERT ON sifted FOR EACH ROW EXECUTE FUNCTION sift();
+         CREATE TRIGGER sift BEFORE INSERT ON large FOR EACH ROW EXECUTE FUNCTION sift();
+         ALTER TABLE sifted ENABLE ALWAYS TRIGGER sift; ALTER TABLE large ENABLE ALWAYS TRIGGER sift;",
+    );
+    tree.top.sql(
+        "INSERT INTO sifted SELECT n, 'old' FROM generate_series(1, 6) n;
+         INSERT INTO large SELECT n, 'old', repeat('x', 5000) FROM generate_series(1, 6) n",
+    );
+    for id in 1..=6 {
+        tree.top
+            .sql(&format!("UPDATE sifted SET v = 'new' WHERE id = {id}"));
+    }
+    let done = "SELECT terrace.wait_for(pg_current_wal_lsn(), timeout => '20s')";
+    assert_eq!(tree.top.value(done), "t");
+    let listed = "SELECT string_agg(id || ' ' || v, ', ' ORDER BY id) FROM";
+    let here = |table: &str| server.value(&format!("{listed} {table}"));
+    assert_eq!(here("sifted"), "1 new, 3 new, 5 new");
+    tree.must_have_no_conflict();
+    let log = tree.nodes[0].bridge.logged();
+    assert!(!log.contains("with care"), "{log}");
+
+    // One that it does want by now had been missing, and one without all of its values still is.
+    tree.top.sql("UPDATE sifted SET v = 'wanted' WHERE id = 4");
+    tree.top
+        .sql("UPDATE large SET v = 'wanted' WHERE id IN (2, 3)");
+    assert_eq!(tree.top.value(done), "t");
+    assert_eq!(here("sifted"), "1 new, 3 new, 4 wanted, 5 new");
+    assert_eq!(here("large"), "1 old, 3 wanted, 5 old");
+    let counted = "SELECT string_agg(\"table\" || ' ' || kind || ' ' || count, ', ' ORDER BY count, \"table\"::text) FROM terrace.conflicts";
+    assert_eq!(
+        server.value(counted),
+        "public.large update_missing 1, public.sifted update_missing 1"
+    );
+}
+
 // A pile had the locks of all its tables at once, and was gone through one by one when those were
 // too many.
 #[test]
