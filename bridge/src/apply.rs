@@ -241,7 +241,7 @@ impl<'a> Session<'a> {
             );
         }
         let committed: Lsn = lsn.parse()?;
-        shared.replayed.send_replace(committed);
+        shared.set_position(committed);
         let planner = Planner::open(&mut client, &shared.config.node.domain).await?;
         Ok(Session {
             shared,

@@ -382,7 +382,7 @@ async fn on_disk<T: Send + 'static>(
 }
 
 /// `synchronous_commit` is off below, so a replayed transaction is durable only
-/// when the local WAL that was written after it is flushed.
+/// when the local WAL that was written after it is flushed. What is only shown is not in the database.
 async fn advance_replay_durable(
     shared: &Arc<Shared>,
     client: &mut Option<Client>,
@@ -393,7 +393,7 @@ async fn advance_replay_durable(
         Some(client) => client,
         None => client.insert(local_client(shared).await?),
     };
-    let replayed = *shared.replayed.borrow();
+    let noted = *shared.noted.borrow();
     let waiting = pending.as_ref().map_or("0/0", |(_, local)| local.as_str());
     let sql = "SELECT pg_catalog.pg_current_wal_insert_lsn()::text, \
                pg_catalog.pg_current_wal_flush_lsn() >= $1::pg_catalog.pg_lsn";
@@ -406,8 +406,8 @@ async fn advance_replay_durable(
     {
         *replay_durable = lsn;
     }
-    if pending.is_none() && replayed > *replay_durable {
-        *pending = Some((replayed, local.clone()));
+    if pending.is_none() && noted > *replay_durable {
+        *pending = Some((noted, local.clone()));
     }
     Ok(())
 }

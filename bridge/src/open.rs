@@ -155,7 +155,7 @@ fn resume(
     if let Some(problem) = timeline::divergence(&shared.config.node.data_dir) {
         shared.set_diverged(problem);
     }
-    shared.replayed.send_replace(lsn);
+    shared.set_position(lsn);
     Ok((queue, writer))
 }
 

@@ -168,8 +168,10 @@ pub struct Shared {
     started_micros: i64,
     /// Password of the relay's restricted role, made anew at each start.
     pub relay_password: String,
-    /// End of what is committed in the local Postgres.
+    /// End of what is committed in the local Postgres, and of what there was for others behind that.
     pub replayed: watch::Sender<Lsn>,
+    /// The end that `terrace.progress` has: nothing behind it may be forgotten.
+    pub noted: watch::Sender<Lsn>,
     /// The applier goes no further than this.
     pub upstream_replayed: watch::Sender<Lsn>,
     /// Durable end of the queue.
@@ -199,6 +201,7 @@ impl Shared {
             started_micros: unix_micros(),
             relay_password,
             replayed: watch::Sender::new(Lsn::ZERO),
+            noted: watch::Sender::new(Lsn::ZERO),
             upstream_replayed: watch::Sender::new(Lsn::ZERO),
             flushed: watch::Sender::new(Lsn::ZERO),
             queue: watch::Sender::new(None),
@@ -324,6 +327,12 @@ impl Shared {
         if inner.stuck.map(|stuck| stuck.end) != end {
             inner.stuck = end.map(Stuck::at);
         }
+    }
+
+    /// Notes where the database is, by what it says itself.
+    pub fn set_position(&self, noted: Lsn) {
+        self.noted.send_replace(noted);
+        self.replayed.send_replace(noted);
     }
 
     /// Notes that the database refuses it.
@@ -522,7 +531,7 @@ impl Shared {
             inner.apply_failing_since = None;
             inner.stuck = None;
         });
-        self.replayed.send_replace(Lsn::ZERO);
+        self.set_position(Lsn::ZERO);
         self.flushed.send_replace(Lsn::ZERO);
     }
 

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use bytes::Bytes;
 use postgres_protocol::message::frontend;
 use tokio::time::timeout;
@@ -147,9 +147,8 @@ impl Session<'_> {
             return self.rewind().await;
         }
         self.client.simple("COMMIT").await?;
-        self.committed = batch.end;
         self.sum_up_slices().await;
-        self.announce(&batch);
+        self.note(&batch);
         if self.planner.routing_changed() {
             self.planner.reload_routing(&mut self.client).await?;
         }
@@ -275,7 +274,8 @@ impl Session<'_> {
     pub(super) async fn run_step(&mut self, step: &Step) -> anyhow::Result<u64> {
         if step.expect == Expect::Place {
             let rows = self.client.query(&step.sql, &step.texts()?).await?;
-            rows.into_iter().for_each(|row| self.take_place(row));
+            let row = rows.into_iter().next();
+            self.take_place(row.context("the row of terrace.progress is not where it was")?);
             return Ok(1);
         }
         Ok(self.client.execute(&step.sql, &step.texts()?).await?)

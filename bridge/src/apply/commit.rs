@@ -99,8 +99,7 @@ impl Session<'_> {
         }
         self.forget_sent();
         self.progress_written = Some(Instant::now());
-        self.committed = batch.end;
-        self.announce(&batch);
+        self.note(&batch);
         if self.planner.routing_changed() {
             self.planner.reload_routing(&mut self.client).await?;
         }
@@ -203,7 +202,15 @@ impl Session<'_> {
         Ok(())
     }
 
+    /// Where the database is by what it says itself.
+    pub(super) fn note(&mut self, batch: &Batch) {
+        self.shared.noted.send_replace(batch.end);
+        self.announce(batch);
+    }
+
+    /// What is shown, and told to others.
     pub(super) fn announce(&mut self, batch: &Batch) {
+        self.committed = batch.end;
         self.sequences.1 |= batch.transactions > 0;
         self.shared.replayed.send_replace(batch.end);
         let top_time = self.shared.top_time();

@@ -31,6 +31,7 @@ impl Session<'_> {
         loop {
             if batch.transactions > 0 || batch.end > self.committed {
                 // Something is complete: take only what is there and may be shown.
+                let quiet = batch.transactions == 0;
                 let full = batch.transactions >= self.in_order.min(self.most.0)
                     || batch.bytes >= MAX_BYTES
                     || batch.notified.len() >= MOST_NOTIFIED
@@ -39,6 +40,8 @@ impl Session<'_> {
                 match self.peek()? {
                     _ if full => break,
                     None => break,
+                    // Whatever comes of a transaction, how far it is before it is known.
+                    Some(record) if quiet && record.kind != Kind::Watermark => break,
                     Some(record) if record.kind == Kind::Part => break,
                     Some(record) if record.lsn > gate => break,
                     Some(record) if sealed::goes_alone(record) => break,
@@ -258,7 +261,6 @@ impl Session<'_> {
         let written = self.progress_written.map(|at| at.elapsed());
         if quiet && written.is_some_and(|ago| ago < WATERMARK_EVERY) {
             // Shown at once; written with the next transaction or later.
-            self.committed = batch.end;
             self.announce(&batch);
             return Ok(());
         }

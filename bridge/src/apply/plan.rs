@@ -74,6 +74,11 @@ pub struct Planner {
     unknown: Vec<u32>,
 }
 
+/// Whether the message empties tables.
+pub fn is_truncate(payload: &[u8]) -> bool {
+    payload.first() == Some(&b'T')
+}
+
 /// Content of the message if it raises a notification.
 pub fn notify_content(payload: &[u8]) -> Option<&[u8]> {
     if payload.first() != Some(&b'M') {

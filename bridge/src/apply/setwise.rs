@@ -18,7 +18,7 @@ use postgres_protocol::message::frontend;
 use tokio::time::sleep;
 
 use super::fold::{Data, Fold, Shape, Statement};
-use super::plan::Folded;
+use super::plan::{self, Folded};
 use super::sealed::goes_alone;
 use super::{Batch, Expect, Failed, MAX_BYTES, Session};
 use crate::client::bind_binary;
@@ -28,6 +28,8 @@ use crate::record::{Frame, Kind, Record};
 
 /// Fewer transactions are not waited for: they go in order before the next look.
 const FEW: usize = 20;
+/// Where the next one goes in order, perhaps more do.
+const AT_ONCE: usize = 100;
 /// Fewer messages are sooner done in order. A transaction of one change is three.
 const WORTHWHILE: usize = 60;
 
@@ -103,6 +105,14 @@ impl Heap {
 fn is_worthwhile(records: &[Record]) -> bool {
     let messages = records.iter().flat_map(Record::frames);
     messages.take(WORTHWHILE).count() == WORTHWHILE
+}
+
+/// What cannot be folded whatever the tables are: what came before it is a pile, and what comes after it.
+fn goes_in_order(record: &Record) -> bool {
+    let mut frames = record.frames().flatten();
+    frames.any(|frame| {
+        plan::is_truncate(frame.payload) || plan::notify_content(frame.payload).is_some()
+    })
 }
 
 /// Changes of these tables.
@@ -181,7 +191,10 @@ impl Session<'_> {
         let folded = self.fold(&heap.records, &mut Batch::default()).await?;
         self.folds = folded.is_some() || self.folds && !is_worthwhile(&heap.records);
         // What comes next has not been looked at.
-        self.in_order = FEW.max(heap.records.len());
+        self.in_order = match self.ahead.front() {
+            Some(next) if heap.records.is_empty() && goes_in_order(next) => AT_ONCE,
+            _ => FEW.max(heap.records.len()),
+        };
         if folded.is_none() {
             self.looked_until = heap.records.last().map_or(Lsn::ZERO, |last| last.lsn);
         }
@@ -246,7 +259,7 @@ impl Session<'_> {
         while !heap.is_full(self.most.0) {
             let Some(record) = self.peek()? else { break };
             match record.kind {
-                Kind::Commit if goes_alone(record) => break,
+                Kind::Commit if goes_alone(record) || goes_in_order(record) => break,
                 // What is for others leaves a watermark here.
                 Kind::Commit | Kind::Watermark if record.lsn <= gate => {}
                 // One that says something new ends the pile, for what is in it came before.

@@ -130,8 +130,8 @@ impl Roles {
     /// follows may miss it, and finds it elsewhere.
     fn damaged(&self, segment: &Path, reason: String) -> Next {
         let queue = self.shared.queue.borrow().clone();
-        let replayed = *self.shared.replayed.borrow();
-        let gone = queue.map(|open| open.queue.remove_damaged(segment, replayed));
+        let noted = *self.shared.noted.borrow();
+        let gone = queue.map(|open| open.queue.remove_damaged(segment, noted));
         match gone {
             Some(Ok(true)) => {
                 self.shared.event("damaged", &reason);

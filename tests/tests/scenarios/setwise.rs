@@ -409,6 +409,33 @@ fn what_is_for_others_does_not_cut_a_pile_short() {
     }
 }
 
+#[test]
+fn what_goes_in_order_sends_no_pile_that_way() {
+    let schema = "CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE other (id int PRIMARY KEY);
+         SELECT terrace.add_table('t'), terrace.add_table('other')";
+    let mut tree = Tree::grow(schema, &[("region", None, 1)]);
+    tree.top.sql("INSERT INTO t VALUES (-1)");
+    tree.top.sql("INSERT INTO other VALUES (-1)");
+    tree.wait_for_equal(&["t", "other"]);
+    tree.nodes[0].bridge.stop();
+    let mut client = tree.top.connect();
+    for id in 0..1000 {
+        let also = match id {
+            300 => "TRUNCATE other",
+            600 => "SELECT terrace.send('heard', 'it')",
+            _ => "SELECT",
+        };
+        let sql = format!("BEGIN; INSERT INTO t VALUES ({id}); {also}; COMMIT");
+        client.batch_execute(&sql).expect("change");
+    }
+    tree.start_bridges_on_a_pile();
+    tree.wait_for_equal(&["t", "other"]);
+    let log = tree.nodes[0].bridge.logged();
+    let folded = histories::folded(&log);
+    assert!(folded >= 750, "{folded} of 1000 were folded");
+    assert!(!log.contains("applying"), "{log}");
+}
+
 /// Until the bridge's session waits for a lock of the table.
 fn wait_for_lock(server: &Server, table: &str) {
     let sql = format!(

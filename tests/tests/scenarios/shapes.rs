@@ -458,7 +458,7 @@ fn a_pile_of_many_tables_holds_no_more_locks_than_there_are() {
         "DO $$BEGIN FOR n IN 1..{tables} LOOP
              EXECUTE format('CREATE TABLE t_%s (id int PRIMARY KEY, v int)', n);
              EXECUTE format('INSERT INTO t_%s VALUES (1, 0)', n);
-             FOR i IN 1..10 LOOP EXECUTE format('CREATE INDEX ON t_%s (v)', n); END LOOP;
+             FOR i IN 1..16 LOOP EXECUTE format('CREATE INDEX ON t_%s (v)', n); END LOOP;
              PERFORM terrace.add_table(format('t_%s', n)::regclass);
          END LOOP; END$$;"
     );

@@ -410,3 +410,39 @@ fn what_is_to_be_left_out_may_come_after_a_sign_of_life() {
     tree.wait_for_equal(&["l"]);
     assert_eq!(tree.nodes[0].server.value("SELECT count(*) FROM o"), "1");
 }
+
+// Each of them was gone through by itself, and all that followed tried once more for it.
+#[test]
+fn what_is_for_others_does_not_hide_what_cannot_be_applied_behind_it() {
+    let schema = "CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE gone (id int PRIMARY KEY);
+         SELECT terrace.add_table('t'), terrace.add_table('gone')";
+    let tree = Tree::grow(schema, &ONE);
+    tree.top.sql("INSERT INTO gone VALUES (1)");
+    tree.wait_for_equal(&["t", "gone"]);
+    let node = &tree.nodes[0];
+    let mut holder = node.server.connect();
+    let hold = "BEGIN; LOCK TABLE terrace.progress IN EXCLUSIVE MODE";
+    holder.batch_execute(hold).expect("hold the apply");
+    tree.top.sql("INSERT INTO t VALUES (0)");
+    tree.top.sql(
+        r#"DO $$BEGIN FOR n IN 1..300 LOOP
+             PERFORM pg_logical_emit_message(true, 'terrace', '{"domains":["nowhere"]}'); COMMIT;
+           END LOOP; END$$"#,
+    );
+    tree.top.sql("INSERT INTO gone VALUES (2)");
+    tree.top.sql("INSERT INTO t VALUES (1)");
+    let end = tree.top.value("SELECT pg_current_wal_lsn()");
+    let there = format!("SELECT flush_lsn >= '{end}' FROM terrace.lag");
+    wait_until("all of it is there", || node.server.value(&there) == "t");
+    node.server.sql("DROP TABLE gone");
+    let applies = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+         WHERE application_name LIKE 'terrace apply%'";
+    node.server.value(applies);
+    drop(holder);
+    wait_stalled(node, &["cannot be applied", "gone"]);
+    let log = node.bridge.logged();
+    let tries = log.matches("applying with care").count();
+    assert!(tries < 20, "{tries} tries");
+    node.server.sql("CREATE TABLE gone (id int PRIMARY KEY)");
+    tree.wait_for_equal(&["t"]);
+}
