@@ -11,6 +11,7 @@ use anyhow::{Context, Result, ensure};
 use terrace_tests::Server;
 use terrace_tests::server::program;
 
+use crate::native::Native;
 use crate::pgbench::{
     CLIENTS, HOT, INSERT, KEYLESS, LARGE, MIXED, Script, TABLES, TINY, TPCB, UNIQUE, WIDE, Work,
     fill,
@@ -101,6 +102,32 @@ impl Turn {
     }
 }
 
+/// What native subscriptions are measured with as well.
+#[derive(Clone, Copy)]
+enum Setting {
+    SyncCommit,
+    /// Long values are compressed as Terrace has them compressed.
+    Lz4,
+}
+
+impl Setting {
+    fn name(self) -> &'static str {
+        match self {
+            Setting::SyncCommit => "native, sync commit on",
+            Setting::Lz4 => "native, lz4",
+        }
+    }
+
+    fn give(self, native: &Native, is_on: bool) {
+        match (self, is_on) {
+            (Setting::SyncCommit, true) => native.synchronous_commit("on"),
+            (Setting::SyncCommit, false) => native.synchronous_commit("off"),
+            (Setting::Lz4, true) => native.compression("lz4"),
+            (Setting::Lz4, false) => native.compression("pglz"),
+        }
+    }
+}
+
 /// One turn's results, round by round.
 #[derive(Default)]
 struct Sample {
@@ -123,7 +150,8 @@ struct Samples {
     terrace: Sample,
     /// As `CREATE SUBSCRIPTION` makes it: `synchronous_commit = off`.
     native: Sample,
-    native_sync: Sample,
+    /// With another setting.
+    other: Sample,
     /// None where it is not installed.
     pglogical: Sample,
     decode: Sample,
@@ -165,11 +193,18 @@ impl Drain {
         script: Script,
         report: &mut Report,
     ) -> Result<()> {
-        let [rounds, sync_rounds] = match (self.is_tree(), script.work) {
+        let [rounds, other_rounds] = match (self.is_tree(), script.work) {
             (true, _) => plan.tree_rounds,
             (false, Work::TpcB) => plan.hop_rounds,
+            (false, Work::Text(_)) if script.name == WIDE.name => {
+                [plan.script_rounds, plan.lz4_rounds]
+            }
             (false, Work::Text(_)) => [plan.script_rounds, 0],
             (false, Work::Large) => [plan.large_rounds, 0],
+        };
+        let other = match script.name == WIDE.name {
+            true => Setting::Lz4,
+            false => Setting::SyncCommit,
         };
         let size = plan.backlog[usize::from(self.is_tree())];
         let amount = match script.work {
@@ -178,15 +213,15 @@ impl Drain {
             _ => (size as f64 * script.share) as u64 / CLIENTS * CLIENTS,
         };
         let mut samples = Samples::default();
-        let all = rounds + sync_rounds;
+        let all = rounds + other_rounds;
         for round in 0..all {
             // Spread among the others, as the machine's speed drifts.
-            let sync = (round + 1) * sync_rounds / all > round * sync_rounds / all;
-            let commit = if sync { "on" } else { "off" };
-            world.native.synchronous_commit(commit);
-            self.round(world, script, amount, round, sync, &mut samples)?;
+            let is_other = (round + 1) * other_rounds / all > round * other_rounds / all;
+            let setting = is_other.then_some(other);
+            other.give(&world.native, is_other);
+            self.round(world, script, amount, round, setting, &mut samples)?;
         }
-        world.native.synchronous_commit("off");
+        other.give(&world.native, false);
         let tables = match script.work {
             Work::TpcB => &TABLES[..4],
             _ => &[script.table][..],
@@ -198,7 +233,7 @@ impl Drain {
         if let Some(side) = &world.pglogical {
             must_be_equal(&side.servers(), world.top(), tables)?;
         }
-        self.figures(report, script, amount, samples);
+        self.figures(report, script, amount, samples, other);
         Ok(())
     }
 
@@ -209,7 +244,7 @@ impl Drain {
         script: Script,
         amount: u64,
         round: usize,
-        sync: bool,
+        setting: Option<Setting>,
         samples: &mut Samples,
     ) -> Result<()> {
         let top = world.top();
@@ -233,7 +268,7 @@ impl Drain {
             line += &format!("  {} {seconds:.2} s", turn.name());
             let sample = match turn {
                 Turn::Terrace => &mut samples.terrace,
-                Turn::Native if sync => &mut samples.native_sync,
+                Turn::Native if setting.is_some() => &mut samples.other,
                 Turn::Native => &mut samples.native,
                 Turn::Pglogical => &mut samples.pglogical,
                 Turn::Decode => &mut samples.decode,
@@ -243,16 +278,19 @@ impl Drain {
         if !self.is_tree() {
             world.top().sql(DROP_SLOT);
         }
-        let note = if sync {
-            " (native with sync commit on)"
-        } else {
-            ""
-        };
+        let note = setting.map_or(String::new(), |other| format!(" ({})", other.name()));
         println!("{line}{note}");
         Ok(())
     }
 
-    fn figures(&self, report: &mut Report, script: Script, amount: u64, samples: Samples) {
+    fn figures(
+        &self,
+        report: &mut Report,
+        script: Script,
+        amount: u64,
+        samples: Samples,
+        other: Setting,
+    ) {
         let mut add = |what, unit, better, against, terrace: &[f64], baseline: &[f64]| {
             if baseline.is_empty() {
                 return;
@@ -277,13 +315,13 @@ impl Drain {
             seconds.map(|s| work / s).collect()
         };
         let own = rate(&samples.terrace);
-        for (against, other) in [
+        for (against, theirs) in [
             ("native", &samples.native),
-            ("native, sync commit on", &samples.native_sync),
+            (other.name(), &samples.other),
             ("pglogical", &samples.pglogical),
             ("decode limit", &samples.decode),
         ] {
-            add("rate", unit, Better::Higher, against, &own, &rate(other));
+            add("rate", unit, Better::Higher, against, &own, &rate(theirs));
         }
         let (terrace, native) = (&samples.terrace, &samples.native);
         let mut lower = |what, terrace: &[f64], native: &[f64]| {

@@ -5,10 +5,11 @@
 //! All run in this process, on the same cores as the relay.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use bytes::{Buf, Bytes};
 use terrace_bridge::client::quote_ident;
 use terrace_bridge::conninfo::ConnInfo;
@@ -33,7 +34,7 @@ const RATE: u32 = 100;
 const COUNTS: [u32; 5] = [0, 1, 10, 100, 500];
 /// Where ten of them are, which the others are held against.
 const TEN: usize = 2;
-/// Nobody may be further behind at the end of the load.
+/// Nobody may be further behind at any time.
 const LIVE: Duration = Duration::from_secs(2);
 /// Connections are made so many at a time.
 const AT_ONCE: usize = 20;
@@ -89,11 +90,13 @@ fn round(runtime: &Runtime, round: usize, seconds: u64) -> Result<Vec<Used>> {
     for followers in rotated(&COUNTS, round) {
         let tree = relay()?;
         let crowd = runtime.block_on(Crowd::gather(&tree, followers))?;
-        let used = load(&tree, seconds, followers, || crowd.must_be_live(&tree.top))?;
+        let used = load(&tree, seconds, followers, || crowd.behind(&tree.top))?;
         println!(
-            "    {followers} followers: the relay takes {:.1} % of a core and {:.1} MiB",
+            "    {followers} followers: the relay takes {:.1} % of a core and {:.1} MiB; all have \
+             everything {:.0} ms later at most",
             used.cpu / used.seconds * 100.0,
-            used.mib
+            used.mib,
+            used.behind.as_secs_f64() * 1e3
         );
         measured.push(used);
         runtime.block_on(crowd.leave());
@@ -119,28 +122,46 @@ struct Used {
     transactions: f64,
     cpu: f64,
     mib: f64,
+    /// What it took at most until all followers had what the top had.
+    behind: Duration,
 }
 
-/// Writes at the top for a while.
+/// Writes at the top for a while; looks every second how far behind the followers are.
 fn load(
     tree: &Tree,
     seconds: u64,
     followers: u32,
-    check: impl FnOnce() -> Result<()>,
+    behind: impl Fn() -> Result<Duration> + Sync,
 ) -> Result<Used> {
     let bridge = proc::bridge(&tree.nodes[0].bridge).context("the bridge does not run")?;
     let (time, rate) = (seconds.to_string(), RATE.to_string());
     let script = script_file(&tree.top, INSERT)?.context("a script")?;
     let arguments = ["-n", "-c", "2", "-T", &time, "-R", &rate, "-f", &script];
     let (before, start) = (proc::own_cpu_seconds(bridge)?, Instant::now());
-    let (transactions, _) = processed(&pgbench(&tree.top, "", &arguments)?)?;
-    check()?;
+    let ended = AtomicBool::new(false);
+    let watch = || {
+        let mut most = Duration::ZERO;
+        while !ended.load(Ordering::Relaxed) {
+            most = most.max(behind()?);
+            thread::sleep(Duration::from_secs(1));
+        }
+        anyhow::Ok(most.max(behind()?))
+    };
+    let (written, behind) = thread::scope(|scope| {
+        let watched = scope.spawn(watch);
+        let written = pgbench(&tree.top, "", &arguments);
+        ended.store(true, Ordering::Relaxed);
+        (written, watched.join())
+    });
+    let (transactions, _) = processed(&written?)?;
+    let behind = behind.map_err(|_| anyhow!("the watch panicked"))??;
     Ok(Used {
         followers,
         seconds: start.elapsed().as_secs_f64(),
         transactions,
         cpu: proc::own_cpu_seconds(bridge)? - before,
         mib: proc::memory_mib(bridge, "VmRSS").context("memory of the bridge")?,
+        behind,
     })
 }
 
@@ -194,27 +215,27 @@ impl Crowd {
         Ok(crowd)
     }
 
-    /// Waits until everybody has all that the top has.
-    fn must_be_live(&self, top: &Server) -> Result<()> {
+    /// Waits until everybody has all that the top has now; how long that took.
+    fn behind(&self, top: &Server) -> Result<Duration> {
         let end: Lsn = top
             .value("SELECT pg_current_wal_insert_lsn()")
             .parse()
-            .map_err(|_| anyhow::anyhow!("a position of the top"))?;
-        let deadline = Instant::now() + LIVE;
+            .map_err(|_| anyhow!("a position of the top"))?;
+        let start = Instant::now();
         loop {
             let behind = self
                 .at
                 .iter()
                 .filter(|at| at.load(Ordering::Relaxed) < end.0);
             match behind.count() {
-                0 => return Ok(()),
-                behind if Instant::now() > deadline => {
+                0 => return Ok(start.elapsed()),
+                behind if start.elapsed() > LIVE => {
                     bail!(
                         "{behind} of {} followers are not at live rate",
                         self.at.len()
                     )
                 }
-                _ => std::thread::sleep(Duration::from_millis(5)),
+                _ => thread::sleep(Duration::from_millis(5)),
             }
         }
     }

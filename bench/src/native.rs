@@ -50,6 +50,16 @@ impl Native {
         let sql = format!("ALTER SUBSCRIPTION bench SET (synchronous_commit = {value})");
         self.servers.iter().for_each(|server| server.sql(&sql));
     }
+
+    /// Sets with what long values are compressed; `pglz` is PostgreSQL's default.
+    pub fn compression(&self, method: &str) {
+        for server in &self.servers {
+            server.sql(&format!(
+                "ALTER SYSTEM SET default_toast_compression = {method}"
+            ));
+            server.sql("SELECT pg_reload_conf()");
+        }
+    }
 }
 
 /// Subscribes and waits for the initial copy.

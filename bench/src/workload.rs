@@ -32,6 +32,8 @@ pub struct Plan {
     pub hop_rounds: [usize; 2],
     /// Rounds of the other scripts.
     pub script_rounds: usize,
+    /// Further ones of wide rows, with native subscribers that compress as Terrace does.
+    pub lz4_rounds: usize,
     /// Rounds of the tree, likewise.
     pub tree_rounds: [usize; 2],
     /// Transactions of the pgbench backlog, one hop and tree.
@@ -73,6 +75,7 @@ impl Plan {
                 scale: 2,
                 hop_rounds: [1, 0],
                 script_rounds: 1,
+                lz4_rounds: 0,
                 tree_rounds: [1, 0],
                 backlog: [20_000, 10_000],
                 latency: (1, [2, 1]),
@@ -100,6 +103,7 @@ impl Plan {
                 scale: 10,
                 hop_rounds: [5, 2],
                 script_rounds: 4,
+                lz4_rounds: 2,
                 tree_rounds: [5, 2],
                 backlog: [300_000, 120_000],
                 latency: (3, [20, 8]),
