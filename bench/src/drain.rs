@@ -214,12 +214,16 @@ impl Drain {
         };
         let mut samples = Samples::default();
         let all = rounds + other_rounds;
+        // Whose turn is first changes in either.
+        let mut firsts = [0, 0];
         for round in 0..all {
             // Spread among the others, as the machine's speed drifts.
             let is_other = (round + 1) * other_rounds / all > round * other_rounds / all;
             let setting = is_other.then_some(other);
             other.give(&world.native, is_other);
-            self.round(world, script, amount, round, setting, &mut samples)?;
+            let first = &mut firsts[usize::from(is_other)];
+            self.round(world, script, amount, *first, setting, &mut samples)?;
+            *first += 1;
         }
         other.give(&world.native, false);
         let tables = match script.work {
@@ -243,7 +247,7 @@ impl Drain {
         world: &mut World,
         script: Script,
         amount: u64,
-        round: usize,
+        first: usize,
         setting: Option<Setting>,
         samples: &mut Samples,
     ) -> Result<()> {
@@ -262,7 +266,7 @@ impl Drain {
             _ => "tx",
         };
         let mut line = format!("    {}, {amount} {unit}:", script.name);
-        for turn in rotated(&turns, round) {
+        for turn in rotated(&turns, first) {
             let drained = turn.run(world, marker)?;
             let seconds = drained.elapsed.as_secs_f64();
             line += &format!("  {} {seconds:.2} s", turn.name());

@@ -142,24 +142,26 @@ fn load(
     let watch = || {
         let mut most = Duration::ZERO;
         while !ended.load(Ordering::Relaxed) {
-            most = most.max(behind()?);
             thread::sleep(Duration::from_secs(1));
+            most = most.max(behind()?);
         }
         anyhow::Ok(most.max(behind()?))
     };
-    let (written, behind) = thread::scope(|scope| {
+    let (written, used, behind) = thread::scope(|scope| {
         let watched = scope.spawn(watch);
         let written = pgbench(&tree.top, "", &arguments);
+        let used = proc::own_cpu_seconds(bridge).map(|cpu| (start.elapsed(), cpu - before));
         ended.store(true, Ordering::Relaxed);
-        (written, watched.join())
+        (written, used, watched.join())
     });
     let (transactions, _) = processed(&written?)?;
+    let (elapsed, cpu) = used?;
     let behind = behind.map_err(|_| anyhow!("the watch panicked"))??;
     Ok(Used {
         followers,
-        seconds: start.elapsed().as_secs_f64(),
+        seconds: elapsed.as_secs_f64(),
         transactions,
-        cpu: proc::own_cpu_seconds(bridge)? - before,
+        cpu,
         mib: proc::memory_mib(bridge, "VmRSS").context("memory of the bridge")?,
         behind,
     })

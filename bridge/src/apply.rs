@@ -287,10 +287,12 @@ impl<'a> Session<'a> {
             }
             let applied = match self.set_wise_batch().await {
                 Ok(false) => self.fast_batch().await,
-                applied => applied.map(drop),
+                applied => applied,
             };
             match applied {
-                Ok(()) => self.shared.set_apply_problem(None),
+                // Only what comes before a refused transaction: it still is.
+                Ok(false) if self.shared.is_refused() => {}
+                Ok(_) => self.shared.set_apply_problem(None),
                 Err(Failed::Fatal(error)) => return Err(error),
                 Err(Failed::Unexpected(problem)) => self.try_another_way(&problem).await?,
                 Err(Failed::OutOfLocks(transactions)) => {

@@ -260,7 +260,7 @@ async fn mirror_written(
     let mut written = queue.written();
     loop {
         let end = *written.borrow_and_update();
-        shared.replayed.send_replace(end);
+        shared.set_position(end);
         let top_time = shared.top_time();
         shared.set_applied(|applied| applied.top_time = top_time);
         tokio::select! {

@@ -343,11 +343,21 @@ impl Shared {
         }
     }
 
+    fn refused_since(&self) -> Option<Instant> {
+        let stuck = self.inner().stuck?;
+        stuck
+            .refused
+            .filter(|_| stuck.end > *self.replayed.borrow())
+    }
+
+    /// Whether the database refuses a transaction.
+    pub fn is_refused(&self) -> bool {
+        self.refused_since().is_some()
+    }
+
     /// Whether a transaction has been refused for so long that nobody below is to wait for it.
     pub fn is_stuck(&self) -> bool {
-        let stuck = self.inner().stuck;
-        let stuck = stuck.filter(|stuck| stuck.end > *self.replayed.borrow());
-        let refused = stuck.and_then(|stuck| stuck.refused);
+        let refused = self.refused_since();
         refused.is_some_and(|since| since.elapsed() > STUCK_AFTER)
     }
 

@@ -3,11 +3,12 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use bytes::Bytes;
 use postgres_protocol::message::frontend;
 use tokio::time::timeout;
 
+use super::commit::Moved;
 use super::obstacle::{Clearing, Unanswered, is_in_the_way};
 use super::plan::Planned;
 use super::skip::is_of_the_transaction;
@@ -275,7 +276,7 @@ impl Session<'_> {
         if step.expect == Expect::Place {
             let rows = self.client.query(&step.sql, &step.texts()?).await?;
             let row = rows.into_iter().next();
-            self.take_place(row.context("the row of terrace.progress is not where it was")?);
+            self.take_place(row.ok_or(Moved)?);
             return Ok(1);
         }
         Ok(self.client.execute(&step.sql, &step.texts()?).await?)

@@ -62,6 +62,11 @@ impl Tag {
     }
 }
 
+/// Only with another transaction is it known where the row is.
+#[derive(Debug, thiserror::Error)]
+#[error("the row of terrace.progress is not where it was")]
+pub(super) struct Moved;
+
 /// What was put off to the end of a transaction may be refused there, and of several that go as one
 /// perhaps none.
 fn at_commit(error: PgError) -> Failed {

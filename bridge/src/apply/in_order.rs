@@ -25,7 +25,8 @@ const PIPELINE_BYTES: usize = 64 << 10;
 const MOST_NOTIFIED: usize = 1_000;
 
 impl Session<'_> {
-    pub(super) async fn fast_batch(&mut self) -> Result<(), Failed> {
+    /// Whether there was a transaction.
+    pub(super) async fn fast_batch(&mut self) -> Result<bool, Failed> {
         let mut batch = Batch::default();
         let mut open = false;
         loop {
@@ -256,19 +257,20 @@ impl Session<'_> {
         Ok(())
     }
 
-    async fn finish_fast(&mut self, open: bool, batch: Batch) -> Result<(), Failed> {
+    async fn finish_fast(&mut self, open: bool, batch: Batch) -> Result<bool, Failed> {
         let quiet = batch.transactions == 0;
         let written = self.progress_written.map(|at| at.elapsed());
         if quiet && written.is_some_and(|ago| ago < WATERMARK_EVERY) {
             // Shown at once; written with the next transaction or later.
             self.announce(&batch);
-            return Ok(());
+            return Ok(false);
         }
         if !open {
             self.begin()?;
         }
         self.close(&batch)?;
-        self.conclude(batch).await
+        self.conclude(batch).await?;
+        Ok(!quiet)
     }
 }
 

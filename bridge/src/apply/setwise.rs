@@ -28,8 +28,6 @@ use crate::record::{Frame, Kind, Record};
 
 /// Fewer transactions are not waited for: they go in order before the next look.
 const FEW: usize = 20;
-/// Where the next one goes in order, perhaps more do.
-const AT_ONCE: usize = 100;
 /// Fewer messages are sooner done in order. A transaction of one change is three.
 const WORTHWHILE: usize = 60;
 
@@ -189,16 +187,44 @@ impl Session<'_> {
             self.gather(&mut heap).await?;
         }
         let folded = self.fold(&heap.records, &mut Batch::default()).await?;
-        self.folds = folded.is_some() || self.folds && !is_worthwhile(&heap.records);
+        let is_small = !is_worthwhile(&heap.records);
+        self.folds = folded.is_some() || self.folds && is_small;
         // What comes next has not been looked at.
-        self.in_order = match self.ahead.front() {
-            Some(next) if heap.records.is_empty() && goes_in_order(next) => AT_ONCE,
-            _ => FEW.max(heap.records.len()),
-        };
+        self.in_order = FEW.max(heap.records.len());
         if folded.is_none() {
             self.looked_until = heap.records.last().map_or(Lsn::ZERO, |last| last.lsn);
         }
-        Ok(self.keep_or_put_back(heap, folded))
+        let cut_short = self.ahead.front().is_some_and(goes_in_order);
+        let pile = self.keep_or_put_back(heap, folded);
+        if pile.is_none() && is_small && cut_short {
+            self.in_order = self.in_order.max(self.row_in_order()?);
+        }
+        Ok(pile)
+    }
+
+    /// How many transactions are next before so many that are worthwhile to fold follow upon one that goes
+    /// in order.
+    fn row_in_order(&mut self) -> Result<usize, Failed> {
+        let (mut row, mut transactions, mut bytes, mut since) = (0, 0, 0, 0);
+        for at in 0.. {
+            if at == self.ahead.len() {
+                self.ahead
+                    .extend(self.reader.try_next().map_err(anyhow::Error::from)?);
+            }
+            let Some(record) = self.ahead.get(at) else {
+                break;
+            };
+            bytes += record.bytes.len();
+            if record.kind == Kind::Part || bytes > MAX_BYTES || since >= WORTHWHILE {
+                break;
+            }
+            transactions += usize::from(record.kind == Kind::Commit);
+            since += record.frames().count();
+            if goes_in_order(record) {
+                (row, since) = (transactions, 0);
+            }
+        }
+        Ok(row)
     }
 
     /// Lets a backlog gather while more of it comes: the larger a pile, the less each

@@ -3,6 +3,7 @@
 //! Guarantee: what is left out is the one transaction whose end was named while it stood in
 //! the way; an order for any other is refused, and none outlives its transaction.
 
+use super::commit::Moved;
 use super::obstacle::Unanswered;
 use super::{Batch, Session};
 use crate::client::PgError;
@@ -81,10 +82,10 @@ pub(super) fn refused(error: &anyhow::Error) -> Option<&PgError> {
     error.chain().find_map(|cause| cause.downcast_ref())
 }
 
-/// Not that the connection was lost, the server shuts down, two got in each other's way, or another
-/// server did not answer.
+/// Not that the connection was lost, the server shuts down, two got in each other's way, another
+/// server did not answer, or what is the bridge's own was rewritten.
 pub(super) fn is_of_the_transaction(error: &anyhow::Error) -> bool {
-    if error.is::<Unanswered>() {
+    if error.is::<Unanswered>() || error.is::<Moved>() {
         return false;
     }
     let Some(error) = refused(error) else {

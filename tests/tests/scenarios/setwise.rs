@@ -422,7 +422,7 @@ fn what_goes_in_order_sends_no_pile_that_way() {
     for id in 0..1000 {
         let also = match id {
             300 => "TRUNCATE other",
-            600 => "SELECT terrace.send('heard', 'it')",
+            _ if id % 80 == 0 => "SELECT terrace.send('heard', 'it')",
             _ => "SELECT",
         };
         let sql = format!("BEGIN; INSERT INTO t VALUES ({id}); {also}; COMMIT");
@@ -432,7 +432,7 @@ fn what_goes_in_order_sends_no_pile_that_way() {
     tree.wait_for_equal(&["t", "other"]);
     let log = tree.nodes[0].bridge.logged();
     let folded = histories::folded(&log);
-    assert!(folded >= 750, "{folded} of 1000 were folded");
+    assert!(folded >= 600, "{folded} of 1000 were folded");
     assert!(!log.contains("applying"), "{log}");
 }
 

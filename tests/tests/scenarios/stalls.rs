@@ -424,6 +424,8 @@ fn what_is_for_others_does_not_hide_what_cannot_be_applied_behind_it() {
     let hold = "BEGIN; LOCK TABLE terrace.progress IN EXCLUSIVE MODE";
     holder.batch_execute(hold).expect("hold the apply");
     tree.top.sql("INSERT INTO t VALUES (0)");
+    let waits = "SELECT count(*) > 0 FROM pg_locks WHERE NOT granted";
+    wait_until("it waits", || node.server.value(waits) == "t");
     tree.top.sql(
         r#"DO $$BEGIN FOR n IN 1..300 LOOP
              PERFORM pg_logical_emit_message(true, 'terrace', '{"domains":["nowhere"]}'); COMMIT;
