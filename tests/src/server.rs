@@ -481,6 +481,14 @@ impl Server {
         client
     }
 
+    /// Keeps a bridge from committing what it applies here until the session that this gives is dropped.
+    pub fn hold_apply(&self) -> Client {
+        let mut client = self.connect();
+        let sql = "BEGIN; LOCK TABLE terrace.progress IN EXCLUSIVE MODE";
+        client.batch_execute(sql).expect("hold the apply");
+        client
+    }
+
     /// Runs statements, as if in a session of their own; an error fails the test.
     pub fn sql(&self, sql: &str) {
         let result = self.write(sql);

@@ -203,13 +203,8 @@ impl Tree {
 
     /// Starts the bridges, which apply nothing before they, and those above, have everything.
     pub fn start_bridges_on_a_pile(&mut self) {
-        let hold = |node: &Node| {
-            let mut client = node.server.connect();
-            let sql = "BEGIN; LOCK TABLE terrace.progress IN EXCLUSIVE MODE";
-            client.batch_execute(sql).expect("hold the apply");
-            client
-        };
-        let mut holders: Vec<_> = self.nodes.iter().map(hold).collect();
+        let held = self.nodes.iter().map(|node| node.server.hold_apply());
+        let mut holders: Vec<_> = held.collect();
         let end = self.top.value("SELECT pg_current_wal_lsn()");
         self.start_bridges().expect("start the bridges");
         let with = |what: &str| {

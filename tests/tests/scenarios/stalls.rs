@@ -18,6 +18,17 @@ pub fn wait_stalled(node: &Node, words: &[&str]) {
     });
 }
 
+/// Orders that what the server says cannot be applied is left out.
+fn leave_out(node: &Node) {
+    let reason = format!(
+        "SELECT substring(reason FROM 'ends at ([0-9A-F/]+)') FROM terrace.lag WHERE node = '{}'",
+        node.server.name
+    );
+    let lsn = node.server.value(&reason);
+    let skipped = node.bridge.command("skip", &["--lsn", &lsn]);
+    assert!(skipped.expect("run skip").status.success());
+}
+
 fn check_says(node: &Node, words: &str) {
     let output = node.bridge.run("check").expect("run check");
     let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
@@ -282,12 +293,8 @@ fn who_leaves_something_out_keeps_it_from_nobody_below() {
     wait_until("those below go on", || {
         below.server.value(rows) == "50 51 60"
     });
-    let reason = "SELECT substring(reason FROM 'ends at ([0-9A-F/]+)') FROM terrace.lag
-                  WHERE node = 'region-1'";
     let region = tree.node("region-1");
-    let lsn = region.server.value(reason);
-    let skipped = region.bridge.command("skip", &["--lsn", &lsn]);
-    assert!(skipped.expect("run skip").status.success());
+    leave_out(region);
     wait_until("it goes on", || region.server.value(rows) == "60");
 
     // The same where rows are put aside one by one.
@@ -360,10 +367,7 @@ fn what_is_refused_at_the_end_of_a_transaction_is_named_and_can_be_left_out() {
     tree.top.sql("INSERT INTO l VALUES (3)");
     let node = &tree.nodes[0];
     wait_stalled(node, &["cannot be applied", "no lines"]);
-    let reason = "SELECT substring(reason FROM 'ends at ([0-9A-F/]+)') FROM terrace.lag";
-    let lsn = node.server.value(reason);
-    let skipped = node.bridge.command("skip", &["--lsn", &lsn]);
-    assert!(skipped.expect("run skip").status.success());
+    leave_out(node);
     tree.wait_for_equal(&["l"]);
     assert_eq!(tree.nodes[0].server.value("SELECT count(*) FROM o"), "0");
 }
@@ -402,10 +406,7 @@ fn what_is_to_be_left_out_may_come_after_a_sign_of_life() {
     tree.top.sql("INSERT INTO o VALUES (9)");
     tree.top.sql("INSERT INTO l VALUES (2)");
     wait_stalled(node, &["cannot be applied", "never"]);
-    let reason = "SELECT substring(reason FROM 'ends at ([0-9A-F/]+)') FROM terrace.lag";
-    let lsn = node.server.value(reason);
-    let skipped = node.bridge.command("skip", &["--lsn", &lsn]);
-    assert!(skipped.expect("run skip").status.success());
+    leave_out(node);
     drop(orders);
     tree.wait_for_equal(&["l"]);
     assert_eq!(tree.nodes[0].server.value("SELECT count(*) FROM o"), "1");
@@ -420,9 +421,7 @@ fn what_is_for_others_does_not_hide_what_cannot_be_applied_behind_it() {
     tree.top.sql("INSERT INTO gone VALUES (1)");
     tree.wait_for_equal(&["t", "gone"]);
     let node = &tree.nodes[0];
-    let mut holder = node.server.connect();
-    let hold = "BEGIN; LOCK TABLE terrace.progress IN EXCLUSIVE MODE";
-    holder.batch_execute(hold).expect("hold the apply");
+    let holder = node.server.hold_apply();
     tree.top.sql("INSERT INTO t VALUES (0)");
     let waits = "SELECT count(*) > 0 FROM pg_locks WHERE NOT granted";
     wait_until("it waits", || node.server.value(waits) == "t");
