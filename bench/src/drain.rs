@@ -108,6 +108,9 @@ enum Setting {
     SyncCommit,
     /// Long values are compressed as Terrace has them compressed.
     Lz4,
+    /// Rows are sent in binary form, and while their transaction is still written, which PostgreSQL 15
+    /// spools to files of the subscriber.
+    Streaming,
 }
 
 impl Setting {
@@ -115,6 +118,7 @@ impl Setting {
         match self {
             Setting::SyncCommit => "native, sync commit on",
             Setting::Lz4 => "native, lz4",
+            Setting::Streaming => "native, streaming and binary",
         }
     }
 
@@ -124,6 +128,8 @@ impl Setting {
             (Setting::SyncCommit, false) => native.synchronous_commit("off"),
             (Setting::Lz4, true) => native.compression("lz4"),
             (Setting::Lz4, false) => native.compression("pglz"),
+            (Setting::Streaming, true) => native.streaming_and_binary("on"),
+            (Setting::Streaming, false) => native.streaming_and_binary("off"),
         }
     }
 }
@@ -200,11 +206,12 @@ impl Drain {
                 [plan.script_rounds, plan.lz4_rounds]
             }
             (false, Work::Text(_)) => [plan.script_rounds, 0],
-            (false, Work::Large) => [plan.large_rounds, 0],
+            (false, Work::Large) => plan.large_rounds,
         };
-        let other = match script.name == WIDE.name {
-            true => Setting::Lz4,
-            false => Setting::SyncCommit,
+        let other = match script.work {
+            Work::Large => Setting::Streaming,
+            Work::Text(_) if script.name == WIDE.name => Setting::Lz4,
+            _ => Setting::SyncCommit,
         };
         let size = plan.backlog[usize::from(self.is_tree())];
         let amount = match script.work {

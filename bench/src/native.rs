@@ -51,6 +51,12 @@ impl Native {
         self.servers.iter().for_each(|server| server.sql(&sql));
     }
 
+    /// Sets `streaming` and `binary` of every subscription; both are `off` in PostgreSQL 15 by default.
+    pub fn streaming_and_binary(&self, value: &str) {
+        let sql = format!("ALTER SUBSCRIPTION bench SET (streaming = {value}, binary = {value})");
+        self.servers.iter().for_each(|server| server.sql(&sql));
+    }
+
     /// Sets with what long values are compressed; `pglz` is PostgreSQL's default.
     pub fn compression(&self, method: &str) {
         for server in &self.servers {

@@ -40,10 +40,10 @@ pub struct Plan {
     pub backlog: [u64; 2],
     /// Rounds of each latency measurement, and seconds of one at the low and at the high rate.
     pub latency: (usize, [u64; 2]),
-    /// Rows of 1 KiB in the large transaction, rounds of it over one hop, and what it passes
-    /// through where memory is looked at.
+    /// Rows of 1 KiB in the large transaction, rounds of it over one hop, further ones with native
+    /// subscriptions that stream, and what it passes through where memory is looked at.
     pub large_rows: u64,
-    pub large_rounds: usize,
+    pub large_rounds: [usize; 2],
     pub large_shape: Shape,
     /// Short rows in the transaction of many.
     pub many_rows: u64,
@@ -80,7 +80,7 @@ impl Plan {
                 backlog: [20_000, 10_000],
                 latency: (1, [2, 1]),
                 large_rows: 100 << 10,
-                large_rounds: 1,
+                large_rounds: [1, 0],
                 large_shape: Shape {
                     region: 1,
                     branch: 1,
@@ -103,12 +103,12 @@ impl Plan {
                 scale: 10,
                 hop_rounds: [5, 2],
                 script_rounds: 4,
-                lz4_rounds: 2,
+                lz4_rounds: 4,
                 tree_rounds: [5, 2],
                 backlog: [300_000, 120_000],
                 latency: (3, [20, 8]),
                 large_rows: 1 << 20,
-                large_rounds: 4,
+                large_rounds: [4, 2],
                 large_shape: Shape {
                     region: 3,
                     branch: 3,
