@@ -16,6 +16,7 @@
 //! the upstream, to which it was never acknowledged, sends it again.
 
 mod disk;
+mod places;
 mod reader;
 mod scan;
 mod segment;
@@ -39,6 +40,7 @@ pub use segment::inspect;
 pub use writer::Writer;
 
 use disk::Disk;
+use places::Places;
 use segment::Segment;
 
 /// A segment is closed at the first transaction end beyond this.
@@ -127,6 +129,8 @@ struct Inner {
     cursors: Mutex<Cursors>,
     /// Held while the cursors are written to disk.
     saving: Mutex<()>,
+    /// Where readers have begun.
+    places: Places,
     written: watch::Sender<Lsn>,
     durable: watch::Sender<Lsn>,
 }
@@ -216,6 +220,7 @@ impl Queue {
                     dirty: false,
                 }),
                 saving: Mutex::default(),
+                places: Places::default(),
                 written: watch::Sender::new(end),
                 durable: watch::Sender::new(end),
             }),
@@ -427,8 +432,15 @@ impl Queue {
         saved
     }
 
+    /// End of what a segment holds, if another one follows it.
+    pub fn end_of(&self, path: &Path) -> Option<Lsn> {
+        let segments = lock(&self.inner.segments);
+        let mut from = segments.iter().skip_while(|segment| segment.path != path);
+        from.nth(1).map(|next| next.start)
+    }
+
     /// Removes a damaged segment, and those before it, if the database has replayed all
-    /// that is in them: what follows is the queue then. False when it has not.
+    /// that is in them, durably: what follows is the queue then. False when it has not.
     pub fn remove_damaged(&self, path: &Path, replayed: Lsn) -> Result<bool, QueueError> {
         let removed: Vec<Arc<Segment>> = {
             let mut segments = lock(&self.inner.segments);

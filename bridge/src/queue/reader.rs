@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 use tokio::sync::watch;
 
+use super::places::Place;
 use super::scan::Scan;
 use super::segment::{Schema, Segment, note_schema};
 use super::{Queue, QueueError};
@@ -41,25 +42,50 @@ impl Reader {
             seeking: true,
             last_timeline: u32::MAX,
         };
-        reader.seek()?;
+        reader.find_place()?;
         Ok(reader)
     }
 
-    /// Passes over what ends at or below `from`, collecting the definitions. Only the
-    /// end of a transaction tells whether the parts before it are to be passed over.
-    fn seek(&mut self) -> Result<(), QueueError> {
-        let limit = self.segment.visible();
+    /// Goes to the first that is wanted, from the last place before it that is known.
+    fn find_place(&mut self) -> Result<(), QueueError> {
+        let (segment, inner) = (Arc::clone(&self.segment), Arc::clone(&self.queue.inner));
+        let _alone = segment.alone();
+        let (segment, places) = (Arc::downgrade(&segment), &inner.places);
         let mut schema = Schema::new();
+        if let Some(known) = places.before(&segment, self.from) {
+            self.scan = Scan::at(known.offset);
+            self.seeking = !known.is_of(self.from);
+            schema = known.schema;
+        }
+        if self.seeking {
+            let end = self.seek(&mut schema)?;
+            places.keep(Place {
+                segment,
+                from: self.from,
+                offset: self.scan.offset,
+                schema: schema.clone(),
+                end,
+            });
+        }
+        self.schema = schema.into_values().collect();
+        Ok(())
+    }
+
+    /// Passes over what ends at or below `from`, collecting the definitions. Only the
+    /// end of a transaction tells whether the parts before it are to be passed over. Gives the
+    /// end of the first that is not, if it is there.
+    fn seek(&mut self, schema: &mut Schema) -> Result<Option<Lsn>, QueueError> {
+        let limit = self.segment.visible();
         let mut transaction_start = None;
         loop {
             let at = self.scan.offset;
             let Some(record) = self.scan.next(&self.segment, limit)? else {
-                break;
+                return Ok(None);
             };
             match record.kind {
                 // Definitions inside a transaction are delivered with it.
                 Kind::Schema if transaction_start.is_none() => {
-                    note_schema(&mut schema, &record)?;
+                    note_schema(schema, &record)?;
                 }
                 Kind::Schema | Kind::Mark => {}
                 Kind::Part => {
@@ -67,18 +93,16 @@ impl Reader {
                 }
                 Kind::Commit | Kind::Watermark if record.lsn <= self.from => {
                     if let Some(start) = transaction_start.take() {
-                        self.collect(start, self.scan.offset, &mut schema)?;
+                        self.collect(start, self.scan.offset, schema)?;
                     }
                 }
                 Kind::Commit | Kind::Watermark => {
                     self.scan = Scan::at(transaction_start.unwrap_or(at));
                     self.seeking = false;
-                    break;
+                    return Ok(Some(record.lsn));
                 }
             }
         }
-        self.schema = schema.into_values().collect();
-        Ok(())
     }
 
     fn collect(&self, start: u64, end: u64, schema: &mut Schema) -> Result<(), QueueError> {
@@ -136,7 +160,9 @@ impl Reader {
             // is a next one, this one does not grow.
             let next = self.queue.segment_after(&self.segment);
             if self.seeking {
-                self.seek()?;
+                let mut schema = Schema::new();
+                self.seek(&mut schema)?;
+                self.schema = schema.into_values().collect();
                 if !self.seeking || !self.schema.is_empty() {
                     continue;
                 }

@@ -5,8 +5,9 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
@@ -17,7 +18,13 @@ use crate::record::{HEADER_LEN, Kind, Record, RecordError};
 
 const MAGIC: &[u8; 8] = b"TERRSEG1";
 const MAX_HEAD: usize = 4096;
+/// An fsync of fewer bytes says little of how many a second the disk takes.
+const MEASURED: u64 = 1 << 20;
 const MARK_LEN: usize = HEADER_LEN + 8;
+/// What cannot be read is read so often, …
+const TRIES: usize = 5;
+/// … with so much time between: a disk behind a network may have been away for a moment.
+const PAUSE: Duration = Duration::from_millis(200);
 
 /// Definitions that a later transaction may refer to, by message kind and OID.
 pub(super) type Schema = BTreeMap<(u8, u32), Record>;
@@ -54,11 +61,15 @@ pub(super) struct Segment {
     synced: AtomicU64,
     /// Bytes that were written since the last fsync began.
     dirty: AtomicU64,
+    /// Bytes a second of the last fsync of many.
+    pace: AtomicU64,
     /// An fsync has failed: the next one may succeed and say nothing of what was lost.
     failed: AtomicBool,
     /// Held during an fsync: the system tells of a failure only once.
     syncing: Mutex<()>,
     shared: Shared,
+    /// Held while somebody looks for where to begin.
+    looking: Mutex<()>,
 }
 
 /// The segment files of `dir` in order of position.
@@ -133,7 +144,10 @@ impl Segment {
         file.sync_all()
             .map_err(QueueError::io("fsync", &temporary))?;
         fs::rename(&temporary, &path).map_err(QueueError::io("rename", &temporary))?;
-        sync_dir(dir)?;
+        // Where it is not known to stay, the segment before it is gone on with.
+        sync_dir(dir).inspect_err(|_| {
+            fs::remove_file(&path).ok();
+        })?;
         Ok(Segment {
             path,
             start,
@@ -143,9 +157,11 @@ impl Segment {
             visible: AtomicU64::new(content.len() as u64),
             synced: AtomicU64::new(content.len() as u64),
             dirty: AtomicU64::new(0),
+            pace: AtomicU64::new(u64::MAX),
             failed: AtomicBool::new(false),
             syncing: Mutex::default(),
             shared: Shared::default(),
+            looking: Mutex::default(),
         })
     }
 
@@ -158,14 +174,9 @@ impl Segment {
             .map_err(QueueError::io("open", path))?;
         let len = file.metadata().map_err(QueueError::io("read", path))?.len();
         let mut head = vec![0; (len as usize).min(MAX_HEAD)];
-        file.read_exact_at(&mut head, 0)
-            .map_err(QueueError::io("read", path))?;
+        read_at(&file, path, &mut head, 0)?;
         let (identity, start, head_len) =
-            decode_head(&head).map_err(|problem| QueueError::Damaged {
-                path: path.to_owned(),
-                offset: 0,
-                problem: problem.into(),
-            })?;
+            decode_head(&head).map_err(|problem| damaged(path, 0, problem))?;
         Ok(Segment {
             path: path.to_owned(),
             start,
@@ -175,9 +186,11 @@ impl Segment {
             visible: AtomicU64::new(len),
             synced: AtomicU64::new(len),
             dirty: AtomicU64::new(0),
+            pace: AtomicU64::new(u64::MAX),
             failed: AtomicBool::new(false),
             syncing: Mutex::default(),
             shared: Shared::default(),
+            looking: Mutex::default(),
         })
     }
 
@@ -199,6 +212,11 @@ impl Segment {
     /// What its readers have read just now.
     pub fn shared(&self) -> &Shared {
         &self.shared
+    }
+
+    /// Nobody else looks for where to begin meanwhile.
+    pub fn alone(&self) -> MutexGuard<'_, ()> {
+        lock(&self.looking)
     }
 
     pub fn visible(&self) -> u64 {
@@ -238,17 +256,30 @@ impl Segment {
     pub fn sync(&self) -> Result<(), QueueError> {
         let _alone = lock(&self.syncing);
         let visible = self.visible();
-        self.dirty.store(0, Ordering::Release);
+        let bytes = self.dirty.swap(0, Ordering::AcqRel);
+        let began = Instant::now();
         let synced = match self.has_failed() {
             true => Err(io::Error::other("an earlier fsync failed")),
             false => self.file.sync_data(),
         };
+        if bytes >= MEASURED {
+            self.set_pace((bytes as f64 / began.elapsed().as_secs_f64()) as u64);
+        }
         if synced.is_ok() {
             self.synced.fetch_max(visible, Ordering::AcqRel);
         } else {
             self.failed.store(true, Ordering::Release);
         }
         synced.map_err(QueueError::io("fsync", &self.path))
+    }
+
+    /// Bytes that the disk takes in a second, as far as is known.
+    pub fn pace(&self) -> u64 {
+        self.pace.load(Ordering::Relaxed)
+    }
+
+    pub fn set_pace(&self, pace: u64) {
+        self.pace.store(pace, Ordering::Relaxed);
     }
 
     /// Whether an fsync has failed.
@@ -271,17 +302,38 @@ impl Segment {
     pub fn read(&self, offset: u64, len: usize, limit: u64) -> Result<Bytes, QueueError> {
         let len = limit.saturating_sub(offset).min(len as u64) as usize;
         let mut bytes = BytesMut::zeroed(len);
-        self.file
-            .read_exact_at(&mut bytes, offset)
-            .map_err(QueueError::io("read", &self.path))?;
+        read_at(&self.file, &self.path, &mut bytes, offset)?;
         Ok(bytes.freeze())
     }
 
     pub fn damaged(&self, offset: u64, problem: impl ToString) -> QueueError {
-        QueueError::Damaged {
-            path: self.path.clone(),
-            offset,
-            problem: problem.to_string(),
+        damaged(&self.path, offset, problem)
+    }
+}
+
+fn damaged(path: &Path, offset: u64, problem: impl ToString) -> QueueError {
+    QueueError::Damaged {
+        path: path.to_owned(),
+        offset,
+        problem: problem.to_string(),
+    }
+}
+
+/// Reads as much as there is room for. What the disk cannot read is as bad as what has changed.
+fn read_at(file: &File, path: &Path, bytes: &mut [u8], offset: u64) -> Result<(), QueueError> {
+    let mut tries = 0;
+    loop {
+        let Err(error) = file.read_exact_at(bytes, offset) else {
+            return Ok(());
+        };
+        tries += 1;
+        match error.raw_os_error() {
+            Some(libc::EIO) if tries < TRIES => std::thread::sleep(PAUSE),
+            Some(libc::EIO) => return Err(damaged(path, offset, error)),
+            _ if error.kind() == io::ErrorKind::UnexpectedEof => {
+                return Err(damaged(path, offset, "the file is cut short"));
+            }
+            _ => return Err(QueueError::io("read", path)(error)),
         }
     }
 }

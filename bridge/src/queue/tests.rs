@@ -459,6 +459,102 @@ fn a_large_transaction_goes_to_disk_while_it_comes() {
     assert_eq!(queue.end(), Lsn(100), "nothing is shown of it");
 }
 
+// With an SD card it took longer than the upstream waits, each time anew.
+#[test]
+fn less_of_it_waits_for_a_slow_disk() {
+    assert_eq!(writer::most_dirty(u64::MAX), 4 * writer::DIRTY_BYTES);
+    assert_eq!(writer::most_dirty(3 << 20), 6 << 20);
+    assert_eq!(writer::most_dirty(1), 1 << 20);
+    let dir = TempDir::new().unwrap();
+    let (queue, mut writer) = create(&dir);
+    queue.active().set_pace(1 << 20);
+    let part = Record::new(Kind::Part, Lsn::ZERO, &vec![0; 256 << 10]);
+    for _ in 0..16 {
+        writer.append(&part).unwrap();
+    }
+    let dirty = queue.active().dirty();
+    assert!(dirty <= 3 << 20, "{dirty} bytes");
+}
+
+/// Small transactions and large ones, with definitions before and in them.
+fn write_mixed(writer: &mut Writer) {
+    for n in 1..=12_u32 {
+        let end = 100 + u64::from(n) * 10;
+        if n % 3 != 0 {
+            writer.append(&schema(n % 4, n as u8)).unwrap();
+        }
+        let parts = if n % 5 == 0 { 0 } else { n % 4 * 2 };
+        for part in 0..parts {
+            let body = vec![part as u8; 100 << 10];
+            writer
+                .append(&Record::new(Kind::Part, Lsn::ZERO, &body))
+                .unwrap();
+            writer.append(&schema(10 + n, part as u8)).unwrap();
+        }
+        let end = match n % 5 {
+            0 => Record::watermark(Lsn(end), 0),
+            _ => transaction(end, 10),
+        };
+        writer.append(&end).unwrap();
+        writer.publish().unwrap();
+    }
+}
+
+#[test]
+fn who_begins_where_others_did_gets_the_same() {
+    let dir = TempDir::new().unwrap();
+    let (queue, mut writer) = create(&dir);
+    write_mixed(&mut writer);
+    drop((queue, writer));
+    let places: Vec<u64> = (100..=230).step_by(5).collect();
+    let anew = |from: &u64| all(&Queue::open(dir.path()).unwrap().unwrap().0, *from);
+    let wanted: Vec<_> = places.iter().map(anew).collect();
+    let (queue, _writer) = Queue::open(dir.path()).unwrap().unwrap();
+    // Forwards, backwards, and to and fro.
+    for step in [1, 26, 7, 11, 16] {
+        for at in (0..places.len()).map(|n| n * step % places.len()) {
+            assert_eq!(all(&queue, places[at]), wanted[at], "above {}", places[at]);
+        }
+    }
+}
+
+// Five hundred followers that were cut off went through all of it each, and were given up meanwhile.
+#[test]
+fn a_large_transaction_is_gone_through_once_by_those_who_stand_before_it() {
+    let dir = TempDir::new().unwrap();
+    let (queue, mut writer) = create(&dir);
+    writer.append(&transaction(110, 10)).unwrap();
+    let part = Record::new(Kind::Part, Lsn::ZERO, &vec![0; 1 << 20]);
+    (0..8).for_each(|_| writer.append(&part).unwrap());
+    writer.append(&transaction(120, 10)).unwrap();
+    writer.publish().unwrap();
+    drop(queue.reader(Lsn(110)).unwrap());
+    // Who went through it would find this.
+    let file = fs::OpenOptions::new().write(true).open(last_segment(&dir));
+    file.unwrap().write_all_at(b"?", 5 << 20).unwrap();
+    for from in [110, 115] {
+        assert!(queue.reader(Lsn(from)).is_ok(), "above {from}");
+    }
+    let mut reader = queue.reader(Lsn(110)).unwrap();
+    let damage = std::iter::from_fn(|| reader.try_next().transpose()).find_map(Result::err);
+    assert!(matches!(damage, Some(QueueError::Damaged { .. })));
+    assert!(queue.reader(Lsn(120)).is_err(), "it has to go through it");
+}
+
+#[test]
+fn a_file_that_is_shorter_than_it_was_is_damaged() {
+    let dir = TempDir::new().unwrap();
+    let (queue, mut writer) = create(&dir);
+    for end in [110, 120] {
+        writer.append(&transaction(end, 1000)).unwrap();
+    }
+    writer.publish().unwrap();
+    let file = fs::OpenOptions::new().write(true).open(last_segment(&dir));
+    file.unwrap().set_len(900).unwrap();
+    let damage = queue.reader(Lsn(100)).err();
+    assert!(matches!(damage, Some(QueueError::Damaged { .. })));
+}
+
 // Tables that were dropped long ago were defined at the head of each segment, for ever.
 #[test]
 fn what_a_new_session_does_not_define_is_forgotten() {

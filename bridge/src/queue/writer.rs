@@ -18,8 +18,11 @@ const BUFFER_BYTES: usize = 1 << 20;
 /// When so many bytes are not on disk yet, they go there although no transaction has ended: at its end
 /// all of a large one would have to, and the upstream hears nothing from us until that is done.
 pub(super) const DIRTY_BYTES: u64 = 8 << 20;
-/// With so many of an unfinished transaction the writer waits for the disk.
+/// With so many of an unfinished transaction the writer waits for the disk, or with fewer where
+/// that would take a slow disk more than [`WAIT`] seconds: the upstream hears nothing from us meanwhile.
 const MOST_DIRTY_BYTES: u64 = 4 * DIRTY_BYTES;
+const LEAST_DIRTY_BYTES: u64 = 1 << 20;
+const WAIT: u64 = 2;
 
 /// Appends records. What is appended becomes readable with [`Writer::publish`];
 /// after an error everything since the last publish is gone, as after a crash.
@@ -211,14 +214,14 @@ impl Writer {
 
     /// Keeps small what an fsync would have to write.
     fn pass_on_to_disk(&self) -> Result<(), QueueError> {
-        match self.segment.dirty() {
-            0..DIRTY_BYTES => Ok(()),
-            MOST_DIRTY_BYTES.. if self.in_transaction => self.sync(),
-            _ => {
-                self.wake_who_keeps_it_durable();
-                Ok(())
-            }
+        let dirty = self.segment.dirty();
+        if self.in_transaction && dirty >= most_dirty(self.segment.pace()) {
+            return self.sync();
         }
+        if dirty >= DIRTY_BYTES {
+            self.wake_who_keeps_it_durable();
+        }
+        Ok(())
     }
 
     fn sync(&self) -> Result<(), QueueError> {
@@ -298,6 +301,12 @@ impl Writer {
         lock(&inner.segments).push(Arc::clone(&self.segment));
         Ok(())
     }
+}
+
+/// With a disk that takes `pace` bytes a second.
+pub(super) fn most_dirty(pace: u64) -> u64 {
+    pace.saturating_mul(WAIT)
+        .clamp(LEAST_DIRTY_BYTES, MOST_DIRTY_BYTES)
 }
 
 /// The definitions that a segment begins with are the smaller part of it, however many there are.
