@@ -2075,7 +2075,8 @@ CREATE VIEW owned_sequence AS
 
 -- On a receiving server: whoever writes here when nothing comes from above any more must
 -- not draw a number that came from there. Looking for the highest one of a column without
--- an index reads the table, which is done with large ones when "thorough" only.
+-- an index reads the table, which is done with large ones when "thorough" only. NULL when the lock_timeout was too
+-- short for one of them.
 CREATE FUNCTION advance_sequences(thorough boolean, of_table regclass DEFAULT NULL) RETURNS integer
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -2105,8 +2106,12 @@ BEGIN
                 PERFORM setval(found.seqrelid::regclass, goal::bigint);
                 advanced := advanced + 1;
             END IF;
-        EXCEPTION WHEN data_exception OR datatype_mismatch OR undefined_function THEN
-            RAISE DEBUG 'sequence % is not put forward: %', found.seqrelid::regclass, SQLERRM;
+        EXCEPTION
+            WHEN data_exception OR datatype_mismatch OR undefined_function THEN
+                RAISE DEBUG 'sequence % is not put forward: %', found.seqrelid::regclass, SQLERRM;
+            -- Its turn comes again.
+            WHEN lock_not_available THEN
+                advanced := NULL;
         END;
     END LOOP;
     RETURN advanced;
@@ -2412,14 +2417,24 @@ CREATE VIEW delivery AS
     WHERE e.kind = 'delivered'
     ORDER BY e.seq;
 
--- Of one batch, in its transaction: for each label the last transaction.
-CREATE FUNCTION note_delivery(node text, domain text, delivered jsonb) RETURNS void
-    LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
+-- Of one batch, in its transaction: for each label the last transaction. "plain" is the same in characters
+-- that each encoding has.
+CREATE FUNCTION note_delivery(node text, domain text, delivered text, plain text) RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    read jsonb;
+BEGIN
+    BEGIN
+        read := delivered::jsonb;
+    EXCEPTION WHEN untranslatable_character OR feature_not_supported OR syntax_error THEN
+        read := plain::jsonb;
+    END;
     INSERT INTO terrace.event ("id", "time", node, domain, kind, reason)
-    SELECT node || ' has ' || (d ->> 'tag'), clock_timestamp(), node, domain, 'delivered', d::text
-    FROM jsonb_array_elements(delivered) d
-    ON CONFLICT DO NOTHING
-$$;
+    SELECT note_delivery.node || ' has ' || (d ->> 'tag'), clock_timestamp(), note_delivery.node,
+           note_delivery.domain, 'delivered', d::text
+    FROM jsonb_array_elements(read) d
+    ON CONFLICT DO NOTHING;
+END $$;
 
 CREATE VIEW conflicts AS
     SELECT coalesce((SELECT node FROM status WHERE self), 'top') AS node, relation AS "table", kind,

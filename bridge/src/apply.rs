@@ -37,6 +37,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -87,7 +88,7 @@ pub async fn run(
     cancel: CancellationToken,
 ) -> anyhow::Result<()> {
     let mut pause = Duration::from_millis(100);
-    let thorough = AtomicBool::new(true);
+    let thorough = Arc::new(AtomicBool::new(true));
     loop {
         let started = *shared.replayed.borrow();
         let session = async {
@@ -186,7 +187,9 @@ struct Session<'a> {
     /// When sequences were put forward, and whether there may be reason to do it again.
     sequences: (Instant, bool),
     /// Sequences have not been looked at with patience since the bridge started.
-    thorough: &'a AtomicBool,
+    thorough: Arc<AtomicBool>,
+    /// Who does that.
+    looking: JoinSet<()>,
     slices: Slices,
     /// What each unanswered statement should do.
     expected: VecDeque<Expect>,
@@ -197,7 +200,7 @@ impl<'a> Session<'a> {
     async fn open(
         shared: &'a Arc<Shared>,
         queue: &'a Queue,
-        thorough: &'a AtomicBool,
+        thorough: &Arc<AtomicBool>,
     ) -> anyhow::Result<Session<'a>> {
         let info = ConnInfo::parse(&shared.config.database.url)?;
         let own = [
@@ -268,7 +271,8 @@ impl<'a> Session<'a> {
             altered: Vec::new(),
             altered_after: None,
             sequences: (Instant::now(), true),
-            thorough,
+            thorough: Arc::clone(thorough),
+            looking: JoinSet::new(),
             slices: Slices::default(),
             expected: Default::default(),
             unflushed: 0,
@@ -348,7 +352,7 @@ impl<'a> Session<'a> {
             Some(record) => Ok(record),
             None => {
                 // Waiting begins between two transactions: none is seen before its end.
-                if self.sequences.1 {
+                while self.sequences.1 {
                     match timeout(sequences::WHEN_IDLE, self.reader.next()).await {
                         Ok(record) => return Ok(record?),
                         Err(_) => self.advance_sequences(true).await?,
@@ -384,6 +388,7 @@ impl<'a> Session<'a> {
     /// Starts again after the last commit.
     async fn rewind(&mut self) -> anyhow::Result<()> {
         self.ahead.clear();
+        self.conflicts = 0;
         self.place = None;
         self.folded = None;
         self.forget_sent();

@@ -26,6 +26,7 @@ pub mod node;
 pub mod observe;
 pub mod open;
 pub mod pgoutput;
+pub mod plain;
 pub mod queue;
 pub mod rate;
 pub mod record;

@@ -289,6 +289,7 @@ async fn housekeeping(
     let mut tick = tokio::time::interval(Duration::from_secs(1));
     let mut pending: Option<(Lsn, String)> = None;
     let mut replay_durable = Lsn::ZERO;
+    shared.replay_durable.send_replace(replay_durable);
     loop {
         tokio::select! {
             // The sender lives in the queue.
@@ -304,17 +305,16 @@ async fn housekeeping(
                 return Ok(());
             }
         }
-        for (name, lsn) in observer.child_cursors() {
+        for (name, lsn) in observer.child_cursors(&queue.identity()) {
             if shared.is_wanted(&name) {
                 queue.learn_cursor(&name, lsn);
             }
         }
         keep_siblings_places(&shared, &observer, &queue);
-        // Nothing depends on these but what may be forgotten later, so a full disk
-        // is no reason to stop: what was written last stays in force.
+        // Nothing depends on these but what may be forgotten later: older ones only keep more. So a full
+        // disk is no reason to stop, and least of all to forget nothing, which makes room.
         if let Err(error) = on_disk(&queue, Queue::save_cursors).await? {
             tracing::warn!("{error}");
-            continue;
         }
         let replayed = *shared.replayed.borrow();
         if shared.config.parent.is_none() {
@@ -331,6 +331,7 @@ async fn housekeeping(
             // What a server that crashes had written and not flushed is gone.
             (client, pending) = (None, None);
         }
+        shared.replay_durable.send_replace(replay_durable);
         let limits = &shared.config.queue;
         let (min, max) = (limits.retain_min, limits.retain_max);
         let trim = move |queue: &Queue| queue.trim(replay_durable, min, max);
@@ -339,7 +340,15 @@ async fn housekeeping(
             tracing::warn!("{error}");
         }
         // Cursors are passed by; the database here is not.
-        shared.set_full(queue.bytes() > max);
+        let full = queue.bytes() > max;
+        shared.set_full(full);
+        // A link that is not read does not tell what may be shown here either.
+        if full
+            && let Some(above) = shared.followed()
+            && let Some(shown) = observer.shown(&above, &queue.identity())
+        {
+            shared.note_shown_above(shown);
+        }
         for name in lost.unwrap_or_default() {
             shared.event(
                 "gap",
@@ -393,14 +402,17 @@ async fn advance_replay_durable(
         Some(client) => client,
         None => client.insert(local_client(shared).await?),
     };
-    let noted = *shared.noted.borrow();
     let waiting = pending.as_ref().map_or("0/0", |(_, local)| local.as_str());
+    // What this bridge remembers of its own session may be of before a crash. What a statement sees is before the
+    // end of the WAL that it asks for.
     let sql = "SELECT pg_catalog.pg_current_wal_insert_lsn()::text, \
-               pg_catalog.pg_current_wal_flush_lsn() >= $1::pg_catalog.pg_lsn";
+               pg_catalog.pg_current_wal_flush_lsn() >= $1::pg_catalog.pg_lsn, \
+               (SELECT lsn::text FROM terrace.progress)";
     let rows = client.query(sql, &[Some(waiting)]).await?;
-    let Some([Some(local), Some(flushed)]) = rows.first().map(Vec::as_slice) else {
-        bail!("no WAL position");
+    let Some([Some(local), Some(flushed), Some(noted)]) = rows.first().map(Vec::as_slice) else {
+        bail!("no position");
     };
+    let noted: Lsn = noted.parse()?;
     if flushed == "t"
         && let Some((lsn, _)) = pending.take()
     {

@@ -55,6 +55,9 @@ struct Status {
     peers: Vec<String>,
     /// Hashes of parts of that.
     windows: Windows,
+    /// How far those that follow it may show what they have.
+    #[serde(rename = "shown_lsn")]
+    shown: Lsn,
 }
 
 #[derive(Clone, Default)]
@@ -181,19 +184,29 @@ impl Observer {
         self.parent_info(index).cloned()
     }
 
-    /// Positions of child domains as the other servers of the domain know them.
-    pub fn child_cursors(&self) -> BTreeMap<String, Lsn> {
+    /// Positions of child domains as the other servers of the domain know them that hold this history.
+    pub fn child_cursors(&self, identity: &Identity) -> BTreeMap<String, Lsn> {
         let seen = self.seen();
         let mut cursors = BTreeMap::new();
         let statuses = self
             .peers
             .iter()
-            .filter_map(|peer| seen.get(&peer.name)?.status.as_ref());
+            .filter_map(|peer| seen.get(&peer.name)?.status.as_ref())
+            .filter(|status| status.told.identity.as_ref() == Some(identity));
         for (name, lsn) in statuses.flat_map(|status| &status.cursors) {
             let known = cursors.entry(name.clone()).or_insert(*lsn);
             *known = (*known).max(*lsn);
         }
         cursors
+    }
+
+    /// How far those that follow `server` may show what they have, if it holds this history.
+    pub fn shown(&self, server: &ConnInfo, identity: &Identity) -> Option<Lsn> {
+        let mut servers = self.peers.iter().chain(&self.parents);
+        let followed = servers.find(|one| one.info.endpoint() == server.endpoint())?;
+        let seen = self.seen();
+        let status = seen.get(&followed.name)?.status.as_ref()?;
+        (status.told.identity.as_ref() == Some(identity)).then_some(status.shown)
     }
 
     /// What the other servers of the domain that hold this history have told of it.

@@ -316,7 +316,7 @@ impl<'a> Reader<'a> {
         if options & !(TRUNCATE_CASCADE | TRUNCATE_RESTART_IDENTITY) != 0 {
             return Err(DecodeError::Malformed("options of a truncate"));
         }
-        if self.0.len() != count as usize * 4 {
+        if count == 0 || self.0.len() != count as usize * 4 {
             return Err(DecodeError::Malformed("number of truncated tables"));
         }
         let relids = (0..count).map(|_| self.u32()).collect::<Result<_>>()?;
@@ -371,6 +371,17 @@ impl<'a> Reader<'a> {
             },
             kind => return Err(DecodeError::UnknownKind(kind)),
         })
+    }
+}
+
+/// Columns of the row that an insert, an update or a delete is about; 0 of anything else.
+pub fn columns(body: &[u8]) -> usize {
+    match body {
+        // Kind, relation, kind of the first tuple, its number of columns.
+        [b'I' | b'U' | b'D', _, _, _, _, _, high, low, ..] => {
+            u16::from_be_bytes([*high, *low]).into()
+        }
+        _ => 0,
     }
 }
 

@@ -13,9 +13,10 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::client::{Client, PgError, SessionOptions};
+use crate::client::{Client, PgError, Row, SessionOptions};
 use crate::clock::timestamp;
 use crate::conninfo::ConnInfo;
+use crate::plain::plain;
 use crate::status::Shared;
 use crate::top::send_added;
 
@@ -29,6 +30,8 @@ const CALL_LIMIT: Duration = Duration::from_secs(5);
 const RELAY_AGAIN: Duration = Duration::from_secs(30);
 /// … and where it is not let in, which somebody may be mending.
 const RELAY_SOON: Duration = Duration::from_secs(5);
+/// PostgreSQL's `errcodes.txt`.
+const UNTRANSLATABLE_CHARACTER: &str = "22P05";
 /// Role of what the relay passes through to the local Postgres.
 pub const RELAY_ROLE: &str = "terrace_relay";
 
@@ -38,6 +41,11 @@ static PREPARING: Mutex<()> = Mutex::const_new(());
 /// Makes the relay's restricted role what it must be, with this run's password and
 /// without settings, whatever became of it; and learns the local server's parameters.
 pub async fn prepare_local(client: &mut Client, shared: &Shared) -> anyhow::Result<()> {
+    let prepared = timeout(CALL_LIMIT, prepare(client, shared)).await;
+    prepared.context("the local database takes too long to prepare role terrace_relay")?
+}
+
+async fn prepare(client: &mut Client, shared: &Shared) -> anyhow::Result<()> {
     let _alone = PREPARING.lock().await;
     *shared
         .server_parameters
@@ -61,6 +69,8 @@ pub async fn prepare_local(client: &mut Client, shared: &Shared) -> anyhow::Resu
         ),
         None => anyhow::bail!("extension terrace is missing; run CREATE EXTENSION terrace"),
     }
+    // Nothing here waits for a standby that is down.
+    client.simple("SET synchronous_commit = local").await?;
     let password = shared.relay_password.as_bytes();
     let verifier = postgres_protocol::password::scram_sha_256(password);
     let sql = format!(
@@ -120,6 +130,8 @@ async fn connect(info: &ConnInfo, shared: &Shared) -> Result<Client, PgError> {
         // Each statement of these functions would be planned anew the first five times, just while a
         // bridge starts.
         ("plan_cache_mode", "force_generic_plan"),
+        // Nothing here waits for a standby that is down.
+        ("synchronous_commit", "local"),
     ];
     let options = SessionOptions {
         application_name: format!("terrace report {}", shared.config.node.name),
@@ -147,15 +159,22 @@ pub async fn run(shared: Arc<Shared>, cancel: CancellationToken) -> anyhow::Resu
             () = moved => AT_LEAST.min(2 * patience),
             () = sleep(AT_LEAST - AT_MOST) => AT_LEAST,
         };
-        report_here(&shared, &local_info, &mut local, &mut below).await;
+        tokio::select! {
+            () = cancel.cancelled() => return Ok(()),
+            () = report_here(&shared, &local_info, &mut local, &mut below) => {}
+        }
         if below.rows_wait {
             sender.send(&shared, &local_info);
         }
         // A bridge of the top has the top beside it, and nobody above.
-        if let (Some(upstream), Some(_)) = (shared.upstream(), &shared.config.parent)
-            && report_up(&shared, &upstream, &mut upward, &mut below).await
-        {
-            sender.send(&shared, &upstream);
+        if let (Some(upstream), Some(_)) = (shared.upstream(), &shared.config.parent) {
+            let rows_wait = tokio::select! {
+                () = cancel.cancelled() => return Ok(()),
+                rows_wait = report_up(&shared, &upstream, &mut upward, &mut below) => rows_wait,
+            };
+            if rows_wait {
+                sender.send(&shared, &upstream);
+            }
         }
         tokio::select! {
             () = cancel.cancelled() => return Ok(()),
@@ -214,7 +233,7 @@ impl Link {
             Some((known, client)) if known == endpoint => client,
             _ => connect(info, shared).await?,
         };
-        let rows = timeout(CALL_LIMIT, client.query(sql, parameters))
+        let rows = timeout(CALL_LIMIT, query(&mut client, sql, parameters))
             .await
             .map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))?;
         // An error of the server leaves the session usable.
@@ -225,6 +244,22 @@ impl Link {
             .into_iter()
             .next()
             .and_then(|row| row.into_iter().next().flatten()))
+    }
+}
+
+/// Asks once more without what the database's encoding does not have.
+async fn query(
+    client: &mut Client,
+    sql: &str,
+    parameters: &[Option<&str>],
+) -> Result<Vec<Row>, PgError> {
+    match client.query(sql, parameters).await {
+        Err(error) if error.code() == Some(UNTRANSLATABLE_CHARACTER) => {
+            let plain: Vec<_> = parameters.iter().map(|text| text.map(plain)).collect();
+            let plain: Vec<_> = plain.iter().map(Option::as_deref).collect();
+            client.query(sql, &plain).await
+        }
+        rows => rows,
     }
 }
 

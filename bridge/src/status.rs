@@ -8,6 +8,7 @@
 mod downstreams;
 mod events;
 mod kinds;
+mod stuck;
 mod told;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -18,6 +19,7 @@ use std::time::{Duration, Instant};
 
 pub use downstreams::cursor_name;
 pub use kinds::{Applied, Downstream, Event, Role, State};
+use stuck::Stuck;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -28,29 +30,6 @@ use crate::lsn::{Identity, Lsn};
 use crate::matching::{Dispute, Standing, Windows};
 use crate::queue::{Queue, QueueError};
 use crate::rate::RateMeter;
-
-/// So long those below wait for a transaction that cannot be applied.
-const STUCK_AFTER: Duration = Duration::from_secs(2);
-
-/// A transaction that does not go on.
-#[derive(Clone, Copy)]
-struct Stuck {
-    end: Lsn,
-    /// It is to be left out.
-    ordered: bool,
-    /// Since when the database refuses it; otherwise it waits for an answer from above.
-    refused: Option<Instant>,
-}
-
-impl Stuck {
-    fn at(end: Lsn) -> Stuck {
-        Stuck {
-            end,
-            ordered: false,
-            refused: None,
-        }
-    }
-}
 
 #[derive(Default)]
 struct Inner {
@@ -170,8 +149,8 @@ pub struct Shared {
     pub relay_password: String,
     /// End of what is committed in the local Postgres, and of what there was for others behind that.
     pub replayed: watch::Sender<Lsn>,
-    /// The end that `terrace.progress` has: nothing behind it may be forgotten.
-    pub noted: watch::Sender<Lsn>,
+    /// The end that `terrace.progress` has durably: nothing behind it may be forgotten.
+    pub replay_durable: watch::Sender<Lsn>,
     /// The applier goes no further than this.
     pub upstream_replayed: watch::Sender<Lsn>,
     /// Durable end of the queue.
@@ -201,7 +180,7 @@ impl Shared {
             started_micros: unix_micros(),
             relay_password,
             replayed: watch::Sender::new(Lsn::ZERO),
-            noted: watch::Sender::new(Lsn::ZERO),
+            replay_durable: watch::Sender::new(Lsn::ZERO),
             upstream_replayed: watch::Sender::new(Lsn::ZERO),
             flushed: watch::Sender::new(Lsn::ZERO),
             queue: watch::Sender::new(None),
@@ -320,66 +299,35 @@ impl Shared {
         inner.matching.outvoted.is_some() && inner.diverged.is_none()
     }
 
-    /// Notes which transaction does not go on for now.
-    pub fn set_stuck(&self, end: Option<Lsn>) {
-        let mut inner = self.inner();
-        // An order for it stands.
-        if inner.stuck.map(|stuck| stuck.end) != end {
-            inner.stuck = end.map(Stuck::at);
-        }
-    }
-
     /// Notes where the database is, by what it says itself.
     pub fn set_position(&self, noted: Lsn) {
-        self.noted.send_replace(noted);
         self.replayed.send_replace(noted);
     }
 
-    /// Notes that the database refuses it.
-    pub fn set_refused(&self, end: Lsn) {
-        self.set_stuck(Some(end));
-        if let Some(stuck) = &mut self.inner().stuck {
-            stuck.refused.get_or_insert_with(Instant::now);
+    /// What may be shown here, of what ends up to `end`.
+    pub fn due(&self, end: Lsn) -> Lsn {
+        end.min(*self.upstream_replayed.borrow())
+    }
+
+    /// How far those below may show what they have. A transaction that only this server cannot apply
+    /// holds none of them back from what may be shown here.
+    pub fn shown(&self) -> Lsn {
+        if !self.is_stuck() {
+            return *self.replayed.borrow();
         }
+        let queue = self.queue.borrow();
+        queue
+            .as_ref()
+            .map_or(Lsn::ZERO, |open| self.due(open.queue.end()))
     }
 
-    fn refused_since(&self) -> Option<Instant> {
-        let stuck = self.inner().stuck?;
-        stuck
-            .refused
-            .filter(|_| stuck.end > *self.replayed.borrow())
-    }
-
-    /// Whether the database refuses a transaction.
-    pub fn is_refused(&self) -> bool {
-        self.refused_since().is_some()
-    }
-
-    /// Whether a transaction has been refused for so long that nobody below is to wait for it.
-    pub fn is_stuck(&self) -> bool {
-        let refused = self.refused_since();
-        refused.is_some_and(|since| since.elapsed() > STUCK_AFTER)
-    }
-
-    /// Orders that the transaction that cannot be applied is left out, if it ends here.
-    pub fn order_skip(&self, lsn: Lsn) -> Result<(), String> {
-        match &mut self.inner().stuck {
-            Some(stuck) if stuck.end == lsn => {
-                stuck.ordered = true;
-                Ok(())
-            }
-            Some(stuck) => Err(format!(
-                "the transaction that cannot be applied here ends at {}, not at {lsn}",
-                stuck.end
-            )),
-            None => Err("nothing stands in the way here: no transaction is to be left out".into()),
-        }
-    }
-
-    /// End of the transaction that is to be left out.
-    pub fn skip(&self) -> Option<Lsn> {
-        let stuck = self.inner().stuck?;
-        stuck.ordered.then_some(stuck.end)
+    /// Notes how far the server above lets us show what we have; it never goes back.
+    pub fn note_shown_above(&self, lsn: Lsn) {
+        self.upstream_replayed.send_if_modified(|gate| {
+            let moves = lsn > *gate;
+            *gate = lsn.max(*gate);
+            moves
+        });
     }
 
     /// Notes that the queue has come to its limit, or that it has room again.
@@ -402,8 +350,13 @@ impl Shared {
     /// Notes it if the error is that a part of the queue cannot be read.
     pub fn note_damage(&self, error: &QueueError) {
         if let QueueError::Damaged { path, .. } = error {
-            self.inner().damage = Some((path.clone(), error.to_string()));
+            self.keep_damage(path.clone(), error.to_string());
         }
+    }
+
+    /// It is to be looked at again.
+    pub fn keep_damage(&self, segment: PathBuf, reason: String) {
+        self.inner().damage = Some((segment, reason));
     }
 
     /// The segment of the queue that cannot be read, and why; once.

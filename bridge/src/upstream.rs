@@ -431,11 +431,7 @@ impl<'a> Link<'a> {
                 self.note_received(Lsn::ZERO, time);
                 self.shared.set_upstream_end(replayed);
                 if self.shared.config.apply.wait_for_upstream {
-                    self.shared.upstream_replayed.send_if_modified(|gate| {
-                        let moves = replayed > *gate;
-                        *gate = replayed.max(*gate);
-                        moves
-                    });
+                    self.shared.note_shown_above(replayed);
                 }
             }
             b'w' | b'k' | b'P' => return Err(short()),

@@ -15,7 +15,13 @@ use super::{ALTERED, Failed, Session, unexpected};
 use crate::client::PgError;
 use crate::clock::{PG_EPOCH_MICROS, timestamp};
 use crate::lsn::Lsn;
+use crate::plain::{escape, plain};
 use crate::record::{CommitInfo, Record};
+
+/// Digits of a tag, …
+const MAX_TAG: usize = 20;
+/// … and bytes of a label, which the extension lets pass.
+const MAX_LABEL: usize = 1_000;
 
 /// What a batch has done so far.
 #[derive(Default)]
@@ -57,8 +63,23 @@ struct Tag {
 }
 
 impl Tag {
+    /// Anybody at the top may write one to a transaction that changes nothing of ours, with whatever is in it; what
+    /// the extension would not write is as good as none.
     fn of(info: &CommitInfo) -> Tag {
-        serde_json::from_slice(&info.tag).unwrap_or_default()
+        let said: Tag = serde_json::from_slice(&info.tag).unwrap_or_default();
+        match said.is_in_order() {
+            true => said,
+            false => Tag::default(),
+        }
+    }
+
+    /// A transaction's number, and perhaps a text that a database can hold.
+    fn is_in_order(&self) -> bool {
+        let is_number = |tag: &String| {
+            (1..=MAX_TAG).contains(&tag.len()) && tag.bytes().all(|byte| byte.is_ascii_digit())
+        };
+        let is_text = |label: &String| label.len() <= MAX_LABEL && !label.contains('\0');
+        self.tag.as_ref().is_some_and(is_number) && self.label.as_ref().is_none_or(is_text)
     }
 }
 
@@ -103,7 +124,6 @@ impl Session<'_> {
             self.constrained.went_well();
         }
         self.forget_sent();
-        self.progress_written = Some(Instant::now());
         self.note(&batch);
         if self.planner.routing_changed() {
             self.planner.reload_routing(&mut self.client).await?;
@@ -185,8 +205,11 @@ impl Session<'_> {
         });
         let delivered = serde_json::Value::from_iter(delivered).to_string();
         let node = &self.shared.config.node;
-        let values = [node.name.clone(), node.domain.clone(), delivered];
-        let sql = "SELECT terrace.note_delivery($1, $2, $3::pg_catalog.jsonb)";
+        // A database of another encoding may not have all characters: it converts what is escaped by itself, or
+        // takes what has none of them.
+        let (escaped, plain) = (escape(&delivered), plain(&delivered));
+        let values = [node.name.clone(), node.domain.clone(), escaped, plain];
+        let sql = "SELECT terrace.note_delivery($1, $2, $3, $4)";
         statement::unnamed(sql.into(), statement::texts(values), Expect::Done)
     }
 
@@ -209,7 +232,7 @@ impl Session<'_> {
 
     /// Where the database is by what it says itself.
     pub(super) fn note(&mut self, batch: &Batch) {
-        self.shared.noted.send_replace(batch.end);
+        self.progress_written = Some(Instant::now());
         self.announce(batch);
     }
 
@@ -235,5 +258,37 @@ impl Session<'_> {
                 }
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn label(tag: &str) -> Option<String> {
+        let info = CommitInfo {
+            xid: 1,
+            commit_lsn: Lsn(1),
+            commit_time: 0,
+            tag: Bytes::copy_from_slice(tag.as_bytes()),
+        };
+        Tag::of(&info).label
+    }
+
+    #[test]
+    fn a_tag_that_the_extension_would_not_write_says_nothing() {
+        assert_eq!(label(r#"{"tag":"17","label":"a €"}"#).unwrap(), "a €");
+        let long = "9".repeat(30);
+        for forged in [
+            r#"{"label":"x"}"#.to_owned(),
+            r#"{"tag":"","label":"x"}"#.into(),
+            r#"{"tag":"1a","label":"x"}"#.into(),
+            r#"{"tag":7,"label":"x"}"#.into(),
+            r#"{"tag":"1","label":"a\u0000"}"#.into(),
+            format!(r#"{{"tag":"{long}","label":"x"}}"#),
+            format!(r#"{{"tag":"1","label":"{}"}}"#, "x".repeat(2_000)),
+        ] {
+            assert_eq!(label(&forged), None, "{forged}");
+        }
     }
 }

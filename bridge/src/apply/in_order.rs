@@ -8,6 +8,7 @@ use bytes::Bytes;
 use postgres_protocol::message::frontend;
 
 use super::plan::{self, Planned};
+use super::setwise::{MAX_CELLS, cells};
 use super::statement::{Expect, Row, Step};
 use super::{BY_ITSELF, Batch, Failed, MAX_BYTES, Session, WATERMARK_EVERY, sealed, unexpected};
 use crate::client::{DbError, affected, bind, row};
@@ -95,13 +96,15 @@ impl Session<'_> {
 
     /// A part of a large transaction with those that follow it and are there.
     fn parts(&mut self, first: Record) -> Result<Vec<Record>, Failed> {
-        let mut bytes = first.bytes.len();
+        let (mut bytes, mut values) = (first.bytes.len(), cells(&first));
         let mut parts = vec![first];
         while bytes < PARTS_BYTES
+            && values < MAX_CELLS
             && let Some(next) = self.peek()?
             && next.kind == Kind::Part
         {
             bytes += next.bytes.len();
+            values += cells(next);
             parts.extend(self.ahead.pop_front());
         }
         Ok(parts)

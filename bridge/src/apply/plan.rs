@@ -24,6 +24,8 @@ use crate::pgoutput::{self, Datum, Message, OldKind, TRUNCATE_RESTART_IDENTITY};
 
 /// So many statements are prepared at a time, each of which holds memory of the server …
 const MOST_STATEMENTS: usize = 4_000;
+/// … or so many bytes of their text: a plan is a hundred times as large …
+const MOST_TEXT: usize = 2 << 20;
 /// … and for so long: a plan that was the best for a table of one page is kept otherwise until
 /// somebody analyzes it.
 const STATEMENTS_AGE: Duration = Duration::from_secs(60);
@@ -62,6 +64,8 @@ pub struct Planner {
     routing_changed: bool,
     /// Name of the prepared statement by its text.
     statements: HashMap<String, String>,
+    /// Bytes of all of them.
+    text: usize,
     /// When the first of them was.
     prepared_since: Instant,
     /// Names are not used twice in a session.
@@ -109,6 +113,7 @@ impl Planner {
             elsewhere: HashSet::new(),
             routing_changed: false,
             statements: HashMap::new(),
+            text: 0,
             prepared_since: Instant::now(),
             named: 0,
             folds_constrained: true,
@@ -121,12 +126,17 @@ impl Planner {
     /// has one for each set of columns that are null), or the tables may have grown out of their plans.
     pub fn wants_statements_anew(&self) -> bool {
         let old = || self.prepared_since.elapsed() > STATEMENTS_AGE;
-        self.statements.len() >= MOST_STATEMENTS || !self.statements.is_empty() && old()
+        self.has_enough_statements() || !self.statements.is_empty() && old()
+    }
+
+    fn has_enough_statements(&self) -> bool {
+        self.statements.len() >= MOST_STATEMENTS || self.text >= MOST_TEXT
     }
 
     /// Forgets the prepared statements: none is known to exist any more.
     pub fn forget_statements(&mut self) {
         self.statements.clear();
+        self.text = 0;
     }
 
     /// What `payload` asks for on this server; `minds` who wrote a row last, if that is known.
@@ -303,13 +313,14 @@ impl Planner {
         if let Some(name) = self.statements.get(sql) {
             return (name.clone(), false);
         }
-        if self.statements.len() >= MOST_STATEMENTS {
+        if self.has_enough_statements() {
             return (String::new(), true);
         }
         if self.statements.is_empty() {
             self.prepared_since = Instant::now();
         }
         self.named += 1;
+        self.text += sql.len();
         let name = format!("t{}", self.named);
         self.statements.insert(sql.to_owned(), name.clone());
         (name, true)
@@ -498,6 +509,17 @@ mod tests {
         assert!(!planner.wants_statements_anew());
         let (again, prepare) = planner.statement(&sql(0));
         assert!(again != first && prepare);
+    }
+
+    // Of a table that is told whole each set of columns that are null has a statement.
+    #[test]
+    fn long_statements_are_prepared_in_smaller_numbers() {
+        let mut planner = Planner::new("region");
+        let sql = |n: usize| format!("UPDATE t SET c{n} = $1 {}", " ".repeat(8 << 10));
+        let prepared =
+            (0..MOST_STATEMENTS).take_while(|n| !planner.statement(&sql(*n)).0.is_empty());
+        assert!((200..300).contains(&prepared.count()));
+        assert!(planner.wants_statements_anew());
     }
 
     // Its seal may have come in the part before.

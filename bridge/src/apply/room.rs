@@ -5,7 +5,8 @@
 //! trouble. And a copy from this server stops no data: it reads every table in one snapshot and
 //! keeps them all from being written anew, so a TRUNCATE, or DDL, that comes meanwhile would
 //! wait for it, and with it everything behind it, here and below; it is ended, and begins again.
-//! A comparison, which does the same to one table, is ended and says so.
+//! A comparison, which does the same to one table, is ended and says so; so is what looks for the highest number of
+//! a sequence.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +15,6 @@ use tokio::time::{sleep, timeout};
 
 use super::Never;
 use crate::client::Row;
-use crate::lsn::Lsn;
 use crate::open::local_client;
 use crate::queue::Queue;
 use crate::status::Shared;
@@ -32,7 +32,7 @@ pub(super) async fn keep(shared: &Arc<Shared>, queue: &Queue) -> Never {
     loop {
         let before = *shared.replayed.borrow();
         sleep(PROBE).await;
-        if *shared.replayed.borrow() > before || due(shared, queue) <= before {
+        if *shared.replayed.borrow() > before || shared.due(queue.end()) <= before {
             waited = Duration::ZERO;
             continue;
         }
@@ -47,11 +47,6 @@ pub(super) async fn keep(shared: &Arc<Shared>, queue: &Queue) -> Never {
     }
 }
 
-/// What may be shown here.
-fn due(shared: &Shared, queue: &Queue) -> Lsn {
-    queue.end().min(*shared.upstream_replayed.borrow())
-}
-
 /// Whether the database answers; and once that has lasted, whose lock the apply waits for.
 async fn look(shared: &Arc<Shared>, long: bool) -> anyhow::Result<Option<String>> {
     let mut client = local_client(shared).await?;
@@ -59,7 +54,7 @@ async fn look(shared: &Arc<Shared>, long: bool) -> anyhow::Result<Option<String>
         return Ok(None);
     }
     let sql = "SELECT holder.pid::text, coalesce(holder.application_name, ''), \
-                      CASE WHEN holder.application_name IN ('terrace copy', 'terrace comparison') \
+                      CASE WHEN holder.application_name IN ('terrace copy', 'terrace comparison', 'terrace sequences') \
                            THEN pg_catalog.pg_terminate_backend(holder.pid) END \
                FROM pg_catalog.pg_stat_activity apply \
                CROSS JOIN LATERAL pg_catalog.unnest(pg_catalog.pg_blocking_pids(apply.pid)) blocker \
@@ -72,7 +67,9 @@ async fn look(shared: &Arc<Shared>, long: bool) -> anyhow::Result<Option<String>
     let (readers, others): (Vec<Row>, Vec<Row>) = holders.into_iter().partition(is_reader);
     if !readers.is_empty() {
         let ended = readers.len();
-        let reason = format!("{ended} sessions that copied or compared tables kept data waiting");
+        let reason = format!(
+            "{ended} sessions that copied, compared or looked through tables kept data waiting"
+        );
         shared.event("copy_ended", &reason);
     }
     Ok(others.first().map(|row| {

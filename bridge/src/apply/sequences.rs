@@ -3,32 +3,66 @@
 //! Guarantee: when nothing has come for [`WHEN_IDLE`], every such sequence is beyond all that
 //! is applied (that of a column without an index, in a table beyond 16 MiB, only what was
 //! there when the bridge started); so a server that is cut off for good can be written to.
+//! And no data waits for that: not for a lock on a table that it does not concern, nor for a table to be read.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::Session;
 use crate::client::PgError;
+use crate::open::local_client_as;
+use crate::status::Shared;
 
 /// So long nothing comes before they are looked at.
 pub(super) const WHEN_IDLE: Duration = Duration::from_secs(1);
 /// At the latest after as long under load.
 pub(super) const UNDER_LOAD: Duration = Duration::from_secs(10);
 
+/// A table that is locked is left for another time.
+const CHEAPLY: &str =
+    "BEGIN; SET LOCAL lock_timeout = '20ms'; SELECT terrace.advance_sequences(false); COMMIT";
+
 impl Session<'_> {
     /// What goes wrong with one of them must not stop the data.
     pub(super) async fn advance_sequences(&mut self, idle: bool) -> Result<(), PgError> {
         self.sequences = (Instant::now(), false);
-        // It may read whole tables: once, and when nothing waits for it.
-        let thorough = idle && self.thorough.load(Ordering::Relaxed);
-        let sql = format!("SELECT terrace.advance_sequences({thorough})");
-        match self.client.simple(&sql).await {
-            Err(PgError::Db(error)) => tracing::warn!("put sequences forward: {error}"),
-            done => {
-                done?;
-                self.thorough.fetch_and(!thorough, Ordering::Relaxed);
+        match self.client.simple(CHEAPLY).await {
+            Err(PgError::Db(error)) => {
+                tracing::warn!("put sequences forward: {error}");
+                self.client.simple("ROLLBACK").await?;
             }
+            // NULL: not all of them.
+            Ok(rows) => self.sequences.1 = rows.first().is_some_and(|row| row.contains(&None)),
+            Err(error) => return Err(error),
+        }
+        if idle && self.thorough.load(Ordering::Relaxed) {
+            self.look_thoroughly();
         }
         Ok(())
     }
+
+    /// Reads whole tables, once, in a session of its own, which is ended when it keeps data waiting (`room.rs`).
+    fn look_thoroughly(&mut self) {
+        while self.looking.try_join_next().is_some() {}
+        if !self.looking.is_empty() {
+            return;
+        }
+        let (shared, thorough) = (Arc::clone(self.shared), Arc::clone(&self.thorough));
+        self.looking.spawn(async move {
+            match advance_all(&shared).await {
+                Ok(()) => thorough.store(false, Ordering::Relaxed),
+                Err(error) => tracing::warn!("put sequences forward: {error:#}"),
+            }
+        });
+    }
+}
+
+async fn advance_all(shared: &Shared) -> anyhow::Result<()> {
+    let mut client = local_client_as(shared, "terrace sequences").await?;
+    client.lift_transaction_limit().await?;
+    client
+        .simple("SELECT terrace.advance_sequences(true)")
+        .await?;
+    Ok(())
 }

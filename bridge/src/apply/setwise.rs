@@ -37,6 +37,8 @@ const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// … so long where it happens again and again.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
+/// So many values of rows are folded together: one that is null is a byte in the stream, and many in memory.
+pub(super) const MAX_CELLS: usize = 500_000;
 /// A larger row goes by itself: with others it might be more than a message may hold.
 const LARGE_ROW: usize = 16 << 20;
 /// A backlog gathers for no longer than this …
@@ -87,22 +89,34 @@ impl Constrained {
 struct Heap {
     records: Vec<Record>,
     bytes: usize,
+    cells: usize,
 }
 
 impl Heap {
     fn push(&mut self, record: Record) {
         self.bytes += record.bytes.len();
+        self.cells += cells(&record);
         self.records.push(record);
     }
 
     fn is_full(&self, most: usize) -> bool {
-        self.records.len() >= most || self.bytes >= MAX_BYTES
+        self.records.len() >= most || self.bytes >= MAX_BYTES || self.cells >= MAX_CELLS
     }
+}
+
+fn last_of(records: &[Record]) -> Lsn {
+    records.last().map_or(Lsn::ZERO, |last| last.lsn)
 }
 
 fn is_worthwhile(records: &[Record]) -> bool {
     let messages = records.iter().flat_map(Record::frames);
     messages.take(WORTHWHILE).count() == WORTHWHILE
+}
+
+/// Values of the rows that a record has.
+pub(super) fn cells(record: &Record) -> usize {
+    let payloads = record.frames().flatten().map(|frame| frame.payload);
+    payloads.map(pgoutput::columns).sum()
 }
 
 /// What cannot be folded whatever the tables are: what came before it is a pile, and what comes after it.
@@ -192,20 +206,23 @@ impl Session<'_> {
         // What comes next has not been looked at.
         self.in_order = FEW.max(heap.records.len());
         if folded.is_none() {
-            self.looked_until = heap.records.last().map_or(Lsn::ZERO, |last| last.lsn);
+            self.looked_until = last_of(&heap.records);
         }
         let cut_short = self.ahead.front().is_some_and(goes_in_order);
         let pile = self.keep_or_put_back(heap, folded);
         if pile.is_none() && is_small && cut_short {
-            self.in_order = self.in_order.max(self.row_in_order()?);
+            let (row, end) = self.row_in_order()?;
+            self.in_order = self.in_order.max(row);
+            self.looked_until = self.looked_until.max(end);
         }
         Ok(pile)
     }
 
     /// How many transactions are next before so many that are worthwhile to fold follow upon one that goes
-    /// in order.
-    fn row_in_order(&mut self) -> Result<usize, Failed> {
-        let (mut row, mut transactions, mut bytes, mut since) = (0, 0, 0, 0);
+    /// in order, and where the last of them ends.
+    fn row_in_order(&mut self) -> Result<(usize, Lsn), Failed> {
+        let gate = *self.shared.upstream_replayed.borrow();
+        let (mut row, mut transactions, mut bytes, mut since) = ((0, Lsn::ZERO), 0, 0, 0);
         for at in 0.. {
             if at == self.ahead.len() {
                 self.ahead
@@ -215,13 +232,14 @@ impl Session<'_> {
                 break;
             };
             bytes += record.bytes.len();
-            if record.kind == Kind::Part || bytes > MAX_BYTES || since >= WORTHWHILE {
+            let is_far = record.lsn > gate || bytes > MAX_BYTES;
+            if record.kind == Kind::Part || is_far || since >= WORTHWHILE {
                 break;
             }
             transactions += usize::from(record.kind == Kind::Commit);
             since += record.frames().count();
             if goes_in_order(record) {
-                (row, since) = (transactions, 0);
+                (row, since) = ((transactions, record.lsn), 0);
             }
         }
         Ok(row)

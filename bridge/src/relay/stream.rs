@@ -159,7 +159,7 @@ impl Sender<'_> {
         if self.start.bridge {
             while !self.is_behind() {
                 let Some((records, lsn)) = self.reader.try_next_bytes()? else {
-                    if self.shown() != self.told_replayed {
+                    if self.relay.shared.shown() != self.told_replayed {
                         self.tell_replayed();
                     }
                     return Ok(());
@@ -191,23 +191,9 @@ impl Sender<'_> {
         Ok(())
     }
 
-    /// How far those below may show what they have. A transaction that only this server cannot apply
-    /// holds none of them back from what may be shown here.
-    fn shown(&self) -> Lsn {
-        let shared = &self.relay.shared;
-        match shared.is_stuck() {
-            true => self
-                .start
-                .queue
-                .end()
-                .min(*shared.upstream_replayed.borrow()),
-            false => *shared.replayed.borrow(),
-        }
-    }
-
     fn tell_replayed(&mut self) {
-        self.told_replayed = self.shown();
         let shared = &self.relay.shared;
+        self.told_replayed = shared.shown();
         let (replayed, time) = (self.told_replayed, shared.top_time());
         let clock = shared.top_clock.load(Relaxed);
         wire::put(self.framed.out(), b'd', |out| {

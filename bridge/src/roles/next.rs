@@ -19,8 +19,10 @@ impl Roles {
         let problem = self.observer.problem(&self.shared.told());
         let doubtful = problem.is_some();
         let is_led = self.publish_view(link, &peers, &parents, problem);
-        if let Some((segment, reason)) = self.shared.take_damage() {
-            return self.damaged(&segment, reason);
+        if let Some((segment, reason)) = self.shared.take_damage()
+            && let Some(next) = self.damaged(&segment, reason)
+        {
+            return next;
         }
         if self.shared.config.parent.is_none() {
             return self.next_at_top(link);
@@ -127,22 +129,28 @@ impl Roles {
     }
 
     /// A part of the queue cannot be read. If the database has it, only a server that
-    /// follows may miss it, and finds it elsewhere.
-    fn damaged(&self, segment: &Path, reason: String) -> Next {
-        let queue = self.shared.queue.borrow().clone();
-        let noted = *self.shared.noted.borrow();
-        let gone = queue.map(|open| open.queue.remove_damaged(segment, noted));
-        match gone {
-            Some(Ok(true)) => {
-                self.shared.event("damaged", &reason);
-                Next::Nothing
-            }
-            Some(Err(error)) => {
-                tracing::warn!("{error}");
-                Next::Nothing
-            }
-            _ => Next::End(End::Fetch { reason }),
+    /// follows may miss it, and finds it elsewhere; once that cannot be undone by a crash.
+    fn damaged(&self, segment: &Path, reason: String) -> Option<Next> {
+        let shared = &self.shared;
+        let fetch = |reason| Some(Next::End(End::Fetch { reason }));
+        let Some(open) = shared.queue.borrow().clone() else {
+            return fetch(reason);
+        };
+        match open
+            .queue
+            .remove_damaged(segment, *shared.replay_durable.borrow())
+        {
+            Ok(true) => shared.event("damaged", &reason),
+            Err(error) => tracing::warn!("{error}"),
+            Ok(false) => match open.queue.end_of(segment) {
+                Some(end) if end <= *shared.replayed.borrow() => {
+                    shared.keep_damage(segment.to_owned(), reason);
+                    return None;
+                }
+                _ => return fetch(reason),
+            },
         }
+        Some(Next::Nothing)
     }
 
     fn why_gap(&self, missing: Missing) -> String {

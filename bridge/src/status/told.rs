@@ -91,7 +91,7 @@ impl Shared {
             .map(|(name, lsn, _)| (name, lsn))
             .collect();
         let peers: Vec<&String> = self.config.peers.keys().collect();
-        let disk = self.disk_problem();
+        let (disk, shown) = (self.disk_problem(), self.shown());
         let mut inner = self.inner();
         let (state, reason) = state_of(&inner, replayed, disk);
         let (apply_rate, catchup) = inner.rate.rates();
@@ -116,6 +116,7 @@ impl Shared {
             "upstream": inner.upstream_name,
             "received_lsn": inner.received.to_string(),
             "replay_lsn": replayed.to_string(),
+            "shown_lsn": shown.to_string(),
             "replay_time": (top_time != 0).then(|| timestamp(top_time + PG_EPOCH_MICROS)),
             "caught_up": caught_up,
             "apply_rate": apply_rate,
