@@ -22,7 +22,13 @@ fn text(path: &Path) -> &str {
 impl Disk {
     /// 24 MiB of memory, to be filled.
     pub fn small(path: &Path) -> Option<Disk> {
-        Disk::over(path, &["-t", "tmpfs", "-o", "size=24m", "tmpfs"])
+        Disk::of(path, 24)
+    }
+
+    /// So many MiB.
+    pub fn of(path: &Path, mib: u32) -> Option<Disk> {
+        let size = format!("size={mib}m");
+        Disk::over(path, &["-t", "tmpfs", "-o", &size, "tmpfs"])
     }
 
     /// A file system on a loop device, to be frozen.

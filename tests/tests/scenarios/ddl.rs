@@ -492,6 +492,14 @@ fn a_forged_message_is_not_obeyed() {
         r#"{"table":["public","steps"],"columns":["n"],"clear":"true","rows":[["-1"]]}"#,
     )
     .expect("anybody may write messages");
+    // Nor is it noted what a label says that the extension would not write.
+    for tag in [
+        r#"{"label":"x"}"#,
+        r#"{"tag":"1","label":"a\u0000"}"#,
+        r#"{"tag":"a\u0000"}"#,
+    ] {
+        forge(&mut nobody, "terrace", tag).expect("anybody may write messages");
+    }
     for call in [
         "INSERT INTO terrace.seal VALUES ('x')",
         "SELECT terrace.write_sealed('terrace.ddl', '{}')",

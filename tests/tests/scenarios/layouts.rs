@@ -562,6 +562,16 @@ fn a_database_below_may_have_another_encoding() {
     let said = String::from_utf8_lossy(&compared.stdout).into_owned();
     assert!(compared.status.success(), "{said}");
 
+    // One in a label keeps nothing back.
+    tree.top
+        .sql("BEGIN; SET LOCAL terrace.label = 'né 5 €'; INSERT INTO steps VALUES (9); COMMIT");
+    for node in &tree.nodes {
+        let noted = "SELECT label FROM terrace.delivery";
+        wait_until("it is noted", || node.server.value(noted) == "n? 5 ?");
+    }
+    let told = "SELECT count(*) FROM terrace.lag WHERE last_label LIKE 'n_ 5 _'";
+    wait_until("it is told", || tree.top.value(told) == "2");
+
     // A character that it cannot hold is a row that does not fit.
     tree.top.sql("INSERT INTO word VALUES (3, '5 €')");
     for node in &tree.nodes {

@@ -4,10 +4,10 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use terrace_tests::bridge::{Bridge, BridgeOptions};
+use terrace_tests::bridge::{Bridge, BridgeOptions, options};
 use terrace_tests::load::{STEPS, WIDE, count_up, fill_wide};
 use terrace_tests::scratch::free_port;
-use terrace_tests::{Server, ServerOptions, Tree, wait_until};
+use terrace_tests::{Scratch, Server, ServerOptions, Tree, wait_until};
 
 use crate::failover::lose_the_middle;
 
@@ -275,6 +275,140 @@ fn a_damaged_queue_is_fetched_anew_from_a_sibling() {
     assert_eq!(tree.top.value(COPIES), "0", "without a copy");
     assert_eq!(tree.node(&slave).bridge.metric("damages_total"), Some(1));
     tree.all_is_well(counting);
+}
+
+// What its slot has let go is nowhere else: who needs it copies anew, who does not goes on.
+#[test]
+fn a_damaged_queue_beside_the_top_is_begun_anew() {
+    let scratch = Scratch::new("terrace-").expect("scratch");
+    let top_options = ServerOptions {
+        top: true,
+        ..Default::default()
+    };
+    let top = Server::start(&scratch, "top", &top_options).expect("boot the top");
+    let servers = ["region-1", "site-1"]
+        .map(|name| Server::start(&scratch, name, &ServerOptions::default()).expect("boot"));
+    top.sql("ALTER ROLE terrace SUPERUSER");
+    top.sql(STEPS);
+    top.sql("SELECT terrace.create_domain('region'), terrace.create_domain('site')");
+    let mut beside = Bridge::start(&scratch, &options(&top, "top", &[])).expect("start");
+    let parent = [beside.conninfo()];
+    let [mut region, site] =
+        [("region", &servers[0]), ("site", &servers[1])].map(|(domain, server)| {
+            let options = BridgeOptions {
+                extra: "[failover]\nresync_on_gap = true".into(),
+                ..options(server, domain, &parent)
+            };
+            Bridge::start(&scratch, &options).expect("start")
+        });
+    let equal = |server: &Server| {
+        let wanted = top.checksum("trail").expect("checksum");
+        wait_until("it has all", || {
+            server.checksum("trail").is_ok_and(|sum| sum == wanted)
+        });
+    };
+    let counting = count_up(&top);
+    counting.go_on(1500);
+    servers.iter().for_each(|server| {
+        wait_until("it has begun", || {
+            server
+                .checksum("trail")
+                .is_ok_and(|sum| !sum.starts_with("0 "))
+        });
+    });
+    region.stop();
+    counting.go_on(1500);
+    counting.stop();
+    equal(&servers[1]);
+    let end = top.value("SELECT pg_current_wal_lsn()");
+    let held = format!("SELECT bool_and(confirmed_flush_lsn >= '{end}') FROM pg_replication_slots");
+    wait_until("the slot has let it go", || top.value(&held) == "t");
+    beside.stop();
+    damage(beside.segments().last().expect("a segment"));
+    beside.restart().expect("start");
+    region.restart().expect("start");
+    equal(&servers[0]);
+    let told = "SELECT count(*) FROM terrace.events WHERE kind = 'damaged' AND node = 'top'";
+    wait_until("the damage is told", || top.value(told) == "1");
+    top.sql("INSERT INTO trail SELECT 1000000");
+    servers.iter().for_each(equal);
+    let copies = |bridge: &Bridge| bridge.logged().matches("initial copy is complete").count();
+    assert_eq!((copies(&region), copies(&site)), (2, 1));
+}
+
+// Its row is looked for where it was left: rows were committed without it, and came twice.
+#[test]
+fn progress_that_is_rewritten_meanwhile_takes_nothing_twice() {
+    const ONE: [(&str, Option<&str>, usize); 1] = [("region", None, 1)];
+    let schema = "CREATE TABLE kept (id int PRIMARY KEY); CREATE TABLE heard (line int);
+         SELECT terrace.add_table('kept'), terrace.add_table('heard')";
+    let mut tree = Tree::grow(schema, &ONE);
+    tree.top.sql("INSERT INTO kept VALUES (1)");
+    tree.wait_for_equal(&["kept", "heard"]);
+    tree.nodes[0].bridge.stop();
+    // The row that is missing has all of it tried with care, and that takes its time.
+    tree.nodes[0].server.sql(
+        "SET session_replication_role = replica; DELETE FROM kept; RESET session_replication_role;
+         CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS
+           $$BEGIN PERFORM pg_sleep(2); RETURN NEW; END$$;
+         CREATE TRIGGER slow BEFORE INSERT ON heard FOR EACH ROW EXECUTE FUNCTION slow();
+         ALTER TABLE heard ENABLE ALWAYS TRIGGER slow;",
+    );
+    tree.top.sql("INSERT INTO heard VALUES (1)");
+    tree.top.sql("UPDATE kept SET id = 2");
+    tree.top.sql("INSERT INTO heard VALUES (2)");
+    let end = tree.top.value("SELECT pg_current_wal_lsn()");
+    let holder = tree.nodes[0].server.hold_apply();
+    tree.start_bridges().expect("start the bridge");
+    let node = &tree.nodes[0];
+    let there = format!("SELECT flush_lsn >= '{end}' FROM terrace.lag");
+    wait_until("all of it is there", || node.server.value(&there) == "t");
+    let applies = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+         WHERE application_name LIKE 'terrace apply%'";
+    node.server.value(applies);
+    drop(holder);
+    let second =
+        "SELECT (SELECT count(*) FROM heard) = 1 AND (SELECT id FROM kept) = 2 AND EXISTS (
+         SELECT FROM pg_stat_activity WHERE wait_event = 'PgSleep')";
+    wait_until("it is within the third, with care", || {
+        node.server.value(second) == "t"
+    });
+    node.server.sql("VACUUM FULL terrace.progress");
+    tree.wait_for_equal(&["kept", "heard"]);
+    tree.wait_streaming();
+    let log = tree.nodes[0].bridge.logged();
+    assert!(log.contains("row of terrace.progress"), "{log}");
+}
+
+// It read nothing any more, and so did not hear that the server above had gone on.
+#[test]
+fn a_full_queue_that_waits_for_the_server_above_goes_on_with_it() {
+    const CHAIN: [(&str, Option<&str>, usize); 2] =
+        [("region", None, 1), ("branch", Some("region"), 1)];
+    let settings = "[queue]\nretain_min = \"1MiB\"\nretain_max = \"32MiB\"";
+    let mut tree = Tree::grow_with(settings, WIDE, &CHAIN);
+    let lock = tree.node("region-1").server.lock("wide");
+    fill_wide(&tree.top, 0..8);
+    wait_until("both have more than that", || {
+        let mut all = tree.nodes.iter();
+        all.all(|node| node.bridge.queue_bytes() > 32 << 20)
+    });
+    // It is looked at each second.
+    std::thread::sleep(Duration::from_secs(3));
+    drop(lock);
+    tree.wait_for_equal(&["wide"]);
+
+    // Nor did one that had just been started hear anything.
+    let lock = tree.node("branch-1").server.lock("wide");
+    fill_wide(&tree.top, 8..16);
+    wait_until("it says that it is full", || {
+        reason(&mut tree, "branch-1").contains("retain_max")
+    });
+    let bridge = &mut tree.node("branch-1").bridge;
+    bridge.stop();
+    bridge.restart().expect("start the bridge");
+    drop(lock);
+    tree.wait_for_equal(&["wide"]);
 }
 
 // A database that takes nothing used to fill the disk under the queue.

@@ -275,6 +275,20 @@ fn sequences_are_ahead_and_local_writes_are_refused() {
     for node in &tree.nodes {
         wait_until("sequences are ahead", || node.server.value(shown) == "t");
     }
+    // They are no reason to wait for somebody who has locked a table.
+    let node = tree.node("branch-2");
+    let lock = node.server.lock("aside");
+    let in_steps = |n: i32| format!("SELECT count(*) FROM steps WHERE n = {n}");
+    for n in [1, 2] {
+        tree.top.sql(&format!("INSERT INTO steps VALUES ({n})"));
+        let node = tree.node("branch-2");
+        wait_until("it comes all the same", || {
+            node.server.value(&in_steps(n)) == "1"
+        });
+        // Under load they are looked at every ten seconds.
+        std::thread::sleep(Duration::from_secs(if n == 1 { 12 } else { 0 }));
+    }
+    drop(lock);
     // What is made by hand below, as a server that stands still for it asks, is no less protected.
     tree.top
         .sql("CREATE TABLE by_hand (id int PRIMARY KEY); SELECT terrace.add_table('by_hand')");

@@ -3,7 +3,7 @@
 use std::fs;
 
 use terrace_tests::bridge::options;
-use terrace_tests::load::{GAPLESS, STEPS, count_up};
+use terrace_tests::load::{GAPLESS, STEPS, WIDE, count_up, fill_wide};
 use terrace_tests::{Bridge, Disk, Node, Scratch, Server, ServerOptions, Tree, wait_until};
 
 const ONE: [(&str, Option<&str>, usize); 1] = [("region", None, 1)];
@@ -255,6 +255,35 @@ fn a_full_disk_under_the_queue_stops_it_cleanly() {
     assert!(tree.nodes[0].bridge.is_running(), "it never ended");
     // Before the disk goes.
     tree.nodes[0].bridge.stop();
+}
+
+// What makes room was not done where there was none to write down who had read what.
+#[test]
+fn a_full_disk_has_room_again_when_those_below_have_read() {
+    const TWO: [(&str, Option<&str>, usize); 2] =
+        [("region", None, 1), ("branch", Some("region"), 1)];
+    let mut tree = Tree::grow_with("[queue]\nretain_min = \"1MiB\"", WIDE, &TWO);
+    let data = tree.node("region-1").bridge.directory().join("data");
+    tree.nodes.iter_mut().for_each(|node| {
+        node.bridge.stop();
+    });
+    let Some(disk) = Disk::of(&data, 64) else {
+        return;
+    };
+    let region = tree.node("region-1");
+    region.bridge.restart().expect("start");
+    fill_wide(&tree.top, 0..4);
+    let region = tree.node("region-1");
+    wait_until("it has them", || {
+        region.server.value("SELECT count(*) FROM wide") == "48"
+    });
+    disk.fill();
+    fill_wide(&tree.top, 4..6);
+    wait_stalled(tree.node("region-1"), &["No space left on device"]);
+    tree.start_bridges().expect("start the other bridge");
+    tree.wait_for_equal(&["wide"]);
+    // Before the disk goes.
+    tree.node("region-1").bridge.stop();
 }
 
 #[test]
