@@ -229,8 +229,10 @@ fn measure_last(side: &dyn Side, top: &Server, load: Load) -> Result<Levels> {
 
 /// Who leads is found out anew whenever the bridges start; the slaves must be slaves to the end.
 fn measure_slaves(terrace: &Terrace, load: Load) -> Result<Levels> {
-    let slaves = [slave(terrace, 1)?, slave(terrace, 2)?];
     let top = &terrace.tree.top;
+    // What was told before the bridges were stopped is shown until they tell anew.
+    let now = top.value("SELECT clock_timestamp()");
+    let slaves = [slave(terrace, 1, &now)?, slave(terrace, 2, &now)?];
     let levels = measure(top, slaves, load)?;
     for Server { name, .. } in slaves {
         let sql = format!("SELECT role FROM terrace.lag WHERE node = '{name}'");
@@ -239,11 +241,11 @@ fn measure_slaves(terrace: &Terrace, load: Load) -> Result<Levels> {
     Ok(levels)
 }
 
-/// A slave of this level, when all of that stream.
-fn slave(terrace: &Terrace, level: usize) -> Result<&Server> {
+/// A slave of this level, when all of that have said since that they stream.
+fn slave<'a>(terrace: &'a Terrace, level: usize, since: &str) -> Result<&'a Server> {
     let sql = format!(
         "SELECT min(node) FILTER (WHERE role = 'slave') FROM terrace.lag WHERE level = {level} \
-         HAVING bool_and(state = 'streaming')"
+         HAVING bool_and(state = 'streaming' AND reply_time > '{since}')"
     );
     let mut name = String::new();
     wait("there is a slave", Duration::from_millis(50), || {
