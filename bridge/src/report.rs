@@ -286,7 +286,10 @@ async fn report_here(shared: &Arc<Shared>, info: &ConnInfo, link: &mut Link, bel
         let prepared = async {
             let mut client = connect(info, shared).await?;
             let prepared = prepare_local(&mut client, shared).await;
-            link.client = Some((info.endpoint(), client));
+            // One that took too long may have answers on the way.
+            if prepared.is_ok() {
+                link.client = Some((info.endpoint(), client));
+            }
             // While a bridge starts there is enough to do.
             link.relay_next = Some(Instant::now() + RELAY_SOON);
             prepared

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::Session;
+use super::{AS_OWNERS, Session};
 use crate::client::PgError;
 use crate::open::local_client_as;
 use crate::status::Shared;
@@ -18,6 +18,10 @@ use crate::status::Shared;
 pub(super) const WHEN_IDLE: Duration = Duration::from_secs(1);
 /// At the latest after as long under load.
 pub(super) const UNDER_LOAD: Duration = Duration::from_secs(10);
+
+const LIKE_THE_APPLY: &str = "SET search_path = pg_catalog, pg_temp; SET session_replication_role = replica; \
+     SET synchronous_commit = off; SET statement_timeout = 0; SET lock_timeout = 0";
+const LOCK_NOT_AVAILABLE: &str = "55P03";
 
 /// A table that is locked is left for another time.
 const CHEAPLY: &str =
@@ -28,7 +32,8 @@ impl Session<'_> {
     pub(super) async fn advance_sequences(&mut self, idle: bool) -> Result<(), PgError> {
         self.sequences = (Instant::now(), false);
         match self.client.simple(CHEAPLY).await {
-            Err(PgError::Db(error)) => {
+            Err(error @ PgError::Db(_)) => {
+                self.sequences.1 = error.code() == Some(LOCK_NOT_AVAILABLE);
                 tracing::warn!("put sequences forward: {error}");
                 self.client.simple("ROLLBACK").await?;
             }
@@ -61,6 +66,8 @@ impl Session<'_> {
 async fn advance_all(shared: &Shared) -> anyhow::Result<()> {
     let mut client = local_client_as(shared, "terrace sequences").await?;
     client.lift_transaction_limit().await?;
+    client.simple(LIKE_THE_APPLY).await?;
+    client.simple(AS_OWNERS).await?;
     client
         .simple("SELECT terrace.advance_sequences(true)")
         .await?;

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
@@ -21,10 +21,6 @@ const MAX_HEAD: usize = 4096;
 /// An fsync of fewer bytes says little of how many a second the disk takes.
 const MEASURED: u64 = 1 << 20;
 const MARK_LEN: usize = HEADER_LEN + 8;
-/// What cannot be read is read so often, …
-const TRIES: usize = 5;
-/// … with so much time between: a disk behind a network may have been away for a moment.
-const PAUSE: Duration = Duration::from_millis(200);
 
 /// Definitions that a later transaction may refer to, by message kind and OID.
 pub(super) type Schema = BTreeMap<(u8, u32), Record>;
@@ -144,10 +140,7 @@ impl Segment {
         file.sync_all()
             .map_err(QueueError::io("fsync", &temporary))?;
         fs::rename(&temporary, &path).map_err(QueueError::io("rename", &temporary))?;
-        // Where it is not known to stay, the segment before it is gone on with.
-        sync_dir(dir).inspect_err(|_| {
-            fs::remove_file(&path).ok();
-        })?;
+        sync_dir(dir)?;
         Ok(Segment {
             path,
             start,
@@ -319,23 +312,14 @@ fn damaged(path: &Path, offset: u64, problem: impl ToString) -> QueueError {
     }
 }
 
-/// Reads as much as there is room for. What the disk cannot read is as bad as what has changed.
+/// Reads as much as there is room for. What is not there any more is as bad as what has changed; a disk
+/// that does not answer may have been away for a moment.
 fn read_at(file: &File, path: &Path, bytes: &mut [u8], offset: u64) -> Result<(), QueueError> {
-    let mut tries = 0;
-    loop {
-        let Err(error) = file.read_exact_at(bytes, offset) else {
-            return Ok(());
-        };
-        tries += 1;
-        match error.raw_os_error() {
-            Some(libc::EIO) if tries < TRIES => std::thread::sleep(PAUSE),
-            Some(libc::EIO) => return Err(damaged(path, offset, error)),
-            _ if error.kind() == io::ErrorKind::UnexpectedEof => {
-                return Err(damaged(path, offset, "the file is cut short"));
-            }
-            _ => return Err(QueueError::io("read", path)(error)),
-        }
-    }
+    file.read_exact_at(bytes, offset)
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => damaged(path, offset, "the file is cut short"),
+            _ => QueueError::io("read", path)(error),
+        })
 }
 
 /// The last segment after a crash.
