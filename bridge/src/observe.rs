@@ -188,11 +188,8 @@ impl Observer {
     pub fn child_cursors(&self, identity: &Identity) -> BTreeMap<String, Lsn> {
         let seen = self.seen();
         let mut cursors = BTreeMap::new();
-        let statuses = self
-            .peers
-            .iter()
-            .filter_map(|peer| seen.get(&peer.name)?.status.as_ref())
-            .filter(|status| status.told.identity.as_ref() == Some(identity));
+        let peers = self.peers.iter();
+        let statuses = peers.filter_map(|peer| status_of(&seen, peer, identity));
         for (name, lsn) in statuses.flat_map(|status| &status.cursors) {
             let known = cursors.entry(name.clone()).or_insert(*lsn);
             *known = (*known).max(*lsn);
@@ -204,18 +201,15 @@ impl Observer {
     pub fn shown(&self, server: &ConnInfo, identity: &Identity) -> Option<Lsn> {
         let mut servers = self.peers.iter().chain(&self.parents);
         let followed = servers.find(|one| one.info.endpoint() == server.endpoint())?;
-        let seen = self.seen();
-        let status = seen.get(&followed.name)?.status.as_ref()?;
-        (status.told.identity.as_ref() == Some(identity)).then_some(status.shown)
+        Some(status_of(&self.seen(), followed, identity)?.shown)
     }
 
     /// What the other servers of the domain that hold this history have told of it.
     pub fn windows(&self, identity: &Identity) -> Vec<(String, Windows)> {
         let seen = self.seen();
         let told = |peer: &Watched| {
-            let status = seen.get(&peer.name)?.status.as_ref()?;
-            let same = status.told.identity.as_ref() == Some(identity);
-            same.then(|| (peer.name.clone(), status.windows.clone()))
+            let status = status_of(&seen, peer, identity)?;
+            Some((peer.name.clone(), status.windows.clone()))
         };
         self.peers.iter().filter_map(told).collect()
     }
@@ -414,6 +408,16 @@ impl Observer {
             None
         }
     }
+}
+
+/// What a server has told, if it holds this history.
+fn status_of<'a>(
+    seen: &'a BTreeMap<String, Seen>,
+    server: &Watched,
+    identity: &Identity,
+) -> Option<&'a Status> {
+    let status = seen.get(&server.name)?.status.as_ref()?;
+    (status.told.identity.as_ref() == Some(identity)).then_some(status)
 }
 
 fn read_status(rows: &[crate::client::Row]) -> anyhow::Result<Status> {

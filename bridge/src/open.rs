@@ -161,11 +161,6 @@ fn resume(
 
 /// A session of ours with the Postgres beside the bridge.
 pub async fn local_client(shared: &Shared) -> anyhow::Result<Client> {
-    local_client_as(shared, &format!("terrace {}", shared.config.node.name)).await
-}
-
-/// The same with a name by which it can be known.
-pub async fn local_client_as(shared: &Shared, application: &str) -> anyhow::Result<Client> {
     let info = ConnInfo::parse(&shared.config.database.url)?;
     let gucs = [
         ("search_path", "pg_catalog"),
@@ -173,7 +168,7 @@ pub async fn local_client_as(shared: &Shared, application: &str) -> anyhow::Resu
         ("idle_session_timeout", "0"),
     ];
     let options = SessionOptions {
-        application_name: application.into(),
+        application_name: format!("terrace {}", shared.config.node.name),
         gucs: gucs.map(|(name, value)| (name.into(), value.into())).into(),
         ..Default::default()
     };

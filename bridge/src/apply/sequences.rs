@@ -10,17 +10,16 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::{AS_OWNERS, Session};
-use crate::client::PgError;
-use crate::open::local_client_as;
+use crate::client::{Client, PgError, SessionOptions};
+use crate::conninfo::ConnInfo;
 use crate::status::Shared;
+use crate::upstream::pinned_settings;
 
 /// So long nothing comes before they are looked at.
 pub(super) const WHEN_IDLE: Duration = Duration::from_secs(1);
 /// At the latest after as long under load.
 pub(super) const UNDER_LOAD: Duration = Duration::from_secs(10);
 
-const LIKE_THE_APPLY: &str = "SET search_path = pg_catalog, pg_temp; SET session_replication_role = replica; \
-     SET synchronous_commit = off; SET statement_timeout = 0; SET lock_timeout = 0";
 const LOCK_NOT_AVAILABLE: &str = "55P03";
 
 /// A table that is locked is left for another time.
@@ -64,12 +63,23 @@ impl Session<'_> {
 }
 
 async fn advance_all(shared: &Shared) -> anyhow::Result<()> {
-    let mut client = local_client_as(shared, "terrace sequences").await?;
-    client.lift_transaction_limit().await?;
-    client.simple(LIKE_THE_APPLY).await?;
+    let info = ConnInfo::parse(&shared.config.database.url)?;
+    // As where it is applied.
+    let own = [
+        ("session_replication_role", "replica"),
+        ("synchronous_commit", "off"),
+        ("search_path", "pg_catalog, pg_temp"),
+    ];
+    let own = own.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let options = SessionOptions {
+        application_name: "terrace sequences".into(),
+        gucs: pinned_settings().into_iter().chain(own).collect(),
+        ..Default::default()
+    };
+    let mut client = Client::connect(&info, &options).await?;
     client.simple(AS_OWNERS).await?;
-    client
-        .simple("SELECT terrace.advance_sequences(true)")
-        .await?;
+    client.lift_transaction_limit().await?;
+    let all = "SELECT terrace.advance_sequences(true)";
+    client.simple(all).await?;
     Ok(())
 }

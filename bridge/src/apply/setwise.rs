@@ -104,10 +104,6 @@ impl Heap {
     }
 }
 
-fn last_of(records: &[Record]) -> Lsn {
-    records.last().map_or(Lsn::ZERO, |last| last.lsn)
-}
-
 fn is_worthwhile(records: &[Record]) -> bool {
     let messages = records.iter().flat_map(Record::frames);
     messages.take(WORTHWHILE).count() == WORTHWHILE
@@ -206,7 +202,7 @@ impl Session<'_> {
         // What comes next has not been looked at.
         self.in_order = FEW.max(heap.records.len());
         if folded.is_none() {
-            self.looked_until = last_of(&heap.records);
+            self.looked_until = heap.records.last().map_or(Lsn::ZERO, |last| last.lsn);
         }
         let cut_short = self.ahead.front().is_some_and(goes_in_order);
         let pile = self.keep_or_put_back(heap, folded);
