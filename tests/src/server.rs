@@ -226,6 +226,15 @@ fn make_templates() -> Result<(PathBuf, Child)> {
 }
 
 impl Server {
+    /// Boots a server that is a top, of that name.
+    pub fn top(scratch: &Scratch) -> Result<Server> {
+        let options = ServerOptions {
+            top: true,
+            ..Default::default()
+        };
+        Server::start(scratch, "top", &options)
+    }
+
     /// Boots a server in `scratch` and waits until it answers.
     pub fn start(scratch: &Scratch, name: &str, options: &ServerOptions) -> Result<Server> {
         let directory = scratch.path().join(name);

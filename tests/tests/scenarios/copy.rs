@@ -166,11 +166,7 @@ fn a_table_that_is_new_at_the_top_is_made_when_all_is_copied_anew() {
 #[test]
 fn a_top_bridge_relays_for_the_top() {
     let scratch = Scratch::new("terrace-").expect("scratch");
-    let top_options = ServerOptions {
-        top: true,
-        ..Default::default()
-    };
-    let mut top = Server::start(&scratch, "top", &top_options).expect("boot the top");
+    let mut top = Server::top(&scratch).expect("boot the top");
     let below = ["region-1", "site-1"]
         .map(|name| Server::start(&scratch, name, &ServerOptions::default()).expect("boot"));
     // Beside the top, too, a bridge makes the role that SQL is passed on under.

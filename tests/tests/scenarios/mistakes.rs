@@ -281,11 +281,7 @@ fn a_damaged_queue_is_fetched_anew_from_a_sibling() {
 #[test]
 fn a_damaged_queue_beside_the_top_is_begun_anew() {
     let scratch = Scratch::new("terrace-").expect("scratch");
-    let top_options = ServerOptions {
-        top: true,
-        ..Default::default()
-    };
-    let top = Server::start(&scratch, "top", &top_options).expect("boot the top");
+    let top = Server::top(&scratch).expect("boot the top");
     let servers = ["region-1", "site-1"]
         .map(|name| Server::start(&scratch, name, &ServerOptions::default()).expect("boot"));
     top.sql("ALTER ROLE terrace SUPERUSER");

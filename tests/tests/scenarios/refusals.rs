@@ -148,11 +148,7 @@ fn check_names_what_is_wrong() {
 #[test]
 fn a_bad_file_ends_the_bridge_and_a_bad_password_does_not_lose_it() {
     let scratch = Scratch::new("terrace-").expect("scratch");
-    let top_options = ServerOptions {
-        top: true,
-        ..Default::default()
-    };
-    let top = Server::start(&scratch, "top", &top_options).expect("boot the top");
+    let top = Server::top(&scratch).expect("boot the top");
     let server = Server::start(&scratch, "server", &ServerOptions::default()).expect("boot");
     top.sql(
         "CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1);

@@ -209,11 +209,7 @@ fn rows_that_are_refused_are_put_aside_when_that_is_wanted() {
 #[test]
 fn an_extension_of_another_version_is_named() {
     let scratch = Scratch::new("terrace-").expect("scratch");
-    let top_options = ServerOptions {
-        top: true,
-        ..Default::default()
-    };
-    let top = Server::start(&scratch, "top", &top_options).expect("boot the top");
+    let top = Server::top(&scratch).expect("boot the top");
     let server = Server::start(&scratch, "server", &ServerOptions::default()).expect("boot");
     top.sql("SELECT terrace.create_domain('region')");
     server.sql("UPDATE pg_extension SET extversion = '0.0.9' WHERE extname = 'terrace'");
