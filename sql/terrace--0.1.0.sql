@@ -2062,9 +2062,7 @@ CREATE VIEW owned_sequence AS
     SELECT s.nspname, s.relname, c.oid AS rel, a.attname, q.seqrelid, q.seqincrement, q.seqmin, q.seqmax,
            EXISTS (SELECT FROM pg_catalog.pg_index i
                    WHERE i.indrelid = c.oid AND i.indkey[0] = a.attnum AND i.indisvalid
-                     AND i.indpred IS NULL)
-           OR coalesce((SELECT sum(pg_catalog.pg_relation_size(relid)) FROM pg_catalog.pg_partition_tree(c.oid)),
-                       pg_catalog.pg_relation_size(c.oid)) < 16 << 20 AS cheap
+                     AND i.indpred IS NULL) AS is_indexed
     FROM sync_table s
     JOIN pg_catalog.pg_namespace n ON n.nspname = s.nspname
     JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = s.relname
@@ -2087,10 +2085,13 @@ DECLARE
     goal numeric;
     advanced integer := 0;
 BEGIN
-    FOR found IN SELECT * FROM terrace.owned_sequence
-                 WHERE (thorough OR cheap) AND (of_table IS NULL OR rel = of_table) LOOP
-        -- A column that holds no numbers, say, keeps no other sequence back.
+    FOR found IN SELECT * FROM terrace.owned_sequence WHERE of_table IS NULL OR rel = of_table LOOP
+        -- A column that holds no numbers, say, keeps no other sequence back; nor does a table that is locked, whose
+        -- size is not told either.
         BEGIN
+            CONTINUE WHEN NOT (thorough OR found.is_indexed
+                OR coalesce((SELECT sum(pg_relation_size(relid)) FROM pg_partition_tree(found.rel)),
+                            pg_relation_size(found.rel)) < 16 << 20);
             EXECUTE format('SELECT %s(%I) FROM %s', CASE WHEN found.seqincrement > 0 THEN 'max' ELSE 'min' END,
                            found.attname, found.rel::regclass) INTO reached;
             EXECUTE format('SELECT last_value FROM %s', found.seqrelid::regclass) INTO drawn;
