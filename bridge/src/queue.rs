@@ -182,6 +182,7 @@ impl Queue {
         fs::create_dir_all(dir).map_err(QueueError::io("create", dir))?;
         Queue::clear(dir)?;
         let first = Segment::create(dir, &identity, start, &BTreeMap::new())?;
+        first.sync()?;
         let queue = Queue::assemble(dir, identity, vec![Arc::new(first)], start)?;
         let writer = Writer::new(queue.clone(), start, BTreeMap::new());
         Ok((queue, writer))

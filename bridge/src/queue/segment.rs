@@ -140,7 +140,8 @@ impl Segment {
         file.sync_all()
             .map_err(QueueError::io("fsync", &temporary))?;
         fs::rename(&temporary, &path).map_err(QueueError::io("rename", &temporary))?;
-        sync_dir(dir)?;
+        // It is there, perhaps in the place of another: nothing goes on without it, and it is never durable.
+        let named = sync_dir(dir).inspect_err(|error| tracing::warn!("{error}"));
         Ok(Segment {
             path,
             start,
@@ -151,7 +152,7 @@ impl Segment {
             synced: AtomicU64::new(content.len() as u64),
             dirty: AtomicU64::new(0),
             pace: AtomicU64::new(u64::MAX),
-            failed: AtomicBool::new(false),
+            failed: AtomicBool::new(named.is_err()),
             syncing: Mutex::default(),
             shared: Shared::default(),
             looking: Mutex::default(),
