@@ -43,6 +43,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::client::{Client, PgError, SessionOptions};
 use crate::conninfo::ConnInfo;
+use crate::durable::{Backend, Noted};
 use crate::lsn::{Identity, Lsn};
 use crate::queue::{Queue, QueueError, Reader};
 use crate::record::Record;
@@ -148,6 +149,8 @@ struct Session<'a> {
     shared: &'a Arc<Shared>,
     queue: &'a Queue,
     client: Client,
+    /// What `client` is there.
+    backend: Arc<Backend>,
     reader: Reader,
     planner: Planner,
     /// Read but not yet begun with.
@@ -226,6 +229,7 @@ impl<'a> Session<'a> {
         let mut client = Client::connect(&info, &options)
             .await
             .with_context(|| format!("connect to the local database at {}", info.endpoint()))?;
+        let backend = Arc::new(Backend::of(&mut client).await?);
         set_origin(&mut client).await?;
         client.simple(AS_OWNERS).await?;
         client.lift_transaction_limit().await?;
@@ -245,12 +249,17 @@ impl<'a> Session<'a> {
         }
         let committed: Lsn = lsn.parse()?;
         shared.set_position(committed);
+        shared.noted.send_replace(Some(Noted {
+            lsn: committed,
+            session: Arc::clone(&backend),
+        }));
         let planner = Planner::open(&mut client, &shared.config.node.domain).await?;
         Ok(Session {
             shared,
             queue,
             reader: queue.open_reader(committed).await?,
             client,
+            backend,
             planner,
             ahead: VecDeque::new(),
             folded: None,

@@ -17,6 +17,7 @@ pub mod conninfo;
 pub mod control;
 pub mod copy;
 pub mod domain;
+pub mod durable;
 pub mod handshake;
 pub mod http;
 pub mod log;

@@ -16,12 +16,12 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use crate::client::Client;
 use crate::config::Config;
+use crate::durable::Durable;
 use crate::handshake::Security;
 use crate::lsn::Lsn;
 use crate::observe::Observer;
-use crate::open::{self, Opened, local_client};
+use crate::open::{self, Opened};
 use crate::queue::Queue;
 use crate::roles::{End, Ordered, Roles};
 use crate::status::{OpenQueue, Shared, cursor_name};
@@ -136,6 +136,9 @@ async fn serve(
     } = opened;
     let closed = cancel.child_token();
     shared.flushed.send_replace(queue.end());
+    // What is known is of another queue, and of other data perhaps.
+    shared.noted.send_replace(None);
+    shared.replay_durable.send_replace(Lsn::ZERO);
     shared.queue.send_replace(Some(OpenQueue {
         queue: queue.clone(),
         closed: closed.child_token(),
@@ -165,7 +168,7 @@ async fn serve(
         Arc::clone(shared),
         Arc::clone(observer),
         queue,
-        local,
+        Durable::new(local),
         closed.clone(),
     ));
     let roles = Roles::new(Arc::clone(shared), Arc::clone(observer));
@@ -282,14 +285,11 @@ async fn housekeeping(
     shared: Arc<Shared>,
     observer: Arc<Observer>,
     queue: Queue,
-    mut client: Option<Client>,
+    mut local: Durable,
     cancel: CancellationToken,
 ) -> anyhow::Result<()> {
     let mut durable = queue.durable();
     let mut tick = tokio::time::interval(Duration::from_secs(1));
-    let mut pending: Option<(Lsn, String)> = None;
-    let mut replay_durable = Lsn::ZERO;
-    shared.replay_durable.send_replace(replay_durable);
     loop {
         tokio::select! {
             // The sender lives in the queue.
@@ -316,22 +316,14 @@ async fn housekeeping(
         if let Err(error) = on_disk(&queue, Queue::save_cursors).await? {
             tracing::warn!("{error}");
         }
-        let replayed = *shared.replayed.borrow();
         if shared.config.parent.is_none() {
-            replay_durable = replayed;
-        } else if let Err(error) = within(advance_replay_durable(
-            &shared,
-            &mut client,
-            &mut pending,
-            &mut replay_durable,
-        ))
-        .await
-        {
+            let replayed = *shared.replayed.borrow();
+            shared.replay_durable.send_replace(replayed);
+        } else if let Err(error) = within(local.advance(&shared)).await {
             tracing::debug!("{error:#}");
-            // What a server that crashes had written and not flushed is gone.
-            (client, pending) = (None, None);
+            local.start_again();
         }
-        shared.replay_durable.send_replace(replay_durable);
+        let replay_durable = *shared.replay_durable.borrow();
         let limits = &shared.config.queue;
         let (min, max) = (limits.retain_min, limits.retain_max);
         let trim = move |queue: &Queue| queue.trim(replay_durable, min, max);
@@ -388,38 +380,4 @@ async fn on_disk<T: Send + 'static>(
     let queue = queue.clone();
     let done = tokio::task::spawn_blocking(move || work(&queue)).await;
     done.context("work on the queue's files")
-}
-
-/// `synchronous_commit` is off below, so a replayed transaction is durable only
-/// when the local WAL that was written after it is flushed. What is only shown is not in the database.
-async fn advance_replay_durable(
-    shared: &Arc<Shared>,
-    client: &mut Option<Client>,
-    pending: &mut Option<(Lsn, String)>,
-    replay_durable: &mut Lsn,
-) -> anyhow::Result<()> {
-    let client = match client {
-        Some(client) => client,
-        None => client.insert(local_client(shared).await?),
-    };
-    let waiting = pending.as_ref().map_or("0/0", |(_, local)| local.as_str());
-    // What this bridge remembers of its own session may be of before a crash. What a statement sees is before the
-    // end of the WAL that it asks for.
-    let sql = "SELECT pg_catalog.pg_current_wal_insert_lsn()::text, \
-               pg_catalog.pg_current_wal_flush_lsn() >= $1::pg_catalog.pg_lsn, \
-               (SELECT lsn::text FROM terrace.progress)";
-    let rows = client.query(sql, &[Some(waiting)]).await?;
-    let Some([Some(local), Some(flushed), Some(noted)]) = rows.first().map(Vec::as_slice) else {
-        bail!("no position");
-    };
-    let noted: Lsn = noted.parse()?;
-    if flushed == "t"
-        && let Some((lsn, _)) = pending.take()
-    {
-        *replay_durable = lsn;
-    }
-    if pending.is_none() && noted > *replay_durable {
-        *pending = Some((noted, local.clone()));
-    }
-    Ok(())
 }

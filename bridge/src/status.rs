@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::unix_micros;
 use crate::config::Config;
 use crate::conninfo::ConnInfo;
+use crate::durable::Noted;
 use crate::lsn::{Identity, Lsn};
 use crate::matching::{Dispute, Standing, Windows};
 use crate::queue::{Queue, QueueError};
@@ -149,7 +150,9 @@ pub struct Shared {
     pub relay_password: String,
     /// End of what is committed in the local Postgres, and of what there was for others behind that.
     pub replayed: watch::Sender<Lsn>,
-    /// The end that `terrace.progress` has durably: nothing behind it may be forgotten.
+    /// What was last seen or written in `terrace.progress`.
+    pub noted: watch::Sender<Option<Noted>>,
+    /// The end that it has durably: nothing behind it may be forgotten.
     pub replay_durable: watch::Sender<Lsn>,
     /// The applier goes no further than this.
     pub upstream_replayed: watch::Sender<Lsn>,
@@ -180,6 +183,7 @@ impl Shared {
             started_micros: unix_micros(),
             relay_password,
             replayed: watch::Sender::new(Lsn::ZERO),
+            noted: watch::Sender::new(None),
             replay_durable: watch::Sender::new(Lsn::ZERO),
             upstream_replayed: watch::Sender::new(Lsn::ZERO),
             flushed: watch::Sender::new(Lsn::ZERO),

@@ -4,6 +4,7 @@
 //! the one is never seen without the other.
 
 use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
@@ -14,6 +15,7 @@ use super::statement::{self, Expect, Row, Step};
 use super::{ALTERED, Failed, Session, unexpected};
 use crate::client::PgError;
 use crate::clock::{PG_EPOCH_MICROS, timestamp};
+use crate::durable::Noted;
 use crate::lsn::Lsn;
 use crate::plain::{escape, plain};
 use crate::record::{CommitInfo, Record};
@@ -233,6 +235,10 @@ impl Session<'_> {
     /// Where the database is by what it says itself.
     pub(super) fn note(&mut self, batch: &Batch) {
         self.progress_written = Some(Instant::now());
+        self.shared.noted.send_replace(Some(Noted {
+            lsn: batch.end,
+            session: Arc::clone(&self.backend),
+        }));
         self.announce(batch);
     }
 
