@@ -16,6 +16,7 @@
 
 mod careful;
 mod commit;
+mod constrained;
 mod fold;
 mod in_order;
 mod obstacle;
@@ -50,6 +51,7 @@ use crate::record::Record;
 use crate::status::Shared;
 use crate::upstream::pinned_settings;
 use commit::Batch;
+use constrained::Constrained;
 use fold::Shape;
 use obstacle::Clearing;
 use plan::Planner;
@@ -173,7 +175,7 @@ struct Session<'a> {
     looked_until: Lsn,
     /// Transactions that are taken together at most, and when that was changed.
     most: (usize, Instant),
-    constrained: setwise::Constrained,
+    constrained: Constrained,
     /// Transactions that go in order before the next look whether all can go set-wise.
     in_order: usize,
     /// End of the batch that is under way.
@@ -271,7 +273,7 @@ impl<'a> Session<'a> {
             plain_until: Lsn::ZERO,
             looked_until: Lsn::ZERO,
             most: (MAX_TRANSACTIONS, Instant::now()),
-            constrained: setwise::Constrained::default(),
+            constrained: Constrained::default(),
             in_order: MAX_TRANSACTIONS,
             attempted: committed,
             committed,
@@ -324,16 +326,18 @@ impl<'a> Session<'a> {
         let until = self.attempted.max(Lsn(self.committed.0 + 1));
         let folded = !self.sent_sets.is_empty() && problem != BY_ITSELF;
         // The statement that failed is still to be answered.
-        let is_refused = matches!(self.expected.front(), Some(Expect::Rows(_)));
-        let is_constrained = self.sent_sets.iter().any(|shape| shape.is_constrained);
+        let refused = match self.expected.front() {
+            Some(Expect::Rows(_, shape)) => Some(Arc::clone(shape)),
+            _ => None,
+        };
         self.leave_behind().await?;
         if problem == ALTERED && self.is_altered_anew() {
             tracing::info!(problem, from = %self.committed, "once more");
             return Ok(());
         }
         if folded && self.plain_until < until {
-            if is_constrained && is_refused {
-                self.constrained.refused();
+            if let Some(shape) = refused {
+                self.constrained.refused(&shape);
             }
             tracing::info!(problem, from = %self.committed, "applying in order");
             self.plain_until = until;

@@ -122,9 +122,7 @@ impl Session<'_> {
             self.bump(&row, "delete_missing", count).await?;
         }
         self.client.simple("COMMIT").await.map_err(at_commit)?;
-        if self.sent_sets.iter().any(|shape| shape.is_constrained) {
-            self.constrained.went_well();
-        }
+        self.constrained.went_well(&self.sent_sets);
         self.forget_sent();
         self.note(&batch);
         if self.planner.routing_changed() {

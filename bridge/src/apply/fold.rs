@@ -167,12 +167,17 @@ impl<'a> Fold<'a> {
 
     /// Deletes, updates and inserts: tables of the top may be one and the same here, and a
     /// row go from one to the other.
-    pub fn statements(&self) -> Vec<Statement> {
-        let mut statements: Vec<_> = self.tables.values().flat_map(Table::statements).collect();
-        statements.sort_by_key(|(phase, _)| *phase);
+    pub fn statements(&self) -> Vec<(Arc<Shape>, Statement)> {
+        let of_table = |table: &Table<'_>| {
+            let shape = Arc::clone(&table.shape);
+            let statements = table.statements().into_iter();
+            statements.map(move |(phase, statement)| (phase, Arc::clone(&shape), statement))
+        };
+        let mut statements: Vec<_> = self.tables.values().flat_map(of_table).collect();
+        statements.sort_by_key(|(phase, ..)| *phase);
+        let statements = statements.into_iter();
         statements
-            .into_iter()
-            .map(|(_, statement)| statement)
+            .map(|(_, shape, statement)| (shape, statement))
             .collect()
     }
 }
@@ -470,7 +475,7 @@ mod tests {
         Ok(fold
             .statements()
             .iter()
-            .map(|s| (kind(&s.sql), s.rows))
+            .map(|(_, s)| (kind(&s.sql), s.rows))
             .collect())
     }
 

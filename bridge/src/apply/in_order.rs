@@ -123,7 +123,8 @@ impl Session<'_> {
         }
         if let Some(sets) = self.fold(records, batch).await? {
             self.drain(batch).await?;
-            tracing::debug!(statements = sets.statements.len(), "a part went set-wise");
+            let constrained = sets.constrained();
+            tracing::debug!(constrained, "a part went set-wise");
             self.send_sets(sets, batch).await?;
             // The answers are not waited for: what comes next is folded meanwhile.
             return Ok(self.client.send_all().await?);
@@ -223,8 +224,8 @@ impl Session<'_> {
                         Expect::One | Expect::Place => {
                             return Err(Failed::Unexpected("a row is missing".into()));
                         }
-                        Expect::Rows(rows) if count == *rows => {}
-                        Expect::Rows(rows) => {
+                        Expect::Rows(rows, _) if count == *rows => {}
+                        Expect::Rows(rows, _) => {
                             let text = format!("{count} rows changed in place of {rows}");
                             return Err(Failed::Unexpected(text));
                         }

@@ -70,8 +70,8 @@ pub struct Planner {
     prepared_since: Instant,
     /// Names are not used twice in a session.
     named: u64,
-    /// Tables with constraints beside the primary key are folded, too.
-    pub(super) folds_constrained: bool,
+    /// OIDs here of tables that are not folded for now.
+    pub(super) resting: HashSet<String>,
     /// Of the transaction that is planned.
     pub(super) seals: Seals,
     /// Every relation that the message planned last must have looked up.
@@ -116,7 +116,7 @@ impl Planner {
             text: 0,
             prepared_since: Instant::now(),
             named: 0,
-            folds_constrained: true,
+            resting: HashSet::new(),
             seals: Seals::default(),
             unknown: Vec::new(),
         }
@@ -286,7 +286,8 @@ impl Planner {
             return Ok(Folded::Added);
         }
         let shape = relation.shape.as_ref();
-        let shape = shape.filter(|shape| self.folds_constrained || !shape.is_constrained);
+        let shape =
+            shape.filter(|shape| !shape.is_constrained || !self.resting.contains(&shape.oid));
         let added = shape.map_or(Err(NotFoldable), |shape| fold.add(relid, shape, &message));
         Ok(match added {
             Ok(()) => Folded::Added,

@@ -31,12 +31,6 @@ const FEW: usize = 20;
 /// Fewer messages are sooner done in order. A transaction of one change is three.
 const WORTHWHILE: usize = 60;
 
-/// After a fold was refused, tables with constraints that may have done that go in order for so
-/// long, and up to …
-const FIRST_PAUSE: Duration = Duration::from_secs(1);
-/// … so long where it happens again and again.
-const LONGEST_PAUSE: Duration = Duration::from_secs(60);
-
 /// So many values of rows are folded together: one that is null is a byte in the stream, and many in memory.
 pub(super) const MAX_CELLS: usize = 500_000;
 /// A larger row goes by itself: with others it might be more than a message may hold.
@@ -54,33 +48,18 @@ pub(super) struct Pile {
 
 /// Statements, and what they are made for.
 pub(super) struct Sets {
-    pub(super) statements: Vec<Statement>,
+    pub(super) statements: Vec<(Arc<Shape>, Statement)>,
     shapes: Vec<Arc<Shape>>,
     /// Messages of tables that are not folded, in order, and the OIDs of those here.
     left_out: Vec<Bytes>,
     apart: Vec<String>,
 }
 
-/// Whether tables with constraints beside the primary key are folded. Where unique values go
-/// from row to row all the time, folding them in vain must not cost much.
-#[derive(Default)]
-pub(super) struct Constrained {
-    again: Option<Instant>,
-    pause: Duration,
-}
-
-impl Constrained {
-    fn may_be_folded(&self) -> bool {
-        self.again.is_none_or(|again| again <= Instant::now())
-    }
-
-    pub(super) fn refused(&mut self) {
-        self.pause = (self.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
-        self.again = Some(Instant::now() + self.pause);
-    }
-
-    pub(super) fn went_well(&mut self) {
-        self.pause = Duration::ZERO;
+impl Sets {
+    /// Tables of them that have constraints beside the primary key.
+    pub(super) fn constrained(&self) -> usize {
+        let shapes = self.shapes.iter();
+        shapes.filter(|shape| shape.is_constrained).count()
     }
 }
 
@@ -174,7 +153,7 @@ impl Session<'_> {
                 _ => batch.end = record.lsn,
             }
         }
-        let transactions = batch.transactions;
+        let (transactions, constrained) = (batch.transactions, sets.constrained());
         self.attempted = batch.end;
         self.begin()?;
         self.send_sets(sets, &mut batch).await?;
@@ -183,7 +162,7 @@ impl Session<'_> {
         // Postgres is at work meanwhile.
         self.fold_ahead()?;
         self.conclude(batch).await?;
-        tracing::debug!(transactions, "applied set-wise");
+        tracing::debug!(transactions, constrained, "applied set-wise");
         Ok(true)
     }
 
@@ -347,7 +326,8 @@ impl Session<'_> {
         if self.is_plain() || !is_worthwhile(records) {
             return Attempt::Not;
         }
-        self.planner.folds_constrained = self.constrained.may_be_folded();
+        // One way for each, for all of the pile.
+        self.planner.resting = self.constrained.resting();
         let (mut fold, mut unknown) = (Fold::default(), BTreeSet::new());
         for frame in records.iter().flat_map(Record::frames) {
             let Ok(Frame { payload, .. }) = frame else {
@@ -391,8 +371,8 @@ impl Session<'_> {
         self.sent_sets.extend(sets.shapes);
         self.sent_apart.extend(sets.apart);
         // First what costs little, should it be refused.
-        for set in sets.statements {
-            self.send_set(set)?;
+        for (shape, set) in sets.statements {
+            self.send_set(shape, set)?;
         }
         for payload in &sets.left_out {
             self.send_change(payload, batch).await?;
@@ -400,7 +380,7 @@ impl Session<'_> {
         Ok(())
     }
 
-    fn send_set(&mut self, statement: Statement) -> Result<(), Failed> {
+    fn send_set(&mut self, shape: Arc<Shape>, statement: Statement) -> Result<(), Failed> {
         let (name, parse) = self.planner.statement(&statement.sql);
         let out = self.client.buffer();
         let encoded = (|| {
@@ -422,7 +402,8 @@ impl Session<'_> {
             }
         })();
         encoded.context("encode a statement")?;
-        self.expected.push_back(Expect::Rows(statement.rows));
+        let expect = Expect::Rows(statement.rows, shape);
+        self.expected.push_back(expect);
         Ok(())
     }
 }

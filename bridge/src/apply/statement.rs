@@ -2,9 +2,12 @@
 //!
 //! A row is known by its key, or by all its columns; a value is the text that the top sent.
 
+use std::sync::Arc;
+
 use anyhow::bail;
 use bytes::Bytes;
 
+use super::fold::Shape;
 use super::relation::{Column, Keeper, Relation};
 use crate::client::quote_ident;
 use crate::pgoutput::{Datum, Message, OldKind, Tuple};
@@ -20,8 +23,8 @@ pub enum Expect {
     One,
     /// The same, and it tells where `terrace.progress` is now.
     Place,
-    /// Of a fold: exactly as many rows.
-    Rows(u64),
+    /// Of a fold: exactly as many rows, of this table.
+    Rows(u64, Arc<Shape>),
     /// One row; none is a conflict that needs no repair. This is the change.
     Delete(Bytes),
 }
