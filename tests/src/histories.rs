@@ -10,7 +10,7 @@
 
 mod table;
 
-use std::fmt::Write;
+use std::fmt::{self, Write};
 
 use postgres::Client;
 
@@ -66,19 +66,28 @@ impl History {
             true => (IN_BEGIN, IN_END, "ROLLBACK TO step"),
             false => ("BEGIN;", "COMMIT", "ROLLBACK"),
         };
+        let done = self.end();
         let mut run = |sql: String, back: &str| match top.batch_execute(&sql) {
             Ok(()) => self.transactions.push(sql),
             // A constraint may refuse some: then they are no history.
             Err(_) => top.batch_execute(back).expect("rollback"),
         };
+        // What is there already, and not folded with the rest.
+        if !random.one_in(4) {
+            for table in &self.tables {
+                let rows: Vec<String> = table.inserts(random).collect();
+                rows.into_iter().for_each(|sql| run(sql, "ROLLBACK"));
+            }
+            run(done.clone(), "");
+        }
         if at_once {
             run("BEGIN".into(), "");
         }
         // A table that is seen for the first time ends a pile.
-        let first = self.tables.iter().map(|table| {
-            let (written, row) = (table.written(), table.row(random, 0));
-            format!("INSERT INTO {} ({written}) VALUES ({row});", table.name)
-        });
+        let first = self
+            .tables
+            .iter()
+            .filter_map(|table| table.inserts(random).next());
         run(format!("{begin}{}{end}", first.collect::<String>()), back);
         let (few, many) = TRANSACTIONS;
         let mut steps = few + random.below(many - few);
@@ -107,13 +116,13 @@ impl History {
         if at_once {
             run("COMMIT".into(), "");
         }
+        run(done, "");
     }
 
-    /// Ends the pile.
-    fn end(&self, top: &mut Client) {
+    /// Ends a pile.
+    fn end(&self) -> String {
         let name = &self.tables[0].name;
-        let sql = format!("SELECT terrace.replicate_ddl('COMMENT ON TABLE {name} IS ''done''')");
-        top.batch_execute(&sql).expect("end a history");
+        format!("SELECT terrace.replicate_ddl('COMMENT ON TABLE {name} IS ''done''')")
     }
 
     fn must_be_everywhere(&self, tree: &Tree) {
@@ -161,6 +170,46 @@ pub struct Tried {
     pub folded: usize,
     /// Parts of larger ones that were folded.
     pub parts: usize,
+    /// Piles and parts that were folded with changes of a table with constraints beside its key …
+    pub constrained: usize,
+    /// … and those that such a constraint refused, which went in order.
+    pub refused: usize,
+}
+
+impl Tried {
+    /// Counts more of them in.
+    pub fn add(&mut self, more: &Tried) {
+        self.transactions += more.transactions;
+        self.foldable += more.foldable;
+        self.folded += more.folded;
+        self.parts += more.parts;
+        self.constrained += more.constrained;
+        self.refused += more.refused;
+    }
+
+    /// Panics when so little was folded that it would prove nothing.
+    pub fn must_have_folded(&self) {
+        let (all, folded) = (self.foldable, self.folded);
+        assert!(folded > all / 3, "{folded} of {all} were folded");
+        assert!(self.parts > 5, "{self}");
+        assert!(self.constrained > 5, "{self}");
+    }
+}
+
+impl fmt::Display for Tried {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} transactions, {} of tables that can be folded; {} and {} parts of larger ones folded, \
+             {} with further constraints, {} refused",
+            self.transactions,
+            self.foldable,
+            self.folded,
+            self.parts,
+            self.constrained,
+            self.refused
+        )
+    }
 }
 
 /// Runs so many histories, from `seed` on, on a tree of their own; panics, with the history,
@@ -179,7 +228,6 @@ pub fn run(seed: u64, count: u64) -> Tried {
     let mut top = tree.top.connect();
     for (history, random) in &mut histories {
         history.live(&mut top, random);
-        history.end(&mut top);
     }
     tree.start_bridges_on_a_pile();
     tree.wait_streaming();
@@ -202,6 +250,13 @@ pub fn run(seed: u64, count: u64) -> Tried {
     };
     let (log, other) = (folding.bridge.logged(), in_order.bridge.logged());
     (tried.folded, tried.parts) = (folded(&log), log.matches(PART).count());
+    let tables = numbers(&log, CONSTRAINED);
+    tried.constrained = tables.filter(|tables| *tables > 0).count();
+    tried.refused = refusals(&log);
+    for node in &tree.nodes {
+        let conflicts = node.server.value("SELECT count(*) FROM terrace.conflicts");
+        assert_eq!(conflicts, "0", "rows were not as expected");
+    }
     assert_eq!(
         folded(&other) + other.matches(PART).count(),
         0,
@@ -213,15 +268,36 @@ pub fn run(seed: u64, count: u64) -> Tried {
 /// What a bridge's log says of a part that was folded.
 const PART: &str = "went set-wise";
 
+/// Before the number of tables with further constraints in what was folded.
+const CONSTRAINED: &str = "constrained=";
+
 /// Transactions that a bridge's log says were applied set-wise.
 pub fn folded(log: &str) -> usize {
-    let piles = log.split("applied set-wise transactions=").skip(1);
-    let counts = piles.map(|rest| {
-        rest.split_whitespace()
-            .next()
-            .and_then(|n| n.parse::<usize>().ok())
-    });
-    counts.map(|count| count.expect("a number")).sum()
+    numbers(log, "applied set-wise transactions=").sum()
+}
+
+fn numbers<'a>(log: &'a str, before: &'a str) -> impl Iterator<Item = usize> + 'a {
+    log.split(before).skip(1).map(|rest| {
+        let digits = rest.split(|c: char| !c.is_ascii_digit()).next();
+        digits
+            .and_then(|digits| digits.parse().ok())
+            .expect("a number")
+    })
+}
+
+/// Folds that were refused; only what the order of rows can do may be why.
+fn refusals(log: &str) -> usize {
+    let refused = log
+        .lines()
+        .filter(|line| line.contains("applying in order"));
+    let is_constraint = |line: &&str| {
+        line.contains("violates unique constraint")
+            || line.contains("violates exclusion constraint")
+    };
+    let lines: Vec<&str> = refused.collect();
+    let other = lines.iter().find(|line| !is_constraint(line));
+    assert_eq!(other, None, "a fold went wrong");
+    lines.len()
 }
 
 fn make_tables(tree: &Tree, histories: &mut [(History, Random)]) {
@@ -233,14 +309,7 @@ fn make_tables(tree: &Tree, histories: &mut [(History, Random)]) {
             everywhere += &table.create(None);
             for (node, sql) in tree.nodes.iter().zip(&mut below) {
                 *sql += &table.create(random.one_in(2).then_some(&mut *random));
-                if table.says {
-                    let name = &table.name;
-                    let _ = write!(
-                        sql,
-                        "CREATE TRIGGER says AFTER INSERT OR UPDATE OR DELETE ON {name} FOR EACH ROW \
-                     EXECUTE FUNCTION says('{name}'); ALTER TABLE {name} ENABLE ALWAYS TRIGGER says;"
-                    );
-                }
+                sql.extend(table.trigger());
                 if node.server.name.starts_with("in_order") {
                     let name = &table.name;
                     let _ = write!(

@@ -23,20 +23,15 @@ fn main() -> ExitCode {
     let (start, mut all) = (Instant::now(), Tried::default());
     for first in (0..count).step_by(TREE as usize) {
         let histories = TREE.min(count - first);
-        let tried = run(seed + first, histories);
-        all.transactions += tried.transactions;
-        all.foldable += tried.foldable;
-        all.folded += tried.folded;
-        all.parts += tried.parts;
+        all.add(&run(seed + first, histories));
         println!(
-            "{} histories equal; {} transactions, {} of tables that can be folded; {} and {} parts of larger ones folded; {:.0} s",
+            "{} histories equal; {all}; {:.0} s",
             first + histories,
-            all.transactions,
-            all.foldable,
-            all.folded,
-            all.parts,
             start.elapsed().as_secs_f64()
         );
+    }
+    if count >= TREE {
+        all.must_have_folded();
     }
     ExitCode::SUCCESS
 }

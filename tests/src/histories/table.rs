@@ -4,8 +4,11 @@ use std::fmt::Write;
 
 use crate::random::Random;
 
-/// So few keys that each row lives through much.
-const KEYS: usize = 10;
+/// So few keys that each row lives through much, or so many that some do not.
+const KEYS: [usize; 3] = [10, 10, 40];
+/// Of what [`Table::statement`] knows, what neither deletes rows nor gives them other keys.
+const MILD: [usize; 15] = [0, 1, 2, 3, 4, 5, 6, 6, 6, 7, 12, 13, 13, 13, 16];
+
 pub const TYPES: &str = "
     CREATE EXTENSION IF NOT EXISTS btree_gist; CREATE EXTENSION IF NOT EXISTS citext;
     CREATE TYPE mood AS ENUM ('sad', 'ok', 'happy');
@@ -17,7 +20,7 @@ pub const TYPES: &str = "
     CREATE FUNCTION says() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
         INSERT INTO public.said (name, what, old, new)
         VALUES (TG_ARGV[0], TG_OP, to_jsonb(OLD) - 'local', to_jsonb(NEW) - 'local');
-        RETURN NULL;
+        RETURN coalesce(NEW, OLD);
     END $$;";
 
 /// Stored out of line, and mostly not sent when something else is changed.
@@ -65,6 +68,14 @@ const COLUMNS: [(&str, &[&str]); 17] = [
     ),
 ];
 
+/// Of a random type; long values are what is not sent again.
+fn column(random: &mut Random) -> usize {
+    match random.one_in(6) {
+        true => COLUMNS.len() - 1,
+        false => random.below(COLUMNS.len()),
+    }
+}
+
 #[derive(Clone, Copy, PartialEq)]
 enum Key {
     Int,
@@ -92,12 +103,42 @@ enum Key {
 enum Obstacle {
     Nothing,
     Unique,
+    /// Looked at late …
     Deferred,
+    /// … or at the end of each statement.
+    Deferrable,
+    /// With another column.
+    Two,
+    /// Of which one row at most has none.
+    NotDistinct,
     Partial,
     Expression,
     Exclusion,
     DeferredExclusion,
+    /// Not equal, but near each other.
+    Overlap,
 }
+
+const OBSTACLES: [Obstacle; 10] = [
+    Obstacle::Unique,
+    Obstacle::Deferred,
+    Obstacle::Deferrable,
+    Obstacle::Two,
+    Obstacle::NotDistinct,
+    Obstacle::Partial,
+    Obstacle::Expression,
+    Obstacle::Exclusion,
+    Obstacle::DeferredExclusion,
+    Obstacle::Overlap,
+];
+
+/// When the trigger of a table says what it sees, and how it is enabled.
+const SAYINGS: [(&str, &str); 4] = [
+    ("BEFORE", "REPLICA"),
+    ("BEFORE", "ALWAYS"),
+    ("AFTER", "REPLICA"),
+    ("AFTER", "ALWAYS"),
+];
 
 /// What of a table is synchronised.
 #[derive(Clone, Copy, PartialEq)]
@@ -113,13 +154,17 @@ enum Part {
 pub struct Table {
     pub name: String,
     key: Key,
+    /// How many there are.
+    keys: usize,
+    /// Rows stay, by the keys that they have.
+    mild: bool,
     obstacle: Obstacle,
     generated: bool,
     identity: bool,
     partitioned: bool,
     part: Part,
     /// Below, a trigger that is enabled for replicas says what it sees.
-    pub says: bool,
+    says: Option<(&'static str, &'static str)>,
     /// Indexes into [`COLUMNS`]; they are called `c0`, `c1` and so on.
     columns: Vec<usize>,
 }
@@ -143,17 +188,9 @@ impl Table {
             Key::Full,
             Key::None,
         ];
-        let obstacles = [
-            Obstacle::Unique,
-            Obstacle::Deferred,
-            Obstacle::Partial,
-            Obstacle::Expression,
-            Obstacle::Exclusion,
-            Obstacle::DeferredExclusion,
-        ];
         let key = *random.of(&keys);
-        let obstacle = match random.one_in(4) {
-            true => *random.of(&obstacles),
+        let obstacle = match random.one_in(3) {
+            true => *random.of(&OBSTACLES),
             false => Obstacle::Nothing,
         };
         let count = 1 + random.below(4);
@@ -164,13 +201,15 @@ impl Table {
         let mut table = Table {
             name,
             key,
+            keys: *random.of(&KEYS),
+            mild: random.one_in(2),
             obstacle,
             generated: random.one_in(4),
             identity: random.one_in(6),
             partitioned,
             part: Part::Whole,
-            says: random.one_in(12),
-            columns: (0..count).map(|_| random.below(COLUMNS.len())).collect(),
+            says: random.one_in(12).then(|| *random.of(&SAYINGS)),
+            columns: (0..count).map(|_| column(random)).collect(),
         };
         let part = *random.of(&[Part::Whole, Part::Whole, Part::Listed, Part::Filtered]);
         if table.may_be(part) {
@@ -199,7 +238,16 @@ impl Table {
 
     /// Nothing but a row that is not as expected keeps its changes from being folded.
     pub fn is_foldable(&self) -> bool {
-        self.has_key() && !self.partitioned && !self.says
+        self.has_key() && !self.partitioned && self.says.is_none()
+    }
+
+    /// The trigger that says what it sees.
+    pub fn trigger(&self) -> Option<String> {
+        let (name, (when, enabled)) = (&self.name, self.says?);
+        Some(format!(
+            "CREATE TRIGGER says {when} INSERT OR UPDATE OR DELETE ON {name} FOR EACH ROW \
+             EXECUTE FUNCTION says('{name}'); ALTER TABLE {name} ENABLE {enabled} TRIGGER says;"
+        ))
     }
 
     fn filter(&self) -> Option<&'static str> {
@@ -296,6 +344,13 @@ impl Table {
         parts.extend(match self.obstacle {
             Obstacle::Unique => Some("UNIQUE (u)".to_owned()),
             Obstacle::Deferred => Some("UNIQUE (u) DEFERRABLE INITIALLY DEFERRED".to_owned()),
+            Obstacle::Deferrable => Some("UNIQUE (u) DEFERRABLE".to_owned()),
+            Obstacle::Two if self.generated => Some("UNIQUE (u), UNIQUE (g)".to_owned()),
+            Obstacle::Two => Some("UNIQUE (u, c0)".to_owned()),
+            Obstacle::NotDistinct => Some("UNIQUE NULLS NOT DISTINCT (u)".to_owned()),
+            Obstacle::Overlap => {
+                Some("EXCLUDE USING gist (int4range(u, u + 2) WITH &&)".to_owned())
+            }
             Obstacle::Exclusion => Some("EXCLUDE USING gist (u WITH =)".to_owned()),
             Obstacle::DeferredExclusion => {
                 Some("EXCLUDE USING gist (u WITH =) DEFERRABLE INITIALLY DEFERRED".to_owned())
@@ -356,17 +411,34 @@ impl Table {
         }
     }
 
-    pub fn row(&self, random: &mut Random, key: usize) -> String {
+    fn row(&self, random: &mut Random, key: usize) -> String {
         let mut row = self.key_value(key);
         for column in 0..self.columns.len() {
             let _ = write!(row, ", {}", self.value(random, column));
         }
-        let _ = write!(row, ", {}", random.below(30));
+        match random.one_in(20) {
+            true => row += ", NULL",
+            false => drop(write!(row, ", {}", random.below(self.values()))),
+        }
         row
     }
 
+    /// Of what may have to be unique.
+    fn values(&self) -> usize {
+        3 * self.keys
+    }
+
+    /// A row of each key.
+    pub fn inserts<'a>(&'a self, random: &'a mut Random) -> impl Iterator<Item = String> + 'a {
+        let (name, written) = (&self.name, self.written());
+        (0..self.keys).map(move |key| {
+            let row = self.row(random, key);
+            format!("INSERT INTO {name} ({written}) VALUES ({row});")
+        })
+    }
+
     /// Names of what a row gives, in its order.
-    pub fn written(&self) -> String {
+    fn written(&self) -> String {
         let columns = (0..self.columns.len()).map(|index| format!("c{index}, "));
         format!("{}, {}u", self.key_columns(), columns.collect::<String>())
     }
@@ -394,18 +466,22 @@ impl Table {
         self.key == Key::Deferred
             || matches!(
                 self.obstacle,
-                Obstacle::Deferred | Obstacle::DeferredExclusion
+                Obstacle::Deferred | Obstacle::Deferrable | Obstacle::DeferredExclusion
             )
     }
 
     pub fn statement(&self, random: &mut Random) -> String {
         let name = &self.name;
-        let (key, other) = (random.below(KEYS), random.below(KEYS));
+        let (key, other) = (random.below(self.keys), random.below(self.keys));
         let (is_key, is_other) = (self.is_key(key), self.is_key(other));
         let column = random.below(self.columns.len());
         let value = self.value(random, column);
         let written = self.written();
-        match random.below(16) {
+        let kind = match self.mild {
+            true => *random.of(&MILD),
+            false => random.below(17),
+        };
+        match kind {
             0..=2 => {
                 let on_conflict = match (self.key, random.below(3)) {
                     _ if self.is_deferred() => String::new(),
@@ -420,7 +496,7 @@ impl Table {
                 format!("INSERT INTO {name} ({written}) VALUES ({row}){on_conflict}")
             }
             3 => {
-                let last = key + 1 + random.below(KEYS - key);
+                let last = key + 1 + random.below((self.keys - key).min(10));
                 let rows: Vec<String> = (key..last)
                     .map(|key| format!("({})", self.row(random, key)))
                     .collect();
@@ -440,19 +516,25 @@ impl Table {
                 self.key_value(key)
             ),
             // What is unique goes round; possible only when that is looked at late.
-            12 => format!("UPDATE {name} SET u = 29 - u"),
+            12 => format!("UPDATE {name} SET u = {} - u", self.values() - 1),
+            // Of two rows, whenever it is looked at.
             13 => format!(
+                "UPDATE {name} SET u = 10000 + u * 100 + (SELECT min(u) FROM {name} WHERE {is_other}) WHERE {is_key}; \
+                 UPDATE {name} SET u = (SELECT (min(u) - 10000) / 100 FROM {name} WHERE {is_key}) WHERE {is_other}; \
+                 UPDATE {name} SET u = (u - 10000) % 100 WHERE {is_key}"
+            ),
+            14 => format!(
                 "DELETE FROM {name} WHERE {is_key}; INSERT INTO {name} ({written}) VALUES ({})",
                 self.row(random, key)
             ),
-            14 => format!(
+            15 => format!(
                 "DELETE FROM {name} WHERE ctid IN (SELECT ctid FROM {name} ORDER BY ctid LIMIT 1) AND {is_key}"
             ),
             _ if random.one_in(100) => format!("TRUNCATE {name}"),
             _ => format!(
                 "SAVEPOINT s; UPDATE {name} SET c{column} = {value}; DELETE FROM {name} WHERE {is_other}; \
                  ROLLBACK TO s; UPDATE {name} SET u = {} WHERE {is_key}",
-                random.below(30)
+                random.below(self.values())
             ),
         }
     }

@@ -118,13 +118,8 @@ fn whatever_piles_up_the_rows_are_those_of_the_top() {
 #[test]
 fn random_histories_come_to_the_same_set_wise_and_in_order() {
     let tried = histories::run(1, 80);
-    let (all, folded) = (tried.transactions, tried.folded);
-    println!(
-        "{folded} of {all} transactions were folded, and {} parts of others",
-        tried.parts
-    );
-    assert!(folded > all / 8, "{folded} of {all} were folded");
-    assert!(tried.parts > 5, "{} parts were folded", tried.parts);
+    println!("{tried}");
+    tried.must_have_folded();
 }
 
 #[test]
