@@ -2089,9 +2089,10 @@ BEGIN
         -- A column that holds no numbers, say, keeps no other sequence back; nor does a table that is locked, whose
         -- size is not told either.
         BEGIN
-            CONTINUE WHEN NOT (thorough OR found.is_indexed
+            -- It may be gone.
+            CONTINUE WHEN (thorough OR found.is_indexed
                 OR coalesce((SELECT sum(pg_relation_size(relid)) FROM pg_partition_tree(found.rel)),
-                            pg_relation_size(found.rel)) < 16 << 20);
+                            pg_relation_size(found.rel)) < 16 << 20) IS NOT TRUE;
             EXECUTE format('SELECT %s(%I) FROM %s', CASE WHEN found.seqincrement > 0 THEN 'max' ELSE 'min' END,
                            found.attname, found.rel::regclass) INTO reached;
             EXECUTE format('SELECT last_value FROM %s', found.seqrelid::regclass) INTO drawn;

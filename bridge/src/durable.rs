@@ -3,7 +3,7 @@
 //! Invariant: no crash of the local server takes back what [`Shared::replay_durable`] has told. The applier
 //! commits without waiting for the disk, so a position counts when the WAL that was written after its commit is
 //! flushed. What a bridge remembers of a commit may be of before a crash; but no session outlives one, so what a
-//! living session has committed is before the end of the WAL that is asked for with it.
+//! living session has committed is before the end of the WAL that is asked for next.
 
 use std::sync::Arc;
 
@@ -67,52 +67,56 @@ impl Durable {
         *self = Durable::new(None);
     }
 
-    /// Tells of what has become durable since the last call. The row of `terrace.progress` is not looked for: that
-    /// would be among all its versions that somebody's snapshot keeps.
+    /// Tells of what has become durable since the last call.
     pub async fn advance(&mut self, shared: &Shared) -> anyhow::Result<()> {
-        let Some(noted) = shared.noted.borrow().clone() else {
-            return Ok(());
-        };
         let client = match &mut self.client {
             Some(client) => client,
             None => self.client.insert(local_client(shared).await?),
         };
+        let noted = shared.noted.borrow().clone();
+        let lsn = position(client, noted).await?;
         let waiting = self.pending.as_ref().map(|pending| pending.wal.as_str());
-        let wal = look(client, waiting.unwrap_or("0/0"), &noted.session).await?;
-        if wal.flushed
-            && let Some(pending) = self.pending.take()
-        {
+        let (wal, flushed) = look(client, waiting.unwrap_or("0/0")).await?;
+        if flushed && let Some(pending) = self.pending.take() {
             shared.replay_durable.send_replace(pending.lsn);
         }
-        let further = noted.lsn > *shared.replay_durable.borrow();
-        if self.pending.is_none() && wal.session_lives && further {
-            let (lsn, wal) = (noted.lsn, wal.end);
+        let further = lsn > *shared.replay_durable.borrow();
+        if self.pending.is_none() && further {
             self.pending = Some(Pending { lsn, wal });
         }
         Ok(())
     }
 }
 
-struct Wal {
-    end: String,
-    /// To where it was asked for.
-    flushed: bool,
-    session_lives: bool,
+/// What is committed. The row of `terrace.progress` would have to be looked for among all its versions that
+/// somebody's snapshot keeps, so the applier's word is taken while its session lives.
+async fn position(client: &mut Client, noted: Option<Noted>) -> anyhow::Result<Lsn> {
+    if let Some(noted) = noted
+        && lives(client, &noted.session).await?
+    {
+        return Ok(noted.lsn);
+    }
+    let rows = client.query("SELECT lsn::text FROM terrace.progress", &[]);
+    match rows.await?.first().map(Vec::as_slice) {
+        Some([Some(lsn)]) => Ok(lsn.parse()?),
+        _ => bail!("terrace.progress is empty"),
+    }
 }
 
-async fn look(client: &mut Client, waiting: &str, session: &Backend) -> anyhow::Result<Wal> {
+async fn lives(client: &mut Client, session: &Backend) -> anyhow::Result<bool> {
+    let sql = "SELECT FROM pg_catalog.pg_stat_get_activity($1::pg_catalog.int4) \
+               WHERE backend_start = $2::pg_catalog.timestamptz";
+    let values = [&session.pid, &session.started].map(|value| Some(value.as_str()));
+    Ok(!client.query(sql, &values).await?.is_empty())
+}
+
+/// The end of the WAL, and whether it is on disk to where `waiting` is.
+async fn look(client: &mut Client, waiting: &str) -> anyhow::Result<(String, bool)> {
     let sql = "SELECT pg_catalog.pg_current_wal_insert_lsn()::text, \
-               pg_catalog.pg_current_wal_flush_lsn() >= $1::pg_catalog.pg_lsn, \
-               EXISTS (SELECT FROM pg_catalog.pg_stat_get_activity($2::pg_catalog.int4) \
-                       WHERE backend_start = $3::pg_catalog.timestamptz)";
-    let values = [waiting, &session.pid, &session.started].map(Some);
-    let rows = client.query(sql, &values).await?;
-    let Some([Some(end), Some(flushed), Some(lives)]) = rows.first().map(Vec::as_slice) else {
-        bail!("no position");
-    };
-    Ok(Wal {
-        end: end.clone(),
-        flushed: flushed == "t",
-        session_lives: lives == "t",
-    })
+               pg_catalog.pg_current_wal_flush_lsn() >= $1::pg_catalog.pg_lsn";
+    let rows = client.query(sql, &[Some(waiting)]).await?;
+    match rows.first().map(Vec::as_slice) {
+        Some([Some(end), Some(flushed)]) => Ok((end.clone(), flushed == "t")),
+        _ => bail!("no position"),
+    }
 }

@@ -160,6 +160,8 @@ impl Queue {
         let Some((last, sealed)) = paths.split_last() else {
             return Ok(None);
         };
+        // Another process may have given the last one its name, and died before that was on disk.
+        sync_dir(dir)?;
         let mut segments = Vec::new();
         for path in sealed {
             segments.push(Arc::new(Segment::open(path)?));
@@ -180,6 +182,7 @@ impl Queue {
         start: Lsn,
     ) -> Result<(Queue, Writer), QueueError> {
         fs::create_dir_all(dir).map_err(QueueError::io("create", dir))?;
+        dir.parent().map_or(Ok(()), sync_dir)?;
         Queue::clear(dir)?;
         let first = Segment::create(dir, &identity, start, &BTreeMap::new())?;
         first.sync()?;

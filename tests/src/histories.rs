@@ -271,12 +271,17 @@ const PART: &str = "went set-wise";
 /// Before the number of tables with further constraints in what was folded.
 const CONSTRAINED: &str = "constrained=";
 
-/// Transactions that a bridge's log says were applied set-wise.
-pub fn folded(log: &str) -> usize {
-    numbers(log, "applied set-wise transactions=").sum()
+/// Transactions of each pile that a bridge's log says was applied set-wise.
+pub fn piles(log: &str) -> impl Iterator<Item = usize> {
+    numbers(log, "applied set-wise transactions=")
 }
 
-fn numbers<'a>(log: &'a str, before: &'a str) -> impl Iterator<Item = usize> + 'a {
+/// Those of all piles.
+pub fn folded(log: &str) -> usize {
+    piles(log).sum()
+}
+
+fn numbers<'a>(log: &'a str, before: &'static str) -> impl Iterator<Item = usize> + 'a {
     log.split(before).skip(1).map(|rest| {
         let digits = rest.split(|c: char| !c.is_ascii_digit()).next();
         digits

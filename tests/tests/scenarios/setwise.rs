@@ -395,11 +395,7 @@ fn what_is_for_others_does_not_cut_a_pile_short() {
         let count = format!("SELECT count(*) FROM t WHERE id % 2 = {remainder}");
         wait_until("the rows are there", || node.server.value(&count) == "200");
         assert_eq!(node.server.value("SELECT count(*) FROM t"), "200");
-        let log = node.bridge.logged();
-        let piles = log.lines().filter(|line| line.contains("applied set-wise"));
-        let sizes =
-            piles.filter_map(|line| line.rsplit_once("transactions=")?.1.parse::<u32>().ok());
-        let largest = sizes.max();
+        let largest = histories::piles(&node.bridge.logged()).max();
         assert!(largest >= Some(100), "{largest:?} at most went together");
     }
 }
