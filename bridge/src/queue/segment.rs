@@ -12,7 +12,7 @@ use std::time::Instant;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use super::scan::{BLOCK, Scan, Shared};
-use super::{QueueError, lock, sync_dir};
+use super::{QueueError, lock};
 use crate::lsn::{Identity, Lsn};
 use crate::record::{HEADER_LEN, Kind, Record, RecordError};
 
@@ -139,9 +139,11 @@ impl Segment {
             .map_err(QueueError::io("write", &temporary))?;
         file.sync_all()
             .map_err(QueueError::io("fsync", &temporary))?;
+        let directory = File::open(dir).map_err(QueueError::io("open", dir))?;
         fs::rename(&temporary, &path).map_err(QueueError::io("rename", &temporary))?;
         // It is there, perhaps in the place of another: nothing goes on without it, and it is never durable.
-        let named = sync_dir(dir).inspect_err(|error| tracing::warn!("{error}"));
+        let named = directory.sync_all().map_err(QueueError::io("fsync", dir));
+        let named = named.inspect_err(|error| tracing::warn!("{error}"));
         Ok(Segment {
             path,
             start,

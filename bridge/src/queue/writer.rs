@@ -265,6 +265,7 @@ impl Writer {
             if let Some(last) = lock(&self.queue.inner.segments).last_mut() {
                 *last = Arc::clone(&self.segment);
             }
+            self.wake_who_keeps_it_durable();
         }
         // Not before there is a segment for it: what failed is tried again.
         *lock(&self.queue.inner.identity) = identity.clone();
@@ -299,6 +300,8 @@ impl Writer {
         self.whole = self.offset;
         self.marked = self.offset;
         lock(&inner.segments).push(Arc::clone(&self.segment));
+        // He ends with one that cannot be.
+        self.wake_who_keeps_it_durable();
         Ok(())
     }
 }

@@ -241,6 +241,11 @@ impl Table {
         self.has_key() && !self.partitioned && self.says.is_none()
     }
 
+    /// Of few rows.
+    pub fn is_small(&self) -> bool {
+        self.keys == KEYS[0]
+    }
+
     /// The trigger that says what it sees.
     pub fn trigger(&self) -> Option<String> {
         let (name, (when, enabled)) = (&self.name, self.says?);

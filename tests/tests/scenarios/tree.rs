@@ -326,7 +326,7 @@ fn who_does_not_wait_for_the_server_above_shows_what_has_come() {
         drop(locked);
         tree.wait_for_equal(&["steps"]);
         let took = median_to_level_two(&tree);
-        assert!(took < Duration::from_millis(200), "it takes {took:?}");
+        assert!(took < Duration::from_millis(400), "it takes {took:?}");
     }
 }
 
