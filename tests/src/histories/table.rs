@@ -202,7 +202,8 @@ impl Table {
             name,
             key,
             keys: *random.of(&KEYS),
-            mild: random.one_in(2),
+            // Without a key to refuse them, there would be more rows all the time.
+            mild: random.one_in(2) && key != Key::None,
             obstacle,
             generated: random.one_in(4),
             identity: random.one_in(6),
@@ -239,11 +240,6 @@ impl Table {
     /// Nothing but a row that is not as expected keeps its changes from being folded.
     pub fn is_foldable(&self) -> bool {
         self.has_key() && !self.partitioned && self.says.is_none()
-    }
-
-    /// Of few rows.
-    pub fn is_small(&self) -> bool {
-        self.keys == KEYS[0]
     }
 
     /// The trigger that says what it sees.
